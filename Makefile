@@ -1,0 +1,73 @@
+# Targets: install quickstart test test-all check bench.
+#
+# `make install` needs python3 (3.11 or newer) with pip, and nothing else: no compiler, no GPU.
+# Variables: PYTHON, VENV, VENV_ARGS (for `python -m venv`), PIP_ARGS (for every `pip install`),
+# PYTEST_ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_ARGS ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
+RUN_DIR := runs/quickstart
+
+# DeepSpeed comes as source: nothing of it is compiled, at installation or later.
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all check bench
+
+help:
+	@echo "make install     make $(VENV) with everything needed to train"
+	@echo "make quickstart  build five domains, train on them with odm, write the report"
+	@echo "make test        the tests of a few minutes; make test-all: all of them"
+	@echo "make check       ruff, mypy, import-linter"
+	@echo "make bench       the benchmarks of benchmarks/"
+
+# A stamp per state of the environment: done once, and again when what it was made from changes.
+$(VENV)/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 install"; exit 2; }
+	@echo "making $(VENV)"
+	@# Some distributions ship Python without ensurepip: then the outer pip furnishes the inner one.
+	@$(PYTHON) -m venv --clear $(VENV_ARGS) $(VENV) >/dev/null 2>&1 || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV_ARGS) $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install --quiet --ignore-installed pip; }
+	@touch $@
+
+$(VENV)/.stamp-train: $(VENV)/.stamp-python pyproject.toml constraints.txt
+	@echo "installing what training needs (a few minutes the first time)"
+	@$(PIP) -e '.[train]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-train
+	@echo "installing what the tests and checks need"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.stamp-train
+	@echo "ready: $(BIN)/python"
+
+quickstart: install
+	$(BIN)/python prepare_data.py quickstart
+	$(BIN)/python deepy.py train.py -d configs local/quickstart mixing/odm
+	$(BIN)/python tools/report.py $(RUN_DIR) -o $(RUN_DIR)/report.html
+	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
+
+test: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.stamp-dev
+	@for script in benchmarks/*.py; do \
+	  echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
