@@ -1,0 +1,114 @@
+"""Process start and end: device, determinism, process groups.
+
+DeepSpeed on CPU compiles a shared-memory collective when it initialises, which fails
+without a compiler and takes a minute with one; it is switched off before that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megatron.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where this process stands.
+
+    Attributes:
+        rank: global rank.
+        world_size: number of processes of the job.
+        local_rank: rank on this node (the index of its device).
+        device: the device that holds the model.
+        host_group: gloo group over all ranks for small host-side collectives; on CPU the
+            default group itself.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        dist.barrier(group=self.host_group)
+
+
+def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
+    """Initialise the process groups from the launcher's environment variables.
+
+    A process that was started without a launcher becomes a job of one rank.
+
+    Raises:
+        RunError: the launcher gave more local ranks than this node has GPUs.
+    """
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500" if os.environ["WORLD_SIZE"] != "1" else "0")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(
+                f"local rank {local_rank} has no GPU: this node shows "
+                f"{torch.cuda.device_count()}; lower num_gpus or widen CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+    # torch renames its collectives now and then; DeepSpeed's calls of the old names would
+    # fill the console.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if use_cuda else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    host_group = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
+    return Runtime(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
+        host_group=host_group,
+    )
+
+
+def end_process(code: int, *, collective: bool) -> NoReturn:
+    """Leave the process for good.
+
+    Interpreter teardown with gloo and DeepSpeed loaded aborts now and then, so a rank
+    never tears down: it flushes, takes its leave of the other ranks, and exits.
+
+    Args:
+        code: exit code.
+        collective: every rank is here; wait for them and destroy the groups. False after
+            an error that only this rank may have met.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if collective and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    os._exit(code)

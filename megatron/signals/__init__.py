@@ -1,0 +1,1 @@
+"""Signals: what the controllers are told, reduced over all ranks."""

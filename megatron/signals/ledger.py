@@ -1,0 +1,126 @@
+"""The ledger: per-domain sums of a step, accumulated on the device, reduced once.
+
+The model's loss function hands over per-sample sums of every micro-batch; the ledger adds
+them into K slots by multiplying with a one-hot [K, B] matrix (a fixed order of additions,
+never atomics, so that a GPU gives the same bits every time).  At the end of the step one
+all-reduce of a single float64 buffer [2K + 4] tells every rank the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+FloatArray = npt.NDArray[np.float64]
+
+_SKIPPED, _STOP = 0, 1
+_FLAGS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """Sums over the whole global batch, the same on every rank.
+
+    Attributes:
+        loss_sum: summed loss of each domain's tokens in nats, float64 [K].
+        token_count: number of those tokens, float64 [K]; 0 = absent.
+        skipped: some rank dropped the update.
+        stop: some rank was asked to stop.
+    """
+
+    loss_sum: FloatArray
+    token_count: FloatArray
+    skipped: bool
+    stop: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether every domain's sum is finite."""
+        return bool(np.isfinite(self.loss_sum).all())
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over all tokens of the step, nats per token."""
+        return float(self.loss_sum.sum() / max(self.token_count.sum(), 1.0))
+
+    @property
+    def domain_loss(self) -> FloatArray:
+        """Mean loss of each domain, nats per token; NaN where it was absent."""
+        absent = self.token_count == 0
+        return np.where(absent, np.nan, self.loss_sum / np.where(absent, 1.0, self.token_count))
+
+
+class Ledger:
+    """Per-domain sums of the step under way.
+
+    Args:
+        domains: K, the number of domains.
+        device: where the losses are.
+        group: ranks to sum over (None = all).
+        contributes: False on ranks that see a copy of another rank's losses (tensor
+            ranks > 0); they take part in the collective with zeros.
+    """
+
+    def __init__(
+        self,
+        domains: int,
+        device: torch.device,
+        *,
+        group: dist.ProcessGroup | None = None,
+        contributes: bool = True,
+    ) -> None:
+        """Allocate the buffer once; every step reuses it."""
+        self._domains = domains
+        self._group = group
+        self._contributes = contributes
+        self._buffer = torch.zeros(2 * domains + _FLAGS, dtype=torch.float64, device=device)
+        self._index = torch.arange(domains, device=device)
+
+    def reset(self) -> None:
+        """Forget what was added since the last reduction."""
+        self._buffer.zero_()
+
+    def add(
+        self, loss_sum: torch.Tensor, token_count: torch.Tensor, domain_ids: torch.Tensor
+    ) -> None:
+        """Add one micro-batch.
+
+        Args:
+            loss_sum: summed loss of each sample's tokens [B], nats.
+            token_count: number of unmasked tokens of each sample [B].
+            domain_ids: domain of each sample [B].
+        """
+        if not self._contributes:
+            return
+        one_hot_KB = (self._index[:, None] == domain_ids[None, :]).to(torch.float64)
+        # A sample that is not finite must spoil its own domain only: 0 · NaN is NaN, so the
+        # others' products are masked, not multiplied.
+        losses_KB = torch.where(one_hot_KB > 0, loss_sum.to(torch.float64)[None, :], 0.0)
+        counts_KB = one_hot_KB * token_count.to(torch.float64)[None, :]
+        self._buffer[: self._domains] += losses_KB.sum(dim=1)
+        self._buffer[self._domains : 2 * self._domains] += counts_KB.sum(dim=1)
+
+    def reduce(self, *, skipped: bool = False, stop: bool = False) -> StepTotals:
+        """Sum over all ranks, bring the result to the host, and start afresh.
+
+        This is the step's one collective of ours and its one device-to-host copy.
+        """
+        flags = self._buffer[2 * self._domains :]
+        if skipped:
+            flags[_SKIPPED] = 1.0
+        if stop:
+            flags[_STOP] = 1.0
+        if dist.is_initialized() and dist.get_world_size(self._group) > 1:
+            dist.all_reduce(self._buffer, group=self._group)
+        host = self._buffer.cpu().numpy().copy()
+        self.reset()
+        return StepTotals(
+            loss_sum=host[: self._domains],
+            token_count=host[self._domains : 2 * self._domains],
+            skipped=bool(host[2 * self._domains + _SKIPPED] > 0),
+            stop=bool(host[2 * self._domains + _STOP] > 0),
+        )
