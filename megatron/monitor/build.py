@@ -1,0 +1,44 @@
+"""Which sinks a run has: decided once, from the logging group of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.monitor.console import ConsoleSink
+from megatron.monitor.jsonl import JsonlSink
+from megatron.monitor.sink import Sink, SinkGroup
+
+
+def build_sinks(
+    logging: Any,
+    run_dir: Path | str,
+    *,
+    rank: int = 0,
+    total_steps: int | None = None,
+    audit_samples: bool = False,
+    console: bool = True,
+) -> SinkGroup:
+    """Return the sinks that the configuration asks for.
+
+    Args:
+        logging: the configuration's logging group: ``log_interval``, ``tensorboard_dir``,
+            ``use_tensorboard``, ``use_wandb`` and ``wandb_*``, ``use_comet`` and ``comet_*``.
+            A field it lacks counts as not set.
+        run_dir: the run folder.
+        rank: global rank; only rank 0 has sinks, the others get an empty group.
+        total_steps: length of the run.
+        audit_samples: write ``samples.jsonl``.
+        console: show the run on standard output.
+
+    Raises:
+        MissingExtraError: a sink is asked for and its library is not installed.
+    """
+    if rank != 0:
+        return SinkGroup()
+    run_dir = Path(run_dir)
+    interval = getattr(logging, "log_interval", None) or 1
+    sinks: list[Sink] = [JsonlSink(run_dir, log_interval=interval, audit=audit_samples)]
+    if console:
+        sinks.append(ConsoleSink(log_interval=interval, total_steps=total_steps))
+    return SinkGroup(sinks)

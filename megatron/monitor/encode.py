@@ -1,0 +1,64 @@
+"""Fast JSON for vectors keyed by domain name.
+
+A ledger of a thousand domains writes some five thousand numbers a step, most of
+which did not change since the step before (counts of zero, epochs of a domain
+that was not drawn, a static mixture).  Only entries whose bits changed are
+formatted again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def number(value: float | int | None) -> float | int | None:
+    """Return ``value`` as JSON can carry it: ``None`` for NaN and infinities."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value
+
+
+def named(values: Mapping[str, float]) -> dict[str, float | int | None]:
+    """Return a mapping with non-finite numbers as ``None``."""
+    return {name: number(float(value)) for name, value in values.items()}
+
+
+def dumps(value: Any) -> str:
+    """Return ``value`` as compact JSON on one line; floats read back to the same bits."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+class VectorEncoder:
+    """Writes a ``[K]`` vector as a JSON object, remembering the text of unchanged entries."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Take the K keys, in order."""
+        self._keys = [json.dumps(name) + ":" for name in names]
+        self._pieces: list[str] = []
+        self._bits: npt.NDArray[np.int64] | None = None
+        self._is_float = False
+
+    def encode(self, values: npt.NDArray[Any]) -> str:
+        """Return the object for float64 or int64 ``values`` ``[K]``; non-finite becomes null."""
+        values = np.ascontiguousarray(values)
+        is_float = values.dtype.kind == "f"
+        bits = values.view(np.int64)
+        if self._bits is None or is_float != self._is_float:
+            changed = range(len(self._keys))
+            self._pieces = [""] * len(self._keys)
+        else:
+            changed = np.flatnonzero(bits != self._bits).tolist()
+        keys, pieces = self._keys, self._pieces
+        fresh = values[changed] if len(changed) < len(keys) else values
+        for index, value in zip(changed, fresh.tolist(), strict=True):
+            # Python's repr is the shortest decimal that reads back to the same float64.
+            text = repr(value) if not is_float or math.isfinite(value) else "null"
+            pieces[index] = keys[index] + text
+        self._bits, self._is_float = bits.copy(), is_float
+        return "{" + ",".join(pieces) + "}"

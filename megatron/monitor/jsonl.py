@@ -1,0 +1,190 @@
+"""The run's own files: ``metrics.jsonl``, ``mixture.jsonl``, ``samples.jsonl``, ``run.json``.
+
+``mixture.jsonl`` is the ledger that a run can be replayed from; its field names
+are a public contract (``docs/report.md``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import RunError
+from megatron.monitor.append import AppendFile
+from megatron.monitor.encode import VectorEncoder, dumps, named, number
+from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord, is_logged
+
+METRICS = "metrics.jsonl"
+MIXTURE = "mixture.jsonl"
+SAMPLES = "samples.jsonl"
+RUN_INFO = "run.json"
+
+_log = logging.getLogger(__name__)
+
+
+class JsonlSink:
+    """Writes the files of the run folder."""
+
+    essential = True
+
+    def __init__(self, run_dir: Path | str, *, log_interval: int = 1, audit: bool = False) -> None:
+        """Write into ``run_dir``; ``samples.jsonl`` only with ``audit``."""
+        self._dir = Path(run_dir)
+        self._log_interval = log_interval
+        self._metrics = AppendFile(self._dir / METRICS)
+        self._mixture = AppendFile(self._dir / MIXTURE)
+        self._samples = AppendFile(self._dir / SAMPLES) if audit else None
+        self._encoders: dict[str, VectorEncoder] = {}
+        self._domains: tuple[str, ...] = ()
+        self._last_step = 0
+        self._last_audit = 0
+        self._validated: set[tuple[int, str]] = set()
+
+    def start(self, resume_step: int | None, info: Mapping[str, Any]) -> None:
+        """Open the files, cut after ``resume_step``; write ``info`` to ``run.json``.
+
+        Raises:
+            RunError: a file cannot be opened.
+        """
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self._dir}: cannot be made: {error.strerror}") from error
+        metrics = self._metrics.open(resume_step)
+        mixture = self._mixture.open(resume_step)
+        if self._samples is not None:
+            self._samples.open(resume_step)
+        elif (self._dir / SAMPLES).exists():
+            # Auditing was on before: no sample of a step that is run again may stay.
+            stale = AppendFile(self._dir / SAMPLES)
+            stale.open(resume_step)
+            stale.close()
+        self._last_step = self._last_audit = resume_step or 0
+        # A run that stopped right after a validation measures it again on resume.
+        self._validated = {
+            (resume_step, "valid" if "valid_loss" in record else "test")
+            for record in metrics.at_last
+            if resume_step is not None
+            and metrics.last_step == resume_step
+            and ("valid_loss" in record or "test_loss" in record)
+        }
+        if resume_step and (mixture.last_step or 0) < resume_step:
+            _log.warning(
+                "%s ends at step %s but the run goes on after step %d: the steps between are "
+                "missing from the ledger",
+                self._dir / MIXTURE,
+                mixture.last_step or 0,
+                resume_step,
+            )
+        if info:
+            self._write_info(info)
+
+    def step(self, record: StepRecord) -> None:
+        """Write the ledger's line, and the metrics' line on a logged step."""
+        if record.step <= self._last_step:
+            raise ValueError(
+                f"step {record.step} is recorded after step {self._last_step}: "
+                "a step has one line in the ledger"
+            )
+        self._last_step = record.step
+        self._mixture.write(self._mixture_line(record))
+        if is_logged(record.step, self._log_interval):
+            self._metrics.write(metrics_line(record))
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Write a validation, unless the same one stands there already."""
+        key = (record.step, record.split)
+        if key in self._validated:
+            return
+        self._validated = {kept for kept in self._validated if kept[0] == record.step} | {key}
+        self._metrics.write(validation_line(record))
+
+    def audit(self, record: AuditRecord) -> None:
+        """Write the samples of a step, if auditing is on."""
+        if self._samples is None:
+            return
+        if record.step <= self._last_audit:
+            raise ValueError(
+                f"samples of step {record.step} come after those of step {self._last_audit}"
+            )
+        self._last_audit = record.step
+        self._samples.write(dumps({"step": record.step, "samples": record.samples}))
+
+    def flush(self) -> None:
+        """Bring every line to the disk."""
+        for file in self._files():
+            file.flush(sync=True)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> list[AppendFile]:
+        files = [self._metrics, self._mixture]
+        return files if self._samples is None else [*files, self._samples]
+
+    def _mixture_line(self, record: StepRecord) -> str:
+        if record.domains != self._domains:
+            self._domains, self._encoders = record.domains, {}
+        parts = [f'{{"step":{record.step}']
+        for name in ("probability", "domain_loss", "tokens", "samples", "epochs"):
+            parts.append(self._vector(name, getattr(record, name)))
+        for name in ("loss_weight", "valid_loss", "controller_probability"):
+            if (values := getattr(record, name)) is not None:
+                parts.append(self._vector(name, values))
+        if record.fresh_quota is not None:
+            parts.append(f'"fresh_quota":{dumps(record.fresh_quota)}')
+        if record.probe is not None:
+            parts.append(f'"probe":{dumps(record.probe)}')
+        if record.skipped:
+            parts.append('"skipped":true')
+        return ",".join(parts) + "}"
+
+    def _vector(self, name: str, values: Any) -> str:
+        encoder = self._encoders.get(name)
+        if encoder is None:
+            encoder = self._encoders[name] = VectorEncoder(self._domains)
+        return f'"{name}":{encoder.encode(values)}'
+
+    def _write_info(self, info: Mapping[str, Any]) -> None:
+        path = self._dir / RUN_INFO
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            temporary.write_text(dumps(dict(info)) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def metrics_line(record: StepRecord) -> str:
+    """Return the line of ``metrics.jsonl`` for a logged step."""
+    line: dict[str, Any] = {
+        "step": record.step,
+        "loss": number(record.loss),
+        "learning_rate": number(record.learning_rate),
+        "tokens_per_second": number(record.tokens_per_second),
+    }
+    for name in ("grad_norm", "loss_scale", "seconds", "eta_seconds", "mfu"):
+        if (value := getattr(record, name)) is not None:
+            line[name] = number(value)
+    if record.skipped:
+        line["skipped"] = True
+    return dumps(line)
+
+
+def validation_line(record: ValidationRecord) -> str:
+    """Return the line of ``metrics.jsonl`` for a validation."""
+    name = f"{record.split}_loss"
+    line: dict[str, Any] = {"step": record.step, name: named(record.valid_loss)}
+    line[f"average_{name}"] = number(record.average)
+    if record.weights is not None:
+        line[f"weighted_average_{name}"] = number(record.weighted_average)
+    if record.bits_per_byte:
+        line["bits_per_byte"] = named(record.bits_per_byte)
+    if record.seconds is not None:
+        line["seconds"] = number(record.seconds)
+    return dumps(line)

@@ -1,0 +1,204 @@
+"""What a run reports: one record per step, per validation and, when asked for, per plan.
+
+The records are the input of every sink.  A record holds arrays in the order of
+``domains``; the sinks name them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+TIME_FIELDS: tuple[str, ...] = ("tokens_per_second", "seconds", "eta_seconds", "mfu")
+"""Fields of ``metrics.jsonl`` that depend on the clock.
+
+Everything else in a run's files is a function of its configuration and data:
+two runs are compared bit for bit after these fields have been dropped.
+``mixture.jsonl`` and ``samples.jsonl`` have none.
+"""
+
+
+def is_logged(step: int, log_interval: int) -> bool:
+    """Tell whether ``step`` (from 1) has a line in ``metrics.jsonl``.
+
+    The first step and every multiple of ``log_interval`` have one.  It depends on
+    nothing else, so an interrupted run logs the same steps as an uninterrupted one.
+    """
+    return step == 1 or step % max(1, log_interval) == 0
+
+
+_SCALARS = (
+    "loss",
+    "learning_rate",
+    "tokens_per_second",
+    "seconds",
+    "eta_seconds",
+    "mfu",
+    "grad_norm",
+    "loss_scale",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One training step, as it was drawn and as it turned out.
+
+    Attributes:
+        step: number of the step, from 1.
+        domains: names of the K domains; every array below is ``[K]`` in this order.
+        loss: the loss that was optimised, mean nats per token of the global batch.
+        learning_rate: the rate that this step used.
+        probability: the distribution that drew this step.
+        domain_loss: mean nats per token of each domain, NaN where it was absent.
+        tokens: tokens of the global batch by domain (those that count in the loss).
+        samples: samples (windows) of the global batch by domain.
+        epochs: passes over each domain's training split after this step.
+        tokens_per_second: throughput over the last steps; a time field.
+        seconds: duration of this step; a time field.
+        eta_seconds: time to the end of the run; a time field.
+        mfu: share of the machine's peak arithmetic (0 to 1), if a peak is known; a time field.
+        grad_norm: norm of the gradient before clipping.
+        loss_scale: fp16's loss scale.
+        loss_weight: weight of each token of a domain, when the method weights losses.
+        valid_loss: validation loss that was measured for the controller at this step,
+            NaN where not measured.
+        fresh_quota: number of steps of the block that starts here, when a probe asked for one.
+        probe: index of the probe that this step belongs to.
+        skipped: whether the update was dropped (overflow, non-finite loss).
+        controller_probability: what a controller in shadow would have drawn.
+        estimates: a mixer's own estimates for the charts (``Mixer.describe()``);
+            not written to the ledger.
+    """
+
+    step: int
+    domains: tuple[str, ...]
+    loss: float
+    learning_rate: float
+    probability: FloatArray
+    domain_loss: FloatArray
+    tokens: IntArray
+    samples: IntArray
+    epochs: FloatArray
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    eta_seconds: float | None = None
+    mfu: float | None = None
+    grad_norm: float | None = None
+    loss_scale: float | None = None
+    loss_weight: FloatArray | None = None
+    valid_loss: FloatArray | None = None
+    fresh_quota: int | None = None
+    probe: int | None = None
+    skipped: bool = False
+    controller_probability: FloatArray | None = None
+    estimates: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Bring numbers and arrays to Python's and NumPy's 64-bit types, check the shapes."""
+        for name in ("probability", "domain_loss", "epochs"):
+            self._take(name, np.asarray(getattr(self, name), dtype=np.float64))
+        for name in ("loss_weight", "valid_loss", "controller_probability"):
+            if (value := getattr(self, name)) is not None:
+                self._take(name, np.asarray(value, dtype=np.float64))
+        for name in _SCALARS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
+        for name in ("fresh_quota", "probe"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(value))
+        for name in ("tokens", "samples"):
+            self._take(name, _whole(name, getattr(self, name)))
+
+    def _take(self, name: str, value: npt.NDArray[Any]) -> None:
+        if value.shape != (len(self.domains),):
+            raise ValueError(
+                f"StepRecord.{name} has shape {value.shape}, expected ({len(self.domains)},): "
+                "one entry per domain"
+            )
+        object.__setattr__(self, name, value)
+
+
+def _whole(name: str, value: Any) -> IntArray:
+    """Return counts as int64; counts that came through a float reduction are whole numbers."""
+    array = np.asarray(value)
+    if array.dtype.kind == "f":
+        rounded = np.rint(array)
+        if not np.array_equal(rounded, array):
+            raise ValueError(f"StepRecord.{name} holds fractions or non-finite numbers: {array}")
+        array = rounded
+    return array.astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """One measurement of the held-out losses.
+
+    Attributes:
+        step: training steps done when it was measured (0: before the first).
+        valid_loss: mean nats per token by domain.
+        bits_per_byte: the same in bits per byte of text, where the bytes are known.
+        weights: the mixture whose weighted average is wanted beside the plain one.
+        split: ``"valid"`` or ``"test"``.
+        seconds: duration; a time field.
+    """
+
+    step: int
+    valid_loss: Mapping[str, float]
+    bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] | None = None
+    split: str = "valid"
+    seconds: float | None = None
+
+    @property
+    def average(self) -> float:
+        """Plain mean over the measured domains, NaN if there is none."""
+        known = [loss for loss in self.valid_loss.values() if math.isfinite(loss)]
+        return math.fsum(known) / len(known) if known else math.nan
+
+    @property
+    def weighted_average(self) -> float:
+        """Mean over the measured domains weighted by ``weights``, NaN without them."""
+        if self.weights is None:
+            return math.nan
+        pairs = [
+            (self.weights.get(name, 0.0), loss)
+            for name, loss in self.valid_loss.items()
+            if math.isfinite(loss)
+        ]
+        total = math.fsum(weight for weight, _ in pairs)
+        return math.fsum(w * loss for w, loss in pairs) / total if total > 0 else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """The ordered global list of samples of one step.
+
+    Attributes:
+        step: number of the step.
+        samples: (domain name, epoch, sample within the epoch) in the order of the global batch.
+    """
+
+    step: int
+    samples: Sequence[Sequence[Any]]
+
+    @classmethod
+    def from_plan(
+        cls,
+        *,
+        step: int,
+        domains: Sequence[str],
+        domain: npt.NDArray[np.integer[Any]],
+        epoch: npt.NDArray[np.integer[Any]],
+        sample: npt.NDArray[np.integer[Any]],
+    ) -> AuditRecord:
+        """Name the domains of a plan's arrays, each ``[G]``."""
+        columns = zip(domain.tolist(), epoch.tolist(), sample.tolist(), strict=True)
+        return cls(step=step, samples=[[domains[d], e, s] for d, e, s in columns])
