@@ -1,0 +1,139 @@
+"""The training loop, whole.
+
+decide → plan → load → engine step → reduce the ledger → observe → record →
+maybe validate → maybe save.  Nothing here knows the name of a mixing method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+from megatron.data.batch import MicroBatch
+from megatron.data.plan import Plan
+from megatron.engine.engine import StepOutcome, TrainEngine
+from megatron.engine.transfer import all_to_device
+from megatron.mixing.base import Observation
+from megatron.signals.ledger import Ledger, StepTotals
+from megatron.training.guard import NonFiniteGuard
+from megatron.training.planner import Planned, Planner
+
+
+class Ending(Enum):
+    """Why the loop ended."""
+
+    COMPLETE = "all steps are done"
+    EXHAUSTED = "the data has ended"
+    STOPPED = "a signal asked to stop"
+    INTERVAL = "exit_interval was reached"
+
+
+class Recorder(Protocol):
+    """Takes note of what happened; does nothing on ranks other than the first."""
+
+    def step(
+        self, planned: Planned, totals: StepTotals, outcome: StepOutcome, *, lr: float, skipped: bool
+    ) -> None:
+        """Record one step."""
+        ...
+
+
+class Reader(Protocol):
+    """Reads plans; see :class:`megatron.training.reading.PlanReader`."""
+
+    def read(self, planned: Planned) -> Iterator[MicroBatch]:
+        """Return this rank's micro-batches of a plan."""
+        ...
+
+    def read_ahead(self, planned: Planned) -> None:
+        """Start reading a plan that :meth:`read` will be asked for next."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The parts of a run, ready to go.
+
+    Attributes:
+        engine: runs the steps.
+        planner: decides what each trains on.
+        reader: reads it.
+        ledger: the training losses by domain.
+        guard: policy for steps that are not finite.
+        recorder: log of the run.
+        learning_rate: rate of a step, by its number.
+        stop_requested: whether this rank was asked to stop.
+        exits_at: whether the run ends after a step by ``exit_interval``.
+        after_step: validates and saves where that is due; gets the step and whether it is
+            the last one of this process.
+        device: where the model is.
+    """
+
+    engine: TrainEngine
+    planner: Planner
+    reader: Reader
+    ledger: Ledger
+    guard: NonFiniteGuard
+    recorder: Recorder
+    learning_rate: Callable[[int], float]
+    stop_requested: Callable[[], bool]
+    exits_at: Callable[[int], bool]
+    after_step: Callable[[int, Ending | None], None]
+    device: torch.device
+
+    def run(self, *, start: int, last: int) -> tuple[int, Ending]:
+        """Train from the step after ``start`` up to ``last``.
+
+        Returns:
+            The last step done, and why it was the last.
+
+        Raises:
+            NonFiniteError: a step was not finite and the policy is to stop.
+        """
+        for step in range(start + 1, last + 1):
+            planned = self.planner.take(step)
+            if planned is None:
+                return step - 1, Ending.EXHAUSTED
+            batches = self.reader.read(planned)
+            if (ahead := self.planner.prepare(step + 1)) is not None and step < last:
+                self.reader.read_ahead(ahead)
+            stop = self._step(planned, batches)
+            ending = self._ending(step, last, stop=stop)
+            self.after_step(step, ending)
+            if ending is not None:
+                return step, ending
+        return start, Ending.COMPLETE
+
+    def _step(self, planned: Planned, batches: Iterator[MicroBatch]) -> bool:
+        """Do one step; return whether some rank was asked to stop."""
+        lr = self.learning_rate(planned.step)
+        outcome = self.engine.train_step(
+            planned.step, all_to_device(batches, self.device), lr=lr
+        )
+        totals = self.ledger.reduce(skipped=outcome.skipped, stop=self.stop_requested())
+        skipped = self.guard.check(planned.plan, totals)
+        if not skipped:
+            self.planner.observe(_observation(planned.plan, totals, lr))
+        self.recorder.step(planned, totals, outcome, lr=lr, skipped=skipped)
+        return totals.stop
+
+    def _ending(self, step: int, last: int, *, stop: bool) -> Ending | None:
+        if step == last:
+            return Ending.COMPLETE
+        if stop:
+            return Ending.STOPPED
+        return Ending.INTERVAL if self.exits_at(step) else None
+
+
+def _observation(plan: Plan, totals: StepTotals, lr: float) -> Observation:
+    return Observation(
+        step=plan.step,
+        loss_sum=totals.loss_sum,
+        token_count=totals.token_count,
+        sampling_weights=plan.weights,
+        learning_rate=lr,
+    )
