@@ -1,0 +1,8 @@
+"""Checkpoints: an atomic, verified store of files, and what goes into it."""
+
+from __future__ import annotations
+
+from megatron.checkpoint.manifest import FileEntry, Manifest
+from megatron.checkpoint.store import CheckpointStore
+
+__all__ = ["CheckpointStore", "FileEntry", "Manifest"]
