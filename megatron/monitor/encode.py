@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -50,15 +51,23 @@ class VectorEncoder:
         is_float = values.dtype.kind == "f"
         bits = values.view(np.int64)
         if self._bits is None or is_float != self._is_float:
-            changed = range(len(self._keys))
-            self._pieces = [""] * len(self._keys)
+            self._pieces = list(map(add, self._keys, texts(values)))
         else:
-            changed = np.flatnonzero(bits != self._bits).tolist()
-        keys, pieces = self._keys, self._pieces
-        fresh = values[changed] if len(changed) < len(keys) else values
-        for index, value in zip(changed, fresh.tolist(), strict=True):
-            # Python's repr is the shortest decimal that reads back to the same float64.
-            text = repr(value) if not is_float or math.isfinite(value) else "null"
-            pieces[index] = keys[index] + text
+            changed = np.flatnonzero(bits != self._bits)
+            keys, pieces = self._keys, self._pieces
+            for index, text in zip(changed.tolist(), texts(values[changed]), strict=True):
+                pieces[index] = keys[index] + text
         self._bits, self._is_float = bits.copy(), is_float
-        return "{" + ",".join(pieces) + "}"
+        return "{" + ",".join(self._pieces) + "}"
+
+
+def texts(values: npt.NDArray[Any]) -> list[str]:
+    """Return each number as JSON.
+
+    Python's ``repr`` is the shortest decimal that reads back to the same float64.
+    """
+    result = list(map(repr, values.tolist()))
+    if values.dtype.kind == "f":
+        for index in np.flatnonzero(~np.isfinite(values)).tolist():
+            result[index] = "null"
+    return result
