@@ -1,0 +1,55 @@
+"""One transformer block."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron.model.attention import SelfAttention
+from megatron.model.dropout import Dropout
+from megatron.model.mlp import MLP
+from megatron.model.norm import build_norm
+from megatron.model.rotary import Rotary
+from megatron.model.spec import ModelSpec
+from megatron.parallel.parameters import ParameterScope
+from megatron.parallel.rng import DropoutRng
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each normalised at its input, added to the residual stream.
+
+    With ``gpt_j_residual`` both read the same stream, ``x + attention(n₁(x)) + mlp(n₂(x))``
+    (GPT-NeoX-20B, Black et al. 2022, section 2.1, with two norms); otherwise the MLP reads
+    what attention has written.
+    """
+
+    def __init__(
+        self,
+        scope: ParameterScope,
+        spec: ModelSpec,
+        *,
+        layer: int,
+        rotary: Rotary | None,
+        dropout: DropoutRng,
+    ) -> None:
+        """Make block ``layer`` (counted from 0)."""
+        super().__init__()
+        self.parallel = spec.gpt_j_residual
+        self.input_layernorm = build_norm(scope.child("input_layernorm"), spec)
+        self.attention = SelfAttention(
+            scope.child("attention"), spec, layer=layer, rotary=rotary, dropout=dropout
+        )
+        self.post_attention_layernorm = build_norm(scope.child("post_attention_layernorm"), spec)
+        self.mlp = MLP(scope.child("mlp"), spec)
+        rate = spec.hidden_dropout
+        self.attention_dropout = Dropout(rate=rate, layer=layer, place="attention", rng=dropout)
+        self.mlp_dropout = Dropout(rate=rate, layer=layer, place="mlp", rng=dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map the residual stream ``[B, S, hidden]`` to its next value."""
+        attended = x + self.attention_dropout(self.attention(self.input_layernorm(x)))
+        source = x if self.parallel else attended
+        out: torch.Tensor = attended + self.mlp_dropout(
+            self.mlp(self.post_attention_layernorm(source))
+        )
+        return out

@@ -1,0 +1,81 @@
+"""The loss of a micro-batch whose samples come from several domains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megatron.model.embedding import Output
+from megatron.parallel.cross_entropy import token_cross_entropy, weighted_cross_entropy
+from megatron.parallel.topology import Topology
+
+Labels = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""targets int64 [B, S], loss_mask float [B, S], domain_ids int64 [B], sample_weight float [B]."""
+
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Takes loss_sum float64 [B] (nats), token_count float64 [B], domain_ids int64 [B]."""
+
+
+class DomainLoss:
+    """Σ_b sample_weight[b] · Σ_s loss_mask[b, s] · ℓ[b, s], told to an observer per sample.
+
+    Sample weights carry everything that turns the sum into the mean over the global batch,
+    so no count and no division is left to do here, and nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        *,
+        topology: Topology | None = None,
+        chunk_tokens: int = 1024,
+        observe: Observer | None = None,
+    ) -> None:
+        """Make the loss.
+
+        Args:
+            topology: whose tensor ranks divide the vocabulary; None for one process.
+            chunk_tokens: tokens whose logits exist at the same time.
+            observe: called once per forward with each sample's own sums, detached.
+        """
+        self.topology = topology or Topology.single()
+        self.chunk_tokens = chunk_tokens
+        self.observe = observe
+
+    def __call__(self, output: Output, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the micro-batch's loss (float32 scalar).
+
+        Args:
+            output: hidden states ``[B, S, H]`` and this rank's rows of the output weight.
+            labels: targets, loss mask, domain ids and sample weights (see ``Labels``).
+        """
+        hidden, weight = output
+        targets, mask, domain_ids, sample_weight = labels
+        mask = mask.float()
+        token_weights = mask * sample_weight.float()[:, None]
+        loss, losses = weighted_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            targets.flatten(),
+            token_weights.flatten(),
+            topology=self.topology,
+            chunk_tokens=self.chunk_tokens,
+        )
+        if self.observe is not None:
+            with torch.no_grad():
+                sums = (losses.view_as(mask) * mask).sum(dim=1, dtype=torch.float64)
+                self.observe(sums, mask.sum(dim=1, dtype=torch.float64), domain_ids)
+        return loss
+
+    def token_losses(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return every token's loss, float32 ``[B, S]`` in nats; no gradient flows."""
+        losses = token_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            targets.flatten(),
+            topology=self.topology,
+            chunk_tokens=self.chunk_tokens,
+        )
+        return losses.view_as(targets)

@@ -1,0 +1,28 @@
+"""Dropout of the residual stream with masks that can be drawn again."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from megatron.parallel.rng import DropoutRng
+
+
+class Dropout(nn.Module):
+    """Dropout of values that every tensor rank holds alike, so all drop the same."""
+
+    def __init__(self, *, rate: float, layer: int, place: str, rng: DropoutRng) -> None:
+        """Make the dropout at ``place`` ("attention", "mlp") of layer ``layer``."""
+        super().__init__()
+        self.rate = rate
+        self.layer = layer
+        self.place = place
+        self.rng = rng
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop values of ``x`` while training."""
+        if not self.training or self.rate == 0.0:
+            return x
+        with self.rng.masks(x.device, self.layer, "hidden", self.place, split=False):
+            return F.dropout(x, self.rate)

@@ -1,0 +1,245 @@
+"""The model as a list of layers, and the plain module that runs the list in order.
+
+The list is the one description of the model.  :class:`GPT` builds all of it in one place; a
+pipeline builds each stage's part from the same descriptions, under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.model.attention import build_rotary
+from megatron.model.block import TransformerBlock
+from megatron.model.embedding import Embedding, FinalNorm, Output, OutputLayer, tied_output
+from megatron.model.norm import LayerNorm, RMSNorm
+from megatron.model.spec import ModelSpec
+from megatron.parallel.parameters import ParameterScope
+from megatron.parallel.rng import DropoutRng
+from megatron.parallel.topology import Topology
+
+LossFunction = Callable[[Output, tuple[torch.Tensor, ...]], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDescription:
+    """A layer that has not been built yet.
+
+    Attributes:
+        module_type: class of the layer.
+        arguments: keyword arguments that build it.
+        tied_key: layers with the same key are one module; None for a module of its own.
+        tied_weights: names of the weights that make them tied.
+        forward: how this use of the tied module is called, ``forward(module, input)``; None
+            calls the module itself.
+        recomputable: whether activation checkpointing may recompute it.
+    """
+
+    module_type: type[nn.Module]
+    arguments: dict[str, Any] = field(repr=False)
+    tied_key: str | None = None
+    tied_weights: tuple[str, ...] = ()
+    forward: Callable[[Any, Any], Any] | None = None
+    recomputable: bool = False
+
+    def build(self) -> nn.Module:
+        """Make the layer, with its initial weights."""
+        return self.module_type(**self.arguments)
+
+
+def layers(
+    spec: ModelSpec,
+    topology: Topology,
+    *,
+    seed: int,
+    dropout: DropoutRng | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> list[LayerDescription]:
+    """Describe the whole model: embedding, blocks, final norm, output.
+
+    Args:
+        spec: the architecture.
+        topology: decides which part of divided parameters this rank builds.
+        seed: of the initial weights.
+        dropout: source of dropout masks; None makes one from ``seed``.
+        dtype: type of the parameters.
+        device: where parameters are made ("meta" makes shapes only).
+
+    Returns:
+        ``num_layers + 3`` descriptions; number i is built under the name ``str(i)``, tied
+        ones under ``tied_modules.embed``: the names DeepSpeed's ``PipelineModule`` gives.
+
+    Raises:
+        ConfigError: when built, if sizes do not fit or a name is unknown.
+    """
+    rng = dropout or DropoutRng(seed=seed, topology=topology)
+    root = ParameterScope(seed=seed, topology=topology, dtype=dtype, device=device)
+    rotary = build_rotary(spec)
+    tied = not spec.no_weight_tying
+    embedding = {
+        "scope": root.child("tied_modules.embed" if tied else "0"),
+        "spec": spec,
+        "dropout": rng,
+    }
+    tie: dict[str, Any] = (
+        {"tied_key": "embed", "tied_weights": ("word_embeddings.weight",)} if tied else {}
+    )
+    blocks = [
+        LayerDescription(
+            module_type=TransformerBlock,
+            arguments={
+                "scope": root.child(str(layer + 1)),
+                "spec": spec,
+                "layer": layer,
+                "rotary": rotary,
+                "dropout": rng,
+            },
+            recomputable=True,
+        )
+        for layer in range(spec.num_layers)
+    ]
+    norm, last = root.child(str(spec.num_layers + 1)), root.child(str(spec.num_layers + 2))
+    output = (
+        LayerDescription(module_type=Embedding, arguments=embedding, forward=tied_output, **tie)
+        if tied
+        else LayerDescription(module_type=OutputLayer, arguments={"scope": last, "spec": spec})
+    )
+    return [
+        LayerDescription(module_type=Embedding, arguments=embedding, **tie),
+        *blocks,
+        LayerDescription(module_type=FinalNorm, arguments={"scope": norm, "spec": spec}),
+        output,
+    ]
+
+
+class GPT(nn.Module):
+    """All layers in one module, run in order.
+
+    Attributes:
+        dropout: source of dropout masks; the loop tells it the step and micro-batch.
+        loss_fn: what :meth:`forward` applies when it is given labels.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        topology: Topology | None = None,
+        *,
+        seed: int,
+        loss_fn: LossFunction | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        """Build the model.
+
+        Args:
+            spec: the architecture.
+            topology: this rank's place; None for one process by itself.
+            seed: of initial weights and dropout.
+            loss_fn: maps (hidden states, output weight) and labels to a scalar.
+            dtype: type of the parameters.
+            device: where to build ("cpu", or "meta" for shapes only).
+        """
+        super().__init__()
+        topology = topology or Topology.single()
+        self.dropout = DropoutRng(seed=seed, topology=topology)
+        self.loss_fn = loss_fn
+        self.tied_modules = nn.ModuleDict()
+        self._recomputed_blocks = spec.checkpoint_num_layers if spec.checkpoint_activations else 0
+        self._functions: list[tuple[Callable[[Any], Any], bool]] = []
+        described = layers(
+            spec, topology, seed=seed, dropout=self.dropout, dtype=dtype, device=device
+        )
+        for index, description in enumerate(described):
+            module = self._module(index, description)
+            function: Callable[[Any], Any] = (
+                module if description.forward is None else partial(description.forward, module)
+            )
+            self._functions.append((function, description.recomputable))
+
+    def _module(self, index: int, description: LayerDescription) -> nn.Module:
+        key = description.tied_key
+        if key is None:
+            module = description.build()
+            self.add_module(str(index), module)
+            return module
+        if key not in self.tied_modules:
+            self.tied_modules[key] = description.build()
+        return self.tied_modules[key]
+
+    def forward(
+        self, tokens: torch.Tensor, labels: tuple[torch.Tensor, ...] | None = None
+    ) -> Output | torch.Tensor:
+        """Run the model.
+
+        The loss is taken in here, not by the caller, so that ZeRO-3 still holds the gathered
+        output weight when it is multiplied.
+
+        Args:
+            tokens: int64 ``[B, S]``.
+            labels: what ``loss_fn`` compares with; see :class:`megatron.model.DomainLoss`.
+
+        Returns:
+            Without labels the hidden states ``[B, S, hidden]`` and the output weight ``[V,
+            hidden]`` (this rank's rows); with labels the loss, a scalar.
+        """
+        value: Any = tokens
+        for function, recompute in self._runs():
+            value = self.dropout.recomputed(function, value) if recompute else function(value)
+        if labels is None:
+            output: Output = value
+            return output
+        if self.loss_fn is None:
+            raise ValueError("labels were given to a model that was built without loss_fn")
+        return self.loss_fn(value, labels)
+
+    def _runs(self) -> list[tuple[Callable[[Any], Any], bool]]:
+        """Group blocks that are recomputed together."""
+        if not self._recomputed_blocks or not torch.is_grad_enabled():
+            return [(function, False) for function, _ in self._functions]
+        runs: list[tuple[Callable[[Any], Any], bool]] = []
+        pending: list[Callable[[Any], Any]] = []
+        for function, recomputable in [*self._functions, (None, False)]:
+            if pending and (not recomputable or len(pending) == self._recomputed_blocks):
+                runs.append((partial(_run, tuple(pending)), True))
+                pending = []
+            if recomputable and function is not None:
+                pending.append(function)
+            elif function is not None:
+                runs.append((function, False))
+        return runs
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Divide parameters into those that decay and those that do not (norms and biases).
+
+    Args:
+        model: any module of this package's layers.
+        weight_decay: of the first group.
+
+    Returns:
+        Groups for a torch optimizer, with a ``name``; an empty one is left out.
+    """
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for module in model.modules():
+        norm = isinstance(module, LayerNorm | RMSNorm)
+        for name, parameter in module.named_parameters(recurse=False):
+            (spared if norm or name == "bias" else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": spared, "weight_decay": 0.0, "name": "not_decayed"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _run(functions: tuple[Callable[[Any], Any], ...], value: Any) -> Any:
+    for function in functions:
+        value = function(value)
+    return value

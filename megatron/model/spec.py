@@ -1,0 +1,117 @@
+# ruff: noqa: D102  (the class docstring describes every property)
+"""What the model reads of a configuration: a view of ``config.model``, never all of it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class ModelSpec(Protocol):
+    """The architecture.  ``megatron.config``'s model group satisfies it; so may anything else.
+
+    Attributes:
+        num_layers: number of blocks.
+        hidden_size: width of the residual stream.
+        num_attention_heads: query heads.
+        num_kv_heads: key and value heads; None = as many as query heads.
+        seq_length: tokens in a sample.
+        max_position_embeddings: longest sequence the model takes.
+        norm: "layernorm" or "rmsnorm".
+        layernorm_epsilon: inside the square root.
+        rms_norm_epsilon: inside the square root.
+        pos_emb: "rotary" or "none".
+        rotary_pct: share of each head that is rotated.
+        rotary_emb_base: base of the wavelengths.
+        activation: see :mod:`megatron.model.mlp`.
+        intermediate_size: width of the MLP's activation; None = 4 × hidden, or 8/3 × hidden
+            rounded up to a multiple of 256 if the activation is gated.
+        gpt_j_residual: attention and MLP side by side instead of one after the other.
+        no_weight_tying: whether the output has a weight of its own.
+        init_method: see :mod:`megatron.model.init`.
+        init_method_std: σ of the normal methods.
+        output_layer_init_method: of the projections that write into the residual stream.
+        hidden_dropout: after the embedding, attention and MLP.
+        attention_dropout: of attention probabilities.
+        use_bias_in_attn_linear: biases in attention's projections.
+        use_bias_in_mlp: biases in the MLP's projections.
+        checkpoint_activations: recompute blocks in backward.
+        checkpoint_num_layers: blocks recomputed together.
+    """
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int | None: ...
+    @property
+    def seq_length(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def norm(self) -> str: ...
+    @property
+    def layernorm_epsilon(self) -> float: ...
+    @property
+    def rms_norm_epsilon(self) -> float: ...
+    @property
+    def pos_emb(self) -> str: ...
+    @property
+    def rotary_pct(self) -> float: ...
+    @property
+    def rotary_emb_base(self) -> float: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def intermediate_size(self) -> int | None: ...
+    @property
+    def gpt_j_residual(self) -> bool: ...
+    @property
+    def no_weight_tying(self) -> bool: ...
+    @property
+    def init_method(self) -> str: ...
+    @property
+    def init_method_std(self) -> float: ...
+    @property
+    def output_layer_init_method(self) -> str: ...
+    @property
+    def hidden_dropout(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
+    @property
+    def use_bias_in_attn_linear(self) -> bool: ...
+    @property
+    def use_bias_in_mlp(self) -> bool: ...
+    @property
+    def checkpoint_activations(self) -> bool: ...
+    @property
+    def checkpoint_num_layers(self) -> int: ...
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        """Return the vocabulary rounded up so that ``tensor_size`` ranks divide it."""
+        ...
+
+
+GATED_ACTIVATIONS = frozenset({"geglu", "reglu", "swiglu", "glu", "bilinear"})
+"""Activations whose MLP multiplies an activated gate with a linear part."""
+
+
+def ffn_width(spec: ModelSpec) -> int:
+    """Return the width of the MLP's activation (the inputs of ``dense_4h_to_h``)."""
+    if spec.intermediate_size is not None:
+        return spec.intermediate_size
+    if spec.activation in GATED_ACTIVATIONS:
+        return -(-8 * spec.hidden_size // (3 * 256)) * 256
+    return 4 * spec.hidden_size
+
+
+def kv_heads(spec: ModelSpec) -> int:
+    """Return the number of key and value heads."""
+    return spec.num_kv_heads or spec.num_attention_heads
+
+
+def head_size(spec: ModelSpec) -> int:
+    """Return the size of one attention head."""
+    return spec.hidden_size // spec.num_attention_heads

@@ -1,0 +1,83 @@
+"""Collectives that autograd understands, among the ranks that share a layer.
+
+Each is the identity when there is one such rank, and costs nothing then.
+Forward and backward pairs follow Megatron-LM (Shoeybi et al. 2019, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.parallel.autograd import apply
+from megatron.parallel.topology import Topology
+
+
+def copy_to_tensor_ranks(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Hand a replicated tensor to work that is split: identity forward, sum backward."""
+    if topology.tensor_size == 1:
+        return tensor
+    copied: torch.Tensor = apply(_Copy, tensor, topology)
+    return copied
+
+
+def sum_over_tensor_ranks(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Add the parts that the ranks hold: sum forward, identity backward."""
+    if topology.tensor_size == 1:
+        return tensor
+    total: torch.Tensor = apply(_Sum, tensor, topology)
+    return total
+
+
+def gather_last_dimension(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Concatenate the ranks' last dimensions: gather forward, own slice backward."""
+    if topology.tensor_size == 1:
+        return tensor
+    gathered: torch.Tensor = apply(_Gather, tensor, topology)
+    return gathered
+
+
+def reduce_in_place(
+    tensor: torch.Tensor, topology: Topology, operation: Any = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """All-reduce ``tensor`` in place among the tensor ranks, outside autograd."""
+    if topology.tensor_size > 1:
+        dist.all_reduce(tensor, op=operation, group=topology.tensor_group)
+    return tensor
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+        ctx.topology = topology
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return reduce_in_place(gradient.clone().contiguous(), ctx.topology), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+        return reduce_in_place(tensor.clone().contiguous(), topology)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+        ctx.topology = topology
+        parts = [torch.empty_like(tensor) for _ in range(topology.tensor_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=topology.tensor_group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        topology: Topology = ctx.topology
+        return gradient.chunk(topology.tensor_size, dim=-1)[topology.tensor_rank], None

@@ -1,0 +1,122 @@
+"""Linear layers and the embedding, divided among tensor-parallel ranks.
+
+With one rank each is its plain torch counterpart.  Division follows Megatron-LM
+(Shoeybi et al. 2019, section 3): columns first, rows second, one sum per pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from megatron.parallel.collectives import (
+    copy_to_tensor_ranks,
+    gather_last_dimension,
+    sum_over_tensor_ranks,
+)
+from megatron.parallel.parameters import Initializer, ParameterScope, zeros
+from megatron.parallel.partition import Partition
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x Wᵀ + b`` with the outputs divided among the tensor ranks.
+
+    Attributes:
+        weight: this rank's rows, ``[outputs / tensor_size, inputs]``.
+        bias: this rank's part, or None.
+    """
+
+    def __init__(
+        self,
+        scope: ParameterScope,
+        *,
+        inputs: int,
+        outputs: Sequence[int],
+        initializer: Initializer,
+        bias: bool = True,
+        gather: bool = False,
+    ) -> None:
+        """Make the layer.
+
+        Args:
+            scope: place of the layer in the model.
+            inputs: size of the last dimension in.
+            outputs: sizes of the blocks that the output concatenates; each is divided.
+            initializer: of the weight; the bias starts at zero.
+            bias: whether there is a bias.
+            gather: whether every rank returns the whole output instead of its part.
+        """
+        super().__init__()
+        self.topology = scope.topology
+        self.gather = gather
+        rows = Partition(dim=0, blocks=tuple(outputs))
+        total = sum(outputs)
+        self.weight = scope.parameter("weight", (total, inputs), initializer, rows)
+        self.bias = scope.parameter("bias", (total,), zeros, rows) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[…, inputs]`` to ``[…, outputs / tensor_size]`` (or all, with ``gather``)."""
+        y = F.linear(copy_to_tensor_ranks(x, self.topology), self.weight, self.bias)
+        return gather_last_dimension(y, self.topology) if self.gather else y
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x Wᵀ + b`` with the inputs divided among the tensor ranks and the outputs added up.
+
+    Attributes:
+        weight: this rank's columns, ``[outputs, inputs / tensor_size]``.
+        bias: the whole bias on every rank, added once, after the sum; or None.
+    """
+
+    def __init__(
+        self,
+        scope: ParameterScope,
+        *,
+        inputs: int,
+        outputs: int,
+        initializer: Initializer,
+        bias: bool = True,
+    ) -> None:
+        """Make the layer; ``inputs`` is the full size, before division."""
+        super().__init__()
+        self.topology = scope.topology
+        columns = Partition(dim=1, blocks=(inputs,))
+        self.weight = scope.parameter("weight", (outputs, inputs), initializer, columns)
+        self.bias = scope.parameter("bias", (outputs,), zeros) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map this rank's part ``[…, inputs / tensor_size]`` to the whole ``[…, outputs]``."""
+        if self.topology.tensor_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = sum_over_tensor_ranks(F.linear(x, self.weight), self.topology)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with the vocabulary divided among the tensor ranks.
+
+    Attributes:
+        weight: this rank's rows, ``[vocabulary / tensor_size, hidden]``.
+    """
+
+    def __init__(
+        self, scope: ParameterScope, *, vocabulary: int, hidden: int, initializer: Initializer
+    ) -> None:
+        """Make the embedding of a vocabulary that is already padded to divide evenly."""
+        super().__init__()
+        self.topology = scope.topology
+        rows = Partition(dim=0, blocks=(vocabulary,))
+        self.weight = scope.parameter("weight", (vocabulary, hidden), initializer, rows)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Look up ``tokens`` (int64 ``[B, S]``): ``[B, S, hidden]`` on every rank."""
+        if self.topology.tensor_size == 1:
+            return F.embedding(tokens, self.weight)
+        rows = self.weight.shape[0]
+        local = tokens - self.topology.tensor_rank * rows
+        absent = (local < 0) | (local >= rows)
+        found = F.embedding(local.masked_fill(absent, 0), self.weight)
+        return sum_over_tensor_ranks(found.masked_fill(absent[..., None], 0), self.topology)

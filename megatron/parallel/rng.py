@@ -1,0 +1,112 @@
+"""Randomness as a function of names and numbers: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megatron.parallel.topology import Topology
+
+
+def digest(*parts: int | str) -> int:
+    """Return a 128-bit number that depends on every part, the same on every machine."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """Return a counter-based generator (Philox) keyed by ``parts``."""
+    return np.random.Generator(np.random.Philox(key=digest(*parts)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutKey:
+    """The micro-batch that a dropout mask belongs to."""
+
+    step: int
+    micro_batch: int
+
+
+class DropoutRng:
+    """Masks that depend on (seed, step, micro-batch, data rank, layer, place) and nothing else.
+
+    Where each mask is drawn, torch's default generator is seeded for the length of that
+    draw and put back afterwards: fused dropout and attention kernels take no other.  A
+    resumed run therefore needs no generator state, and recomputed activations draw their
+    first masks again even when other micro-batches ran in between.
+    """
+
+    def __init__(self, *, seed: int, topology: Topology) -> None:
+        """Make the masks of a run with ``seed`` on the rank of ``topology``."""
+        self._seed = seed
+        self._topology = topology
+        self._key: DropoutKey | None = None
+
+    def begin(self, *, step: int, micro_batch: int) -> None:
+        """Say which step and micro-batch (0, 1, … in the step) runs forward next."""
+        self._key = DropoutKey(step=step, micro_batch=micro_batch)
+
+    @contextlib.contextmanager
+    def masks(self, device: torch.device, *place: int | str, split: bool) -> Iterator[None]:
+        """Draw from this place's own stream inside the ``with`` block.
+
+        Args:
+            device: where the masks are drawn.
+            place: layer number and name of the place in it.
+            split: whether tensor ranks hold different values here (attention heads), so that
+                each needs a stream of its own; otherwise all draw the same.
+
+        Raises:
+            RuntimeError: :meth:`begin` has not been called.
+        """
+        if self._key is None:
+            raise RuntimeError(
+                "dropout is on, but begin(step=…, micro_batch=…) was not called before forward"
+            )
+        coordinates = self._topology.coordinates
+        shard = coordinates.tensor if split else -1
+        step, micro_batch = self._key.step, self._key.micro_batch
+        seed = digest(self._seed, "dropout", step, micro_batch, coordinates.data, shard, *place) % (
+            1 << 63
+        )
+        with _default_generator(device, seed):
+            yield
+
+    def recomputed(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Call ``function`` and recompute its activations in backward instead of keeping them.
+
+        The masks of the recomputation are those of this micro-batch, whichever runs then.
+        """
+        key = self._key
+
+        def run(*arguments: Any) -> Any:
+            before, self._key = self._key, key
+            try:
+                return function(*arguments)
+            finally:
+                self._key = before
+
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextlib.contextmanager
+def _default_generator(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the default generator of ``device`` for a block, then put it back."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        default = torch.cuda.default_generators[index]
+    else:
+        default = torch.default_generator
+    state = default.get_state()
+    default.manual_seed(seed)
+    try:
+        yield
+    finally:
+        default.set_state(state)

@@ -1,0 +1,42 @@
+"""A model configuration for tests: what the model reads, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestSpec:
+    __test__ = False
+
+    vocab_size: int = 97
+    make_vocab_size_divisible_by: int = 8
+    num_layers: int = 2
+    hidden_size: int = 32
+    num_attention_heads: int = 4
+    num_kv_heads: int | None = None
+    seq_length: int = 16
+    max_position_embeddings: int = 16
+    norm: str = "layernorm"
+    layernorm_epsilon: float = 1e-5
+    rms_norm_epsilon: float = 1e-8
+    pos_emb: str = "rotary"
+    rotary_pct: float = 1.0
+    rotary_emb_base: float = 10000.0
+    activation: str = "gelu"
+    intermediate_size: int | None = None
+    gpt_j_residual: bool = False
+    no_weight_tying: bool = False
+    init_method: str = "normal"
+    init_method_std: float = 0.02
+    output_layer_init_method: str = "scaled_normal"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    use_bias_in_attn_linear: bool = True
+    use_bias_in_mlp: bool = True
+    checkpoint_activations: bool = False
+    checkpoint_num_layers: int = 1
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        unit = self.make_vocab_size_divisible_by * tensor_size
+        return -(-self.vocab_size // unit) * unit
