@@ -41,4 +41,48 @@ def build_sinks(
     sinks: list[Sink] = [JsonlSink(run_dir, log_interval=interval, audit=audit_samples)]
     if console:
         sinks.append(ConsoleSink(log_interval=interval, total_steps=total_steps))
+    sinks += chart_sinks(logging, run_dir, interval)
     return SinkGroup(sinks)
+
+
+def chart_sinks(logging: Any, run_dir: Path, interval: int) -> list[Sink]:
+    """Return the chart services that the configuration asks for; their libraries load here."""
+
+    def option(name: str) -> Any:
+        return getattr(logging, name, None)
+
+    sinks: list[Sink] = []
+    if option("use_tensorboard") or option("tensorboard_dir"):
+        from megatron.monitor.tensorboard import TensorBoardSink
+
+        directory = option("tensorboard_dir") or run_dir / "tensorboard"
+        sinks.append(TensorBoardSink(directory, log_interval=interval))
+    if option("use_wandb"):
+        from megatron.monitor.wandb import WandbSink
+
+        sinks.append(
+            WandbSink(
+                run_dir,
+                project=option("wandb_project") or "neox",
+                entity=option("wandb_team"),
+                group=option("wandb_group"),
+                name=option("wandb_run_name"),
+                host=option("wandb_host"),
+                log_interval=interval,
+            )
+        )
+    if option("use_comet"):
+        from megatron.monitor.comet import CometSink
+
+        sinks.append(
+            CometSink(
+                run_dir,
+                project=option("comet_project"),
+                workspace=option("comet_workspace"),
+                name=option("comet_experiment_name"),
+                tags=option("comet_tags") or (),
+                others=option("comet_others"),
+                log_interval=interval,
+            )
+        )
+    return sinks
