@@ -1,0 +1,48 @@
+"""The public API of the mixing methods, in one import that needs NumPy alone.
+
+from data_sampling_utils import Observation, build_mixer, available_methods
+
+mixer = build_mixer("odm", domains=["code", "prose"], smoothing_factor=0.9)
+for step in range(1, steps + 1):
+    p = mixer.decide(step=step).sampling_weights          # float64 [K]
+    …                                                     # draw by p, train
+    mixer.observe(Observation(step=step, loss_sum=[…], token_count=[…]))
+"""
+
+from __future__ import annotations
+
+from megatron.mixing import (
+    Decision,
+    Mixer,
+    Observation,
+    ObservationError,
+    RunContext,
+    Signal,
+    available_methods,
+    build_mixer,
+)
+from megatron.mixing.weights import (
+    document_weights,
+    natural_weights,
+    nopack_weights,
+    padded_windows,
+    temperature_weights,
+    uniform_weights,
+)
+
+__all__ = [
+    "Decision",
+    "Mixer",
+    "Observation",
+    "ObservationError",
+    "RunContext",
+    "Signal",
+    "available_methods",
+    "build_mixer",
+    "document_weights",
+    "natural_weights",
+    "nopack_weights",
+    "padded_windows",
+    "temperature_weights",
+    "uniform_weights",
+]

@@ -1,0 +1,368 @@
+"""The contract of every mixing method, and everything they have in common.
+
+The loop knows one thing: ``decide(step)`` before a step, ``observe(observation)``
+after it.  :class:`Mixer` carries what METHODS have in common (warm-up, cadence,
+pooling, floors and ceilings, checks, state); a method adds its rule.  All of it is
+float64 NumPy, free of clocks and random numbers, and identical on every rank.
+
+How methods of every kind fit, without a change here or in the loop:
+
+* A *loss-driven sampler* (the bandits, ADO) implements :meth:`Mixer._update`, which
+  gets the pooled window of an update and returns the new distribution.  What must
+  follow every step rather than every update (a running share of the batch, a loss
+  history) goes into :meth:`Mixer._follow`.
+* A *loss re-weighter* (DoReMi) keeps its sampling distribution: ``_update`` moves its
+  own state and returns None, and :meth:`Mixer._decide` returns a decision with
+  ``loss_weights``.  ``needs`` names ``Signal.EXCESS_LOSS``.
+* A *gradient-driven* one (DoGE) reads ``window.gradient_alignment`` and
+  ``window.learning_rate`` in ``_update``; ``needs`` names both signals.
+* A *validation-driven* one (Skill-It, dynamic batch loading) returns
+  ``validate=True`` from ``_decide(step)`` until :meth:`Mixer._measured_before` says
+  that the measurement is in.  The loop measures, observes it as step ``step - 1``
+  with counts of 0, and asks again; the base hands such an observation to
+  :meth:`Mixer._measure` and keeps its order apart from that of training steps, so
+  step t - 1 may have both, in either order, and step 0 may have one.
+* A *prober* (Aioli) is a pure function of step and state in ``_decide``: it finds the
+  step's place in its round, returns the probe mixture with ``probe`` set on every
+  step of the probe and ``fresh_quota`` on its first, asks for ``validate`` before the
+  next, and moves its estimates in ``_measure``, where it may set the distribution of
+  the rest of the round with :meth:`Mixer._set_weights`.
+
+What a method remembers goes through :meth:`Mixer._save` and :meth:`Mixer._restore`,
+in vectors keyed by domain name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megatron.errors import CheckpointError
+from megatron.mixing.observation import (
+    FloatArray,
+    Observation,
+    ObservationError,
+    Signal,
+    check_step,
+)
+from megatron.mixing.options import CommonOptions, bounds
+from megatron.mixing.simplex import is_distribution, normalise, project
+from megatron.mixing.window import Window
+from megatron.state import check_state
+
+__all__ = ["Decision", "Mixer", "Observation", "ObservationError", "RunContext", "Signal"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """What the next step draws, and how its losses count.
+
+    Attributes:
+        sampling_weights: the distribution that draws the step, float64 [K], sum 1.
+        loss_weights: weight of each token of a domain in the loss, [K]; None = all 1.
+        validate: before this step, measure ``valid_loss``, observe it as the previous
+            step with counts of 0, and ask again.
+        fresh_quota: apportion this step and the following ones, this many in all, as
+            one block, closing the carry of earlier steps; None = go on as usual.
+        probe: index of the probe mixture this step belongs to, for the log.
+    """
+
+    sampling_weights: FloatArray
+    loss_weights: FloatArray | None = None
+    validate: bool = False
+    fresh_quota: int | None = None
+    probe: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a method may know of the run it steers; None = not known.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+        tokens_per_step: tokens of a global batch.
+    """
+
+    total_steps: int | None = None
+    tokens_per_step: int | None = None
+
+
+class Mixer(ABC):
+    """A mixing method at work on one run.
+
+    Args:
+        domains: names, in the order of every vector.
+        weights: the given weights as they are (at least 0, not all 0), float64 [K].
+        options: the method's options.
+        context: what is known of the run.
+
+    Raises:
+        ConfigError: floors and ceilings that no distribution satisfies.
+    """
+
+    method: ClassVar[str]
+    needs: frozenset[Signal] = frozenset({Signal.LOSS})
+    """Signals that the method reads."""
+
+    def __init__(
+        self,
+        *,
+        domains: Sequence[str],
+        weights: FloatArray,
+        options: CommonOptions,
+        context: RunContext,
+    ) -> None:
+        self.domains: tuple[str, ...] = tuple(domains)
+        self._options = options
+        self._context = context
+        self._floor, self._ceiling = bounds(options, self.domains, self.method)
+        self._initial = self._bounded(normalise(weights))
+        self._weights = self._initial
+        self._step = 0
+        self._measured_step = -1
+        self._window: Window | None = None
+
+    @property
+    def step(self) -> int:
+        """The last step that a counted observation followed; 0 before the first."""
+        return self._step
+
+    def decide(self, step: int) -> Decision:
+        """Return the decision for ``step``; it changes nothing and may be repeated.
+
+        Any step after the last observed one may be asked for: what is not observed yet
+        is not known yet, so it is what the present state says of that step.
+
+        Raises:
+            ObservationError: ``step`` is no step number, or lies in the past.
+        """
+        step = check_step(step, least=1)
+        if step <= self._step:
+            raise ObservationError(
+                f"asked for the weights of step {step}, but step {self._step} has been observed "
+                f"already; the earliest that can be decided is step {self._step + 1}"
+            )
+        if step <= self._options.warmup_steps:
+            return Decision(sampling_weights=self._initial.copy())
+        return self._decide(step)
+
+    def observe(self, observation: Observation) -> None:
+        """Learn from the step that ``observation.step`` names.
+
+        An observation with a non-finite loss, and one without any token or validation,
+        leaves the mixer exactly as it was.
+
+        Raises:
+            ObservationError: it is not of these domains, lacks a signal that the method
+                reads, or its step is not after the last one observed.
+        """
+        self._check_fit(observation)
+        if observation.only_validation:
+            self._take_measurement(observation)
+            return
+        step = observation.step
+        if step <= self._step:
+            raise ObservationError(
+                f"observation of step {step} after that of step {self._step}; steps are observed "
+                f"once each, in rising order"
+            )
+        self._check_signals(observation)
+        if not observation.finite(self.needs):
+            return
+        due = step % self._options.update_every == 0
+        present = observation.present
+        if present is not None and present.any():
+            if step > self._options.warmup_steps:
+                drawn_by = self._drawn_by(observation)
+                self._follow(observation, drawn_by)
+                self._pool(observation, drawn_by, due=due)
+        elif not (due and self._window is not None):
+            return
+        if due and self._window is not None:
+            window, self._window = self._window, None
+            updated = self._update(step, window)
+            if updated is not None:
+                self._set_weights(updated)
+        self._step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next decisions depend on, JSON-able and rank-free."""
+        window = self._window
+        return {
+            "version": 1,
+            "method": self.method,
+            "domains": list(self.domains),
+            "step": self._step,
+            "measured_step": self._measured_step,
+            "weights": self._by_name(self._weights),
+            "window": None if window is None else window.state_dict(self._by_name),
+            "rule": self._save(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``: every later decision has the bits it would have had.
+
+        Raises:
+            CheckpointError: the state is of another version, method or set of domains,
+                or damaged.
+        """
+        owner = f"mixing method '{self.method}'"
+        keys = ("method", "domains", "step", "measured_step", "weights", "window", "rule")
+        check_state(owner, state, version=1, keys=keys)
+        if state["method"] != self.method:
+            raise CheckpointError(
+                f"the checkpoint's mixing method is '{state['method']}' and the configuration's "
+                f"'{self.method}'; set mixing.method to '{state['method']}', or start a new run"
+            )
+        if sorted(state["domains"]) != sorted(self.domains):
+            raise CheckpointError(
+                f"the checkpoint mixes the domains {sorted(state['domains'])} and the "
+                f"configuration {sorted(self.domains)}; give the run the same domains"
+            )
+        weights = self._vector(state["weights"], "weights")
+        if not is_distribution(weights):
+            raise CheckpointError(f"the state of {owner} is damaged: weights {weights.tolist()}")
+        window = state["window"]
+        restored = None if window is None else Window.from_state(window, self._vector)
+        self._restore(state["rule"])
+        self._weights, self._window = self._bounded(weights), restored
+        self._step, self._measured_step = int(state["step"]), int(state["measured_step"])
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a log shows of the method: weights and estimates by name, JSON-able."""
+        return {
+            "method": self.method,
+            "step": self._step,
+            "weights": self._by_name(self._weights),
+            **self._estimates(),
+        }
+
+    # What a method adds.
+
+    @abstractmethod
+    def _update(self, step: int, window: Window) -> FloatArray | None:
+        """Apply the rule to the window that ends with ``step``.
+
+        Returns:
+            The new distribution before floors and ceilings, [K]; None to keep the old
+            one.  A rule that returns None because its input decides nothing must not
+            have moved its estimates either.
+        """
+
+    def _decide(self, step: int) -> Decision:
+        """Return the decision for a step after the warm-up; pure."""
+        return Decision(sampling_weights=self._weights.copy())
+
+    def _follow(  # noqa: B027 - most rules need nothing of it
+        self, observation: Observation, sampling_weights: FloatArray
+    ) -> None:
+        """See one counted step after the warm-up, before pooling."""
+
+    def _measure(  # noqa: B027 - most rules need nothing of it
+        self, step: int, valid_loss: FloatArray
+    ) -> None:
+        """See a validation measured after ``step`` (NaN = domain not measured)."""
+
+    def _save(self) -> dict[str, Any]:
+        """Return what the rule remembers, JSON-able."""
+        return {}
+
+    def _restore(self, rule: Mapping[str, Any]) -> None:
+        """Take up what :meth:`_save` returned; check it before changing anything."""
+        if rule:
+            raise CheckpointError(
+                f"the state of mixing method '{self.method}' holds {sorted(rule)}, unknown here"
+            )
+
+    def _estimates(self) -> dict[str, Any]:
+        """Return what :meth:`describe` shows beside the weights."""
+        return {}
+
+    # What a method may use.
+
+    def _set_weights(self, weights: FloatArray) -> None:
+        """Take ``weights`` as the distribution from now on; what is not finite is refused."""
+        if np.isfinite(weights).all() and (weights >= 0).all() and weights.any():
+            self._weights = self._bounded(weights)
+
+    def _bounded(self, weights: FloatArray) -> FloatArray:
+        """Project onto floors and ceilings; a distribution within them keeps its bits."""
+        if len(weights) == 1:
+            return np.ones(1)
+        p = weights if is_distribution(weights) else normalise(weights)
+        return project(p, self._floor, self._ceiling)
+
+    def _measured_before(self, step: int) -> bool:
+        """Whether a validation was measured between step ``step - 1`` and step ``step``."""
+        return self._measured_step >= step - 1
+
+    def _by_name(self, values: FloatArray) -> dict[str, float | None]:
+        """Key a vector by domain; NaN becomes None, so that any JSON reader takes it."""
+        return {
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(self.domains, values, strict=True)
+        }
+
+    def _vector(self, values: Mapping[str, Any], name: str) -> FloatArray:
+        """Read back what :meth:`_by_name` wrote, in the order of the domains."""
+        try:
+            if len(values) != len(self.domains):
+                raise KeyError(name)
+            read = [np.nan if values[d] is None else float(values[d]) for d in self.domains]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the state of mixing method '{self.method}' is damaged: {name} is {values!r}"
+            ) from error
+        return np.array(read, dtype=np.float64)
+
+    # How it hangs together.
+
+    def _drawn_by(self, observation: Observation) -> FloatArray:
+        """Return the distribution that drew the observed step."""
+        given = observation.vector("sampling_weights")
+        return self.decide(observation.step).sampling_weights if given is None else given
+
+    def _pool(self, observation: Observation, drawn_by: FloatArray, *, due: bool) -> None:
+        """Add a step to the window of the next update."""
+        if self._options.pool:
+            window = self._window or Window.empty(len(self.domains))
+        elif due:
+            window = Window.empty(len(self.domains))
+        else:
+            return
+        self._window = window.add(observation, drawn_by)
+
+    def _take_measurement(self, observation: Observation) -> None:
+        """Hand over a validation; measurements have an order of their own."""
+        step, valid_loss = observation.step, observation.vector("valid_loss")
+        if step <= self._measured_step:
+            raise ObservationError(
+                f"validation of step {step} after that of step {self._measured_step}; each step "
+                f"is validated once, in rising order"
+            )
+        if valid_loss is None or not observation.finite(self.needs):
+            return
+        self._measured_step = step
+        if Signal.VALID_LOSS in self.needs and step >= self._options.warmup_steps:
+            self._measure(step, valid_loss)
+
+    def _check_fit(self, observation: Observation) -> None:
+        if not isinstance(observation, Observation):
+            raise ObservationError(f"observe takes an Observation, not {observation!r}")
+        length = observation.length
+        if length is not None and length != len(self.domains):
+            raise ObservationError(
+                f"observation of step {observation.step} has {length} values per vector and the "
+                f"mixer {len(self.domains)} domains ({', '.join(self.domains)})"
+            )
+
+    def _check_signals(self, observation: Observation) -> None:
+        if Signal.LOSS in self.needs and observation.loss_sum is None:
+            raise ObservationError(
+                f"observation of step {observation.step} has no loss_sum and token_count, which "
+                f"the mixing method '{self.method}' reads"
+            )

@@ -1,0 +1,159 @@
+"""Observations since the last update, pooled into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+from megatron.mixing.observation import BoolArray, FloatArray, Observation
+from megatron.mixing.simplex import saturate
+from megatron.state import check_state
+
+_ADDED: Final = ("loss_sum", "token_count", "loss_square_sum", "sample_count")
+_VECTORS: Final = (
+    *_ADDED,
+    "sampling_weights",
+    "excess_sum",
+    "excess_tokens",
+    "gradient_alignment",
+    "valid_loss",
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """What one or several steps observed; a signal that was not given counts as 0 or absent.
+
+    Attributes:
+        steps: how many observations it holds.
+        loss_sum: added, [K].
+        token_count: added, [K].
+        sampling_weights: mean over the steps of the distributions that drew them, [K]:
+            the expected share of each domain in the window.
+        excess_sum: excess loss times the domain's tokens, added over the steps that
+            measured it, [K].
+        excess_tokens: tokens of those steps, [K].
+        gradient_alignment: mean over the steps, [K].
+        loss_square_sum: added, [K].
+        sample_count: added, [K].
+        valid_loss: the latest measurement of each domain, NaN where there is none, [K].
+        learning_rate: mean over the steps.
+    """
+
+    steps: int
+    loss_sum: FloatArray
+    token_count: FloatArray
+    sampling_weights: FloatArray
+    excess_sum: FloatArray
+    excess_tokens: FloatArray
+    gradient_alignment: FloatArray
+    loss_square_sum: FloatArray
+    sample_count: FloatArray
+    valid_loss: FloatArray
+    learning_rate: float
+
+    @classmethod
+    def empty(cls, domains: int) -> Window:
+        """Return the window of no step."""
+        vectors = {name: np.zeros(domains) for name in _VECTORS}
+        vectors["valid_loss"] = np.full(domains, np.nan)
+        return cls(steps=0, learning_rate=0.0, **vectors)
+
+    def add(self, observation: Observation, sampling_weights: FloatArray) -> Window:
+        """Return the window with one more step, which ``sampling_weights`` drew."""
+        steps = self.steps + 1
+
+        def mean(old: FloatArray, new: FloatArray) -> FloatArray:
+            # This form leaves the mean of equal values equal to them, bit for bit.
+            return old + (new / steps - old / steps)
+
+        changes: dict[str, Any] = {
+            "steps": steps,
+            "sampling_weights": mean(self.sampling_weights, sampling_weights),
+        }
+        present = observation.present
+        for name in _ADDED:
+            vector = observation.vector(name)
+            if vector is not None:
+                # Without tokens there is no loss, whatever a sum says.
+                counted = vector if present is None else np.where(present, vector, 0.0)
+                changes[name] = _add(getattr(self, name), counted)
+        changes |= self._excess(observation)
+        alignment = observation.vector("gradient_alignment")
+        if alignment is not None:
+            changes["gradient_alignment"] = saturate(mean(self.gradient_alignment, alignment))
+        valid = observation.vector("valid_loss")
+        if valid is not None:
+            changes["valid_loss"] = np.where(np.isnan(valid), self.valid_loss, valid)
+        if observation.learning_rate is not None:
+            rate = self.learning_rate
+            changes["learning_rate"] = rate + (observation.learning_rate - rate) / steps
+        return replace(self, **changes)
+
+    def _excess(self, observation: Observation) -> dict[str, FloatArray]:
+        """Return the excess sums with one more step; a mean counts for its domain's tokens."""
+        excess, tokens = observation.vector("excess_loss"), observation.vector("token_count")
+        if excess is None or tokens is None:
+            return {}
+        measured = np.isfinite(excess) & (tokens > 0)
+        with np.errstate(over="ignore"):
+            added = saturate(np.where(measured, excess, 0.0) * tokens)
+        return {
+            "excess_sum": _add(self.excess_sum, added),
+            "excess_tokens": _add(self.excess_tokens, np.where(measured, tokens, 0.0)),
+        }
+
+    @property
+    def present(self) -> BoolArray:
+        """Which domains have tokens in the window, bool [K]."""
+        return self.token_count > 0
+
+    @property
+    def mean_loss(self) -> FloatArray:
+        """Mean loss of each domain in nats per token, [K]; 0 for the absent (see ``present``)."""
+        return _ratio(self.loss_sum, self.token_count)
+
+    @property
+    def mean_excess(self) -> FloatArray:
+        """Mean excess loss in nats per token, [K]; NaN for a domain that never measured it."""
+        means = _ratio(self.excess_sum, self.excess_tokens)
+        return np.where(self.excess_tokens > 0, means, np.nan)
+
+    def state_dict(
+        self, by_name: Callable[[FloatArray], dict[str, float | None]]
+    ) -> dict[str, Any]:
+        """Return the window, JSON-able; ``by_name`` turns a vector into a mapping."""
+        state: dict[str, Any] = {name: by_name(getattr(self, name)) for name in _VECTORS}
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            **state,
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], vector: Callable[[Any, str], FloatArray]
+    ) -> Window:
+        """Rebuild a window; ``vector`` turns a mapping by name back into [K]."""
+        check_state(
+            "the mixing window", state, version=1, keys=("steps", "learning_rate", *_VECTORS)
+        )
+        vectors = {name: vector(state[name], name) for name in _VECTORS}
+        return cls(
+            steps=int(state["steps"]), learning_rate=float(state["learning_rate"]), **vectors
+        )
+
+
+def _add(total: FloatArray, values: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):
+        return saturate(total + values)
+
+
+def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):
+        quotient = numerator / np.where(denominator > 0, denominator, 1.0)
+    return saturate(np.where(denominator > 0, quotient, 0.0))
