@@ -54,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--merge-file", type=Path, help="GPT-2's is fetched if not given")
     parser.add_argument("--source", help="take the corpus from this address, hub name or folder")
     parser.add_argument("--max-documents", type=_count, help="of each domain; hub corpora only")
-    parser.add_argument(
-        "--max-bytes", type=_size, help="of text of each domain, such as 500M or 2G"
-    )
+    parser.add_argument("--max-bytes", type=_size, help="of each domain's text: 500M, 2G")
     parser.add_argument("--workers", type=_count, default=1, help="processes that tokenise")
     parser.add_argument("--list", action="store_true", help="list the corpora and stop")
     return parser

@@ -92,9 +92,7 @@ def _fraction(dice: random.Random) -> str:
 
 def _base(dice: random.Random) -> str:
     value = _number(dice)
-    return (
-        f"{value} is {value:b} in base two, {value:o} in base eight and {value:x} in base sixteen."
-    )
+    return f"{value} is {value:b} in base two, {value:o} in base eight, {value:x} in base sixteen."
 
 
 def _sequence(dice: random.Random) -> str:

@@ -173,8 +173,6 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                 with zipfile.ZipFile(archive) as packed:
                     packed.extractall(partial)
         except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError) as error:
-            raise DataError(
-                f"{archive} cannot be unpacked: {error}; remove it and go on"
-            ) from error
+            raise DataError(f"{archive} cannot be unpacked: {error}; remove it first") from error
         partial.rename(folder)
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -271,8 +271,8 @@ def _load(folder: Path, wanted: dict[str, Any]) -> _Progress:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["wanted"] != wanted:
             raise DataError(
-                f"{folder} was begun with other settings ({_differences(record['wanted'], wanted)});"
-                " remove it, or give another --data-dir"
+                f"{folder} was begun with other settings "
+                f"({_differences(record['wanted'], wanted)}); remove it, or give another --data-dir"
             )
         progress = _Progress(
             seen=record["seen"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.data.corpora import hub, quickstart
@@ -16,14 +16,14 @@ from megatron.errors import DataError, RunError
 
 Say = Callable[[str], None]
 
-_GPT2 = "https://huggingface.co/openai-community/gpt2/resolve/main"
+_GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 GPT2_VOCABULARY = (
-    f"{_GPT2}/vocab.json",
+    f"{_GPT2}/encoder.json",
     "gpt2-vocab.json",
     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 )
 GPT2_MERGES = (
-    f"{_GPT2}/merges.txt",
+    f"{_GPT2}/vocab.bpe",
     "gpt2-merges.txt",
     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 )
@@ -54,7 +54,7 @@ class Request:
     vocab_file: Path | None = None
     merge_file: Path | None = None
     source: str | None = None
-    limits: hub.Limits = hub.Limits()
+    limits: hub.Limits = field(default_factory=hub.Limits)
     workers: int = 1
 
 

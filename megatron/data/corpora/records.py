@@ -45,17 +45,12 @@ def _money(cents: int) -> str:
 def _orders(dice: random.Random) -> str:
     lines = []
     for _ in range(dice.randint(3, 8)):
-        items = [
-            {
-                "article": f"{dice.choice(_QUALITIES.split())} {dice.choice(_THINGS.split())}",
-                "quantity": dice.randint(1, 20),
-                "price": dice.randint(20, 9_000),
-            }
-            for _ in range(dice.randint(1, 4))
-        ]
-        total = sum(int(item["quantity"]) * int(item["price"]) for item in items)
-        for item in items:
-            item["price"] = _money(int(item["price"]))
+        items, total = [], 0
+        for _ in range(dice.randint(1, 4)):
+            quantity, price = dice.randint(1, 20), dice.randint(20, 9_000)
+            article = f"{dice.choice(_QUALITIES.split())} {dice.choice(_THINGS.split())}"
+            items.append({"article": article, "quantity": quantity, "price": _money(price)})
+            total += quantity * price
         order = {
             "order": dice.randint(10_000, 99_999),
             "customer": f"{_name(dice)} {_name(dice)}",
