@@ -1,0 +1,242 @@
+"""From a user's keys to groups: every key is honoured, mapped, refused or noted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from megatron.config.blocks import (
+    put_optimizer_type,
+    put_zero_option,
+    read_bf16,
+    read_fp16,
+    read_optimizer,
+    read_precision,
+    read_zero,
+)
+from megatron.config.config import FLAT_GROUPS
+from megatron.config.domains import map_data_keys, map_weights
+from megatron.config.draft import Draft
+from megatron.config.neox import (
+    ALIASES,
+    DATA_KEYS,
+    REFUSED,
+    SAMPLING_KEYS,
+    WITHOUT_EFFECT,
+    ZERO_ALIASES,
+    is_off,
+)
+from megatron.config.node import Node
+from megatron.config.problems import Problems
+from megatron.config.sampling import map_sampling_keys
+from megatron.config.suggest import did_you_mean
+
+FIELDS: dict[str, tuple[str, str]] = {
+    name: (group, name) for group, model in FLAT_GROUPS.items() for name in model.model_fields
+}
+IGNORED_KEY = "keys_without_effect"
+_READERS = {
+    "optimizer": read_optimizer,
+    "optimizer_type": put_optimizer_type,
+    "fp16": read_fp16,
+    "bf16": read_bf16,
+    "precision": read_precision,
+    "zero_optimization": read_zero,
+    **{key: partial(put_zero_option, key=option) for key, option in ZERO_ALIASES.items()},
+}
+_OWN = ("split", "domains", "mixing", "deepspeed_extra_args", "attention_config", "fp32_allreduce")
+_REQUIRED_SINGLE = ("flash", "global")
+
+
+def accepted_keys() -> list[str]:
+    """Name every key that has a meaning here, without those that are refused or ignored."""
+    return [*FIELDS, *_READERS, *_OWN, *ALIASES, *DATA_KEYS, *SAMPLING_KEYS]
+
+
+def known_keys() -> list[str]:
+    """Name every key that is known, the accepted ones first."""
+    return [*accepted_keys(), *REFUSED, *WITHOUT_EFFECT]
+
+
+def canonicalise(tree: dict[str, Node], problems: Problems) -> Draft:
+    """Sort a merged tree's keys into a draft of the typed groups."""
+    draft = Draft(problems=problems)
+    later: dict[str, Node] = {}
+    for key, node in tree.items():
+        if node.value is None and node.mark.override and key in known_keys():
+            continue  # --set key=null gives back the default
+        if key in DATA_KEYS or key in SAMPLING_KEYS:
+            later[key] = node
+        else:
+            _read_key(draft, key, node)
+    map_data_keys(draft, {k: n for k, n in later.items() if k in DATA_KEYS})
+    map_sampling_keys(draft, {k: n for k, n in later.items() if k in SAMPLING_KEYS})
+    map_weights(draft)
+    _complete(draft)
+    return draft
+
+
+def _read_key(draft: Draft, key: str, node: Node) -> None:
+    if key in _READERS:
+        if node.value is not None:
+            _READERS[key](draft, node=node)
+    elif key == "checkpoint_factor":
+        draft.put("checkpoint", key, node)
+    elif key in FIELDS:
+        if not _later_size(draft, key, node):
+            draft.put(*FIELDS[key], node)
+    elif key in ALIASES:
+        if node.value is not None:
+            draft.put(*ALIASES[key], node)
+    elif key in ("split", "domains", IGNORED_KEY):
+        draft.put("", key, node)
+    elif key == "mixing":
+        for name, entry in draft.block(node).items():
+            draft.put("mixing", name, entry)
+    elif key == "deepspeed_extra_args":
+        _read_extra(draft, node)
+    elif key == "attention_config":
+        _read_attention(draft, node)
+    elif key == "fp32_allreduce":
+        _read_allreduce(draft, node)
+    else:
+        _read_foreign(draft, key, node)
+
+
+def _read_foreign(draft: Draft, key: str, node: Node) -> None:
+    """Refuse, note or reject a key that has no meaning here."""
+    if key in REFUSED:
+        if not REFUSED[key].agrees(node.plain()):
+            draft.problems.add(node, f"refused: {REFUSED[key].instead}")
+    elif key in WITHOUT_EFFECT:
+        if node.value is not None:
+            draft.ignore(node.name, WITHOUT_EFFECT[key])
+    else:
+        draft.problems.add(node, f"unknown key{_suggestion(key)}", show=False)
+
+
+def _suggestion(key: str) -> str:
+    for block, names in BLOCK_OF.items():
+        if key in names:
+            return f"; it belongs into the block '{block}'"
+    return did_you_mean(key, known_keys())
+
+
+BLOCK_OF: dict[str, tuple[str, ...]] = {
+    "optimizer: {params: …}": ("betas", "eps"),
+    "mixing": ("method", "floor", "ceiling", "warmup_steps", "smoothing_factor", "update_every"),
+    "domains": ("train", "valid", "test", "weight"),
+    "zero_optimization": ("stage",),
+}
+
+
+def _later_size(draft: Draft, key: str, node: Node) -> bool:
+    """Refuse by name what this release does not run yet; tell whether it did."""
+    value = node.value
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return False
+    text = str(value).lower()
+    instead = LATER.get(key, {}).get(text)
+    if key == "model_parallel_size" and isinstance(value, int) and value > 1:
+        instead = "tensor parallelism is not offered yet; use 1 and zero_optimization: {stage: 3}"
+    elif key == "pipe_parallel_size" and isinstance(value, int) and value > 1:
+        instead = "pipeline parallelism is not offered yet; use 1 and zero_optimization"
+    if instead:
+        draft.problems.add(node, f"refused: {instead}")
+    return instead is not None
+
+
+_POSITIONS = "only rotary positions are offered yet; use pos_emb: rotary"
+_ACTIVATIONS = "is not offered yet; use gelu or swiglu"
+LATER: dict[str, dict[str, str]] = {
+    "pos_emb": dict.fromkeys(("learned", "sinusoidal", "rpe", "alibi", "none"), _POSITIONS),
+    "norm": dict.fromkeys(
+        ("scalenorm", "non_parametric_layernorm", "te_rmsnorm", "te_layernorm"),
+        "only layernorm and rmsnorm are offered yet",
+    ),
+    "activation": {
+        name: f"{name} {_ACTIVATIONS}"
+        for name in ("softsign", "swish", "mish", "reglu", "bilinear", "glu")
+    },
+    "init_method": {"single_residual_scaled_normal": "is not offered yet; use scaled_normal"},
+    "output_layer_init_method": {
+        "single_residual_scaled_normal": "is not offered yet; use scaled_normal"
+    },
+}
+
+
+def _read_attention(draft: Draft, node: Node) -> None:
+    """Accept ``attention_config`` where every layer is global or flash attention."""
+    if node.value is None:
+        return
+    if not isinstance(node.value, list):
+        draft.problems.add(node, "should be a list such as [[[flash], all]]")
+        return
+    for entry in _leaves(node):
+        if isinstance(entry.value, str) and entry.value.lower() not in ("global", "flash", "all"):
+            draft.problems.add(
+                entry, "refused: only global and flash attention are offered; use flash"
+            )
+            return
+    draft.ignore(node.name, "attention is global, by the fastest kernel at hand")
+
+
+def _leaves(node: Node) -> list[Node]:
+    if isinstance(node.value, list):
+        return [leaf for entry in node.value for leaf in _leaves(entry)]
+    return [node]
+
+
+def _read_allreduce(draft: Draft, node: Node) -> None:
+    if not isinstance(node.value, bool):
+        if node.value is not None:
+            draft.problems.add(node, "should be true or false")
+    elif node.value:
+        draft.put("parallel", "communication_data_type", replace(node, value="fp32"))
+
+
+_NOT_EXTRA = {
+    "optimizer": "use the optimizer block",
+    "scheduler": "use lr_decay_style, lr_decay_iters, warmup and min_lr",
+    "train_batch_size": "use train_batch_size as a key of its own",
+    "train_micro_batch_size_per_gpu": "use train_micro_batch_size_per_gpu as a key of its own",
+    "gradient_accumulation_steps": "use gradient_accumulation_steps as a key of its own",
+    "gradient_clipping": "use gradient_clipping as a key of its own",
+    "fp16": "use the fp16 block",
+    "bf16": "use precision: bf16",
+    "bfloat16": "use precision: bf16",
+    "amp": "use precision: bf16 or fp16",
+}
+
+
+def _read_extra(draft: Draft, node: Node) -> None:
+    for key, entry in draft.block(node).items():
+        if key in _NOT_EXTRA:
+            draft.problems.add(entry, f"refused here: {_NOT_EXTRA[key]}")
+        else:
+            draft.put("deepspeed", key, entry)
+
+
+def _complete(draft: Draft) -> None:
+    """Fill in what one key implies for another."""
+    factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
+    if (node := draft.get("checkpoint", "checkpoint_scale")) is not None:
+        scale = str(node.value).lower()
+    if factor is not None and factor.value is not None and scale != "log":
+        del draft.groups["checkpoint"]["checkpoint_factor"]
+        draft.put("checkpoint", "save_interval", factor)
+    logging = draft.groups.setdefault("logging", {})
+    folder = logging.get("tensorboard_dir")
+    if folder is not None and folder.value is not None and "use_tensorboard" not in logging:
+        logging["use_tensorboard"] = replace(folder, value=True)
+    for key in ("use_wandb", "use_comet"):
+        if key in logging and logging[key].value is None:
+            del logging[key]
+    kind, merges = draft.get("tokenizer", "tokenizer_type"), draft.get("tokenizer", "merge_file")
+    if merges is not None and merges.value is not None and (kind is None or kind.value is None):
+        fields = draft.groups["tokenizer"]
+        fields["tokenizer_type"] = replace(merges, value="GPT2BPETokenizer")
+    options = draft.groups.pop("zero_options", {})
+    if options:
+        first = next(iter(options.values()))
+        draft.put("zero", "options", replace(first, name="zero_optimization", value=dict(options)))

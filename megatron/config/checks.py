@@ -1,0 +1,90 @@
+"""Rules between groups that no single group can know."""
+
+from __future__ import annotations
+
+from megatron.config.config import Config
+from megatron.config.draft import Draft
+from megatron.config.node import Node
+
+
+def check(config: Config, draft: Draft) -> None:
+    """Add a problem for every rule between groups that is broken."""
+    _check_schedule(config, draft)
+    _check_batch(config, draft)
+    _check_weights(config, draft)
+    _check_tokenizer(config, draft)
+
+
+def _add(draft: Draft, group: str, name: str, text: str) -> None:
+    node = draft.get(group, name)
+    if node is None:
+        draft.problems.add_plain(f"{name}: {text}")
+    else:
+        draft.problems.add(node, text)
+
+
+def _check_schedule(config: Config, draft: Draft) -> None:
+    if config.schedule.min_lr > config.optimizer.lr:
+        _add(
+            draft,
+            "schedule",
+            "min_lr",
+            f"is above the peak learning rate ({config.optimizer.lr})",
+        )
+
+
+def _check_batch(config: Config, draft: Draft) -> None:
+    batch = config.batch
+    if batch.train_batch_size is None and batch.train_micro_batch_size_per_gpu is None:
+        draft.problems.add_plain(
+            "train_micro_batch_size_per_gpu: required, and given in none of the files "
+            "(samples per rank and pass; or train_batch_size, samples per optimizer step)"
+        )
+    elif batch.train_batch_size is not None:
+        parts = (batch.train_micro_batch_size_per_gpu or 1) * (
+            batch.gradient_accumulation_steps or 1
+        )
+        if batch.train_batch_size % parts:
+            _add(
+                draft,
+                "batch",
+                "train_batch_size",
+                "is not divisible by train_micro_batch_size_per_gpu × "
+                f"gradient_accumulation_steps = {parts}",
+            )
+
+
+def _check_weights(config: Config, draft: Draft) -> None:
+    weighted = {name for name, domain in config.domains.items() if domain.weight is not None}
+    unweighted = [name for name in config.domains if name not in weighted]
+    mode = config.mixing.weights
+    if mode not in (None, "given") or not (weighted or mode == "given"):
+        return
+    domains = draft.get("", "domains")
+    if unweighted:
+        text = "has no weight, though "
+        text += "mixing.weights is 'given'" if mode == "given" else "other domains have one"
+        text += "; give every domain a weight, or choose mixing: {weights: natural}"
+        node = domains.at([unweighted[0]]) if domains is not None else None
+        _at(draft, node, unweighted[0], text)
+    elif not any(domain.weight for domain in config.domains.values()):
+        _at(draft, domains, "domains", "every weight is 0; at least one must be above 0")
+
+
+def _at(draft: Draft, node: Node | None, name: str, text: str) -> None:
+    if node is None:
+        draft.problems.add_plain(f"{name}: {text}")
+    else:
+        draft.problems.add(node, text, show=False)
+
+
+def _check_tokenizer(config: Config, draft: Draft) -> None:
+    tokenizer = config.tokenizer
+    kind = tokenizer.tokenizer_type
+    if kind is None and tokenizer.vocab_file is not None:
+        _add(draft, "tokenizer", "vocab_file", "tokenizer_type should say what this file is")
+    needs_vocab = kind in ("HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer")
+    if needs_vocab and tokenizer.vocab_file is None:
+        _add(draft, "tokenizer", "tokenizer_type", "needs vocab_file beside it")
+    if kind == "GPT2BPETokenizer" and tokenizer.merge_file is None:
+        _add(draft, "tokenizer", "tokenizer_type", "needs merge_file beside it")

@@ -1,0 +1,50 @@
+"""The dictionary that ``deepspeed.initialize`` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.config.config import Config
+
+
+def deepspeed_config(
+    config: Config, micro: int, accumulation: int, data_size: int
+) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration.
+
+    Optimizer and schedule are not in it: the optimizer is handed over as an object, and the
+    engine sets the learning rate. ``deepspeed_extra_args`` is merged last, block by block.
+
+    Args:
+        config: the configuration of the run.
+        micro: samples per data rank and micro-batch.
+        accumulation: micro-batches per optimizer step.
+        data_size: number of data-parallel ranks.
+    """
+    result: dict[str, Any] = {
+        "train_batch_size": micro * accumulation * data_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_optimization": {**config.zero.options, "stage": config.zero.effective_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": float("inf"),
+        "wall_clock_breakdown": False,
+    }
+    if config.precision == "fp16":
+        result["fp16"] = {"enabled": True, **config.fp16.model_dump()}
+    elif config.precision == "bf16":
+        result["bf16"] = {"enabled": True}
+    if config.parallel.communication_data_type is not None:
+        result["communication_data_type"] = config.parallel.communication_data_type
+    return _merged(result, config.deepspeed)
+
+
+def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in extra.items():
+        present = result.get(key)
+        both = isinstance(present, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(present, value) if both else value  # type: ignore[arg-type]
+    return result

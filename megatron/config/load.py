@@ -1,0 +1,183 @@
+"""``load_config``: files and overrides in, a checked configuration out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron.config.canonical import IGNORED_KEY, canonicalise
+from megatron.config.checks import check
+from megatron.config.config import FLAT_GROUPS, Config
+from megatron.config.draft import Draft
+from megatron.config.merge import read_all
+from megatron.config.mixing import MixingConfig, option_names, typed_options
+from megatron.config.node import Mark, Node
+from megatron.config.problems import Problems
+from megatron.config.suggest import did_you_mean
+from megatron.errors import NeomixError
+from megatron.registry import mixing_methods
+
+# How a missing required value is written.
+_SPELLING = {"optimizer.lr": "optimizer.params.lr", "domains": "domains"}
+
+
+def load_config(
+    files: Sequence[str], *, conf_dir: str | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Read, merge and check configuration files.
+
+    The mixing methods must have been registered (``import megatron.mixing``).
+
+    Args:
+        files: names of the files; ``.yml`` may be left out.
+        conf_dir: folder that relative names start from.
+        overrides: ``key=value`` texts that win over the files; the value is YAML.
+
+    Raises:
+        ConfigError: all problems that were found, each with file, line, key and value.
+    """
+    if not mixing_methods:
+        raise RuntimeError("no mixing method is registered; import megatron.mixing first")
+    problems = Problems()
+    if not files:
+        problems.add_plain("no configuration file was given")
+    tree = read_all(files, conf_dir, overrides, problems)
+    if not tree:
+        problems.raise_if_any()
+    draft = canonicalise(tree, problems)
+    config = _typed(draft, list(files))
+    if config is not None:
+        check(config, draft)
+    problems.raise_if_any()
+    assert config is not None
+    return config
+
+
+def _typed(draft: Draft, files: list[str]) -> Config | None:
+    """Validate all groups; ``None`` after reporting what is wrong."""
+    options, options_ok = _mixing_options(draft)
+    data: dict[str, Any] = {
+        group: {name: node.plain() for name, node in fields.items()}
+        for group, fields in draft.groups.items()
+        if group
+    }
+    for group in ("model", "optimizer", "batch", "training"):
+        data.setdefault(group, {})
+    if not options_ok:
+        data.pop("mixing", None)
+    elif options:
+        data.setdefault("mixing", {})["options"] = options
+    for name, node in draft.groups.get("", {}).items():
+        data[name] = node.plain()
+    data["ignored"] = _ignored(draft, data.pop(IGNORED_KEY, None))
+    if data.get("precision", "fp32") != "fp16":
+        data.pop("fp16", None)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            _report(draft, entry, files)
+        return None
+
+
+def _ignored(draft: Draft, earlier: Any) -> tuple[str, ...]:
+    lines = [f"{name}: {reason}" for name, reason in draft.ignored.items()]
+    if isinstance(earlier, list):
+        lines = [*map(str, earlier), *lines]
+    return tuple(dict.fromkeys(lines))
+
+
+def _mixing_options(draft: Draft) -> tuple[dict[str, Any], bool]:
+    """Take the method's options out of the mixing group and check them.
+
+    Returns:
+        All options of the method, and whether method and options are in order.
+    """
+    fields = draft.groups.setdefault("mixing", {})
+    own = MixingConfig.model_fields.keys() - {"options"}
+    node = fields.get("method")
+    name = node.value if node is not None else MixingConfig.model_fields["method"].default
+    if not isinstance(name, str) or name not in mixing_methods:
+        if node is not None:
+            known = ", ".join(sorted(mixing_methods))
+            text = f"unknown mixing method{did_you_mean(str(name), mixing_methods)}"
+            draft.problems.add(node, f"{text} (available: {known})")
+        return {}, False
+    method = mixing_methods[name]
+    given = {key: fields.pop(key) for key in list(fields) if key not in own}
+    names = option_names(method)
+    for key in [key for key in given if key not in names]:
+        problem = f"unknown option of mixing method '{name}'"
+        draft.problems.add(
+            given.pop(key), f"{problem}{did_you_mean(key, [*names, *own])}", show=False
+        )
+    given = {k: n for k, n in given.items() if not (n.value is None and n.mark.override)}
+    try:
+        return typed_options(method, {key: n.plain() for key, n in given.items()}), True
+    except ValidationError as error:
+        root = Node(value=dict(given), mark=_place(draft, node), name="mixing")
+        for entry in error.errors(include_url=False):
+            draft.problems.add(*_message(root, entry))
+    except (NeomixError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        first = next(iter(given.values()), None)
+        place = replace(first, name="mixing") if first else None
+        text = f"options of mixing method '{name}': {error}"
+        if place is None:
+            draft.problems.add_plain(text)
+        else:
+            draft.problems.add(place, text, show=False)
+    return {}, False
+
+
+def _place(draft: Draft, node: Node | None) -> Mark:
+    return node.mark if node is not None else Mark(source="mixing")
+
+
+def _report(draft: Draft, entry: Any, files: list[str]) -> None:
+    """Turn one of pydantic's errors into a problem at the value's place."""
+    group, *path = entry["loc"]
+    if entry["type"] == "rule":
+        path = [entry["ctx"]["field"]]
+    if group in draft.groups:
+        fields: Any = draft.groups[group]
+        root = Node(value=fields, mark=Mark(source=str(group)), name=str(group))
+        found = root.at(path) if path else root
+        if entry["type"] == "missing":
+            parent = root.at(path[:-1]) if len(path) > 1 else None
+            if parent is not None and parent is not root:
+                draft.problems.add(parent, f"'{path[-1]}' is missing", show=False)
+                return
+        elif found is not root:
+            node, text = _message(root, {**entry, "loc": path})
+            draft.problems.add(node, text)
+            return
+    elif group in draft.groups.get("", {}):
+        root = draft.groups[""][str(group)]
+        if entry["type"] == "missing":
+            draft.problems.add(root.at(path[:-1]), f"'{path[-1]}' is missing", show=False)
+            return
+        node, text = _message(root, {**entry, "loc": path})
+        draft.problems.add(node, text)
+        return
+    name = ".".join(str(part) for part in (group, *path))
+    flat = str(path[-1]) if group in FLAT_GROUPS and path else _SPELLING.get(name, name)
+    what = (
+        "required, and given in none of the files" if entry["type"] == "missing" else entry["msg"]
+    )
+    shown = ", ".join(files)
+    draft.problems.add_plain(
+        f"{flat}: {what}" + (f" ({shown})" if entry["type"] == "missing" else "")
+    )
+
+
+def _message(root: Node, entry: Any) -> tuple[Node, str]:
+    """Return the node of one of pydantic's errors, and what is wrong with it."""
+    path = [part for part in entry["loc"] if part != "[key]"]
+    node = root.at(path)
+    if entry["type"] == "extra_forbidden":
+        return node, "unknown key"
+    text = str(entry["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return node, text

@@ -1,0 +1,383 @@
+"""What becomes of every key of GPT-NeoX and of its online-data-mixing fork.
+
+A key is either a field of one of our groups (honoured), an alias of one, part of the data or
+mixing keys that are mapped (see ``domains.py`` and ``sampling.py``), refused because it could
+change results, or without effect because it only concerned speed or bookkeeping of theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config.node import same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A key that could change results and is not offered.
+
+    Attributes:
+        instead: what to do instead.
+        neutral: values that agree with what happens anyway, beside "off" ones.
+    """
+
+    instead: str
+    neutral: tuple[Any, ...] = ()
+
+    def agrees(self, value: Any) -> bool:
+        """Tell whether a value asks for nothing that is not done anyway."""
+        return is_off(value) or any(same(value, neutral) for neutral in self.neutral)
+
+
+def is_off(value: Any) -> bool:
+    """Tell whether a value switches something off: null, false, empty, or ``enabled: false``."""
+    if isinstance(value, dict):
+        return not value or ("enabled" in value and is_off(value["enabled"]))
+    return value is None or value is False or value in ("", [])
+
+
+# key -> (group, field)
+ALIASES: dict[str, tuple[str, str]] = {
+    "lr": ("optimizer", "lr"),
+    "weight_decay": ("optimizer", "weight_decay"),
+    "gradient_clipping": ("optimizer", "gradient_clipping"),
+    "clip_grad": ("optimizer", "gradient_clipping"),
+    "batch_size": ("batch", "train_micro_batch_size_per_gpu"),
+    "gas": ("batch", "gradient_accumulation_steps"),
+    "loss_scale": ("fp16", "loss_scale"),
+    "zero_stage": ("zero", "stage"),
+}
+
+# key -> key of zero_optimization
+ZERO_ALIASES = {
+    "zero_reduce_scatter": "reduce_scatter",
+    "zero_contiguous_gradients": "contiguous_gradients",
+    "zero_reduce_bucket_size": "reduce_bucket_size",
+    "zero_allgather_bucket_size": "allgather_bucket_size",
+}
+
+# Keys that the mapping onto `domains:` and `mixing:` reads.
+DATA_KEYS = frozenset(
+    {
+        "data_path",
+        "train_data_paths",
+        "valid_data_paths",
+        "test_data_paths",
+        "train_data_weights",
+        "valid_data_weights",
+        "test_data_weights",
+        "weight_by_num_documents",
+        "weighted_sampler_alpha",
+        "use_named_train_datasets",
+        "use_named_eval_datasets",
+    }
+)
+SAMPLING_KEYS = frozenset(
+    {
+        "data_sampling_method",
+        "data_sampling_warmup_steps",
+        "data_sampling_update_frequency",
+        "data_sampling_smoothing_factor",
+        "mixed_batches",
+        "mixed_minibatches",
+    }
+)
+
+_NEXT_TO_TOKENS = "train on plain tokens: name the data under domains"
+_PAIRS = Refusal(instead=f"label, reward and preference data are not offered; {_NEXT_TO_TOKENS}")
+_MUP = Refusal(instead="µP is not offered; tune learning rate and init_method_std directly")
+_REWARDS = Refusal(
+    instead="validation-based rewards are not offered yet; use a loss-driven method: "
+    "mixing: {method: smoothed_mean} or odm"
+)
+_DEEPSPEED = "to hand it to DeepSpeed unchanged, put it under deepspeed_extra_args"
+_RWKV = Refusal(instead="RWKV blocks are not offered; remove the key")
+_TE = Refusal(instead="TransformerEngine layers are not offered; use precision: bf16")
+
+REFUSED: dict[str, Refusal] = {
+    # layout and launch
+    "world_size": Refusal(instead="the launcher knows the number of ranks; set num_gpus"),
+    "deepspeed_mpi": Refusal(instead="only the local launcher is offered yet; set num_gpus"),
+    "deepspeed_slurm": Refusal(instead="only the local launcher is offered yet; set num_gpus"),
+    "force_multi": Refusal(instead="only one node is offered yet; remove the key"),
+    "launcher": Refusal(
+        instead="only the local launcher is offered yet; remove the key",
+        neutral=("pdsh", "local"),
+    ),
+    "autotuning": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
+    "autotuning_run": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
+    # model
+    "use_qk_layernorm": Refusal(instead="query/key norms are not offered yet; remove the key"),
+    "sliding_window_width": Refusal(
+        instead="sliding-window attention is not offered yet; shorten seq_length instead"
+    ),
+    "opt_pos_emb_offset": Refusal(
+        instead="it belongs to learned positions; use pos_emb: rotary", neutral=(0,)
+    ),
+    "num_unique_layers": Refusal(instead="layers do not share weights; lower num_layers instead"),
+    "gpt_j_tied": Refusal(
+        instead="one norm for attention and MLP is not offered yet; use gpt_j_residual: true"
+    ),
+    "soft_prompt_tuning": Refusal(instead="soft prompts are not offered yet; remove the block"),
+    "fp16_lm_cross_entropy": Refusal(instead="the loss is always taken in fp32; remove the key"),
+    "serve_model_weights": Refusal(instead="there is no weight server; remove the key"),
+    "te_columnparallel": _TE,
+    "te_rowparallel": _TE,
+    "te_layernorm_mlp": _TE,
+    "te_mha": _TE,
+    "te_fp8_mha": _TE,
+    "dim_att": _RWKV,
+    "head_size": Refusal(instead="it is hidden_size / num_attention_heads; set those"),
+    "ffn_dim": Refusal(instead="set intermediate_size, the width of the MLP"),
+    "moe_num_experts": Refusal(
+        instead="mixtures of experts are not offered yet; use 1", neutral=(0, 1)
+    ),
+    "use_mup": _MUP,
+    "coord_check": _MUP,
+    "save_base_shapes": _MUP,
+    # optimizer, schedule, numbers
+    "use_bnb_optimizer": Refusal(
+        instead="8-bit optimizers are not offered yet; use optimizer: {type: AdamW}"
+    ),
+    "scheduler": Refusal(instead="use lr_decay_style, lr_decay_iters, warmup and min_lr"),
+    "use_checkpoint_lr_scheduler": Refusal(
+        instead="a resumed run follows the schedule of its configuration; write that one there"
+    ),
+    "amp": Refusal(instead="use precision: bf16 or precision: fp16"),
+    "prescale_gradients": Refusal(instead=f"the loss is scaled exactly already; {_DEEPSPEED}"),
+    "gradient_predivide_factor": Refusal(
+        instead=f"the loss is scaled exactly already; {_DEEPSPEED}", neutral=(1, 1.0)
+    ),
+    "sparse_gradients": Refusal(instead="gradients are dense; remove the key"),
+    "data_types": Refusal(instead=_DEEPSPEED),
+    "sparse_attention": Refusal(instead="sparse attention is not offered yet; remove the block"),
+    "curriculum_learning": Refusal(
+        instead="sequence-length curricula are not offered; use a fixed seq_length"
+    ),
+    "curriculum_seqlen": Refusal(instead="set seq_length", neutral=(0,)),
+    "data_efficiency": Refusal(instead="data is chosen by mixing; see mixing: {method: …}"),
+    "compression_training": Refusal(instead="compression is not offered; remove the block"),
+    "elasticity": Refusal(
+        instead="set the batch sizes; a run may be resumed on another number of ranks anyway"
+    ),
+    "checkpoint": Refusal(
+        instead="checkpoints are written and verified in save; see save_interval"
+    ),
+    "deepspeed": Refusal(instead="every run uses DeepSpeed; remove the key", neutral=(True,)),
+    # data
+    "data_impl": Refusal(
+        instead="only the memory-mapped format is read; write the data with "
+        "tools/preprocess_data.py",
+        neutral=("infer", "mmap"),
+    ),
+    "pack_impl": Refusal(
+        instead="documents are packed into full windows; use packed", neutral=("packed",)
+    ),
+    "dataset_impl": Refusal(instead=f"use gpt2: {_NEXT_TO_TOKENS}", neutral=("gpt2",)),
+    "train_impl": Refusal(
+        instead="preference training is not offered; use normal", neutral=("normal",)
+    ),
+    **{
+        f"{side}{part}_{kind}_paths": _PAIRS
+        for part in ("train", "valid", "test")
+        for side, kind in (
+            ("", "label_data"),
+            ("", "reward_data"),
+            ("pos_", "data"),
+            ("neg_", "data"),
+            ("pos_", "label_data"),
+            ("neg_", "label_data"),
+        )
+    },
+    "z_loss": Refusal(instead="there is no z-loss yet; use 0", neutral=(0,)),
+    "train_epochs": Refusal(instead="give train_iters; --check prints the epochs of every domain"),
+    "precompute_model_name": Refusal(instead="there is no precomputation; remove the key"),
+    # mixing of the fork
+    "batch_normalized_reward": _REWARDS,
+    "scale_by_reward_loss_diff": _REWARDS,
+    "validation_based_reward": _REWARDS,
+    # checkpoints
+    "iteration": Refusal(
+        instead="a run goes on from its newest checkpoint; point load at a folder that holds "
+        "only the one you want"
+    ),
+    "no_load_optim": Refusal(instead="finetune: true takes the weights alone and starts at step 0"),
+    "s3_path": Refusal(instead="checkpoints are not sent to S3; copy the folder in save"),
+    "save_iters": Refusal(instead="use save_interval and extra_save_iters"),
+    "padded_vocab_size": Refusal(instead="use vocab_size and make_vocab_size_divisible_by"),
+}
+
+_KERNELS = "the kernels are chosen automatically"
+_CHECKPOINTING = "activations are recomputed by checkpoint_activations alone"
+_LAUNCHER = "set by the launcher"
+_DERIVED = "worked out from the other keys"
+_UNUSED = "GPT-NeoX itself does not use it"
+_MONITOR = "metrics.jsonl and report.html hold what is recorded"
+_GENERATION = "belongs to generation, not to training"
+_EVALUATION = "belongs to evaluation by tasks, not to training"
+_PREFERENCE = "belongs to preference training"
+_MUP_DETAIL = "belongs to µP"
+
+_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    _KERNELS: (
+        "layernorm_fusion",
+        "rmsnorm_fusion",
+        "scaled_upper_triang_masked_softmax_fusion",
+        "scaled_masked_softmax_fusion",
+        "bias_dropout_fusion",
+        "rope_fusion",
+        "use_flashattn_swiglu",
+        "fused_kernels_build_path",
+        "apply_query_key_layer_scaling",
+        "attention_softmax_in_fp32",
+        "mamba_selective_scan_fusion",
+        "mamba_causal_conv_fusion",
+        "mamba_inner_func_fusion",
+    ),
+    "belongs to a kind of layer that is not used": (
+        "scalenorm_epsilon",
+        "rpe_num_buckets",
+        "rpe_max_distance",
+        "sparsity_config",
+        "gmlp_attn_dim",
+        "mamba_selective_fp32_params",
+        "mamba_use_bias_in_conv",
+        "mamba_use_bias_in_linears",
+        "te_fp8_format",
+        "te_fp8_wgrad",
+        "te_fp8_amax_history_len",
+        "te_fp8_amax_compute_algo",
+        "te_fp8_margin",
+        "moe_expert_interval",
+        "moe_top_k",
+        "moe_router_type",
+        "moe_lbl_in_fp32",
+        "moe_jitter_eps",
+    ),
+    "belongs to tensor or pipeline parallelism": (
+        "pipe_partition_method",
+        "is_pipe_parallel",
+        "output_layer_parallelism",
+        "sequence_parallel",
+    ),
+    "weights are drawn on the CPU, the same on every layout": ("use_cpu_initialization",),
+    "the rotary table is never part of a checkpoint": ("rotary_save_freqs_buffer",),
+    _CHECKPOINTING: (
+        "deepspeed_activation_checkpointing",
+        "activation_checkpointing",
+        "contiguous_checkpointing",
+        "checkpoint_in_cpu",
+        "synchronize_each_layer",
+        "profile_backward",
+        "partition_activations",
+    ),
+    _LAUNCHER: (
+        "local_rank",
+        "rank",
+        "lazy_mpu_init",
+        "user_script",
+        "global_num_gpus",
+        "config_files",
+        "no_ssh_check",
+        "detect_nvlink_pairs",
+        "comment",
+        "account",
+    ),
+    "NCCL on GPUs, gloo on CPUs": ("distributed_backend",),
+    _DERIVED: ("do_train", "do_valid", "do_test", "dynamic_loss_scale", "git_hash"),
+    _UNUSED: (
+        "param_sharing_style",
+        "short_seq_prob",
+        "adlr_autoresume",
+        "adlr_autoresume_interval",
+        "onnx_safe",
+        "deepscale",
+        "deepscale_config",
+        "no_save_optim",
+        "hysteresis",
+        "loss_scale_window",
+        "min_scale",
+    ),
+    "a resumed run always follows the schedule of its configuration": ("override_lr_scheduler",),
+    "no random-number file decides a resume": ("no_save_rng", "no_load_rng"),
+    "a checkpoint is verified by the hashes of its files": (
+        "checkpoint_validation_with_forward_pass",
+    ),
+    "every validation is reported per domain, with bits per byte": ("char_level_ppl",),
+    "data is memory-mapped and read ahead; there is no index to build or share": (
+        "use_shared_fs",
+        "mmap_warmup",
+        "num_workers",
+        "allow_chopped",
+    ),
+    _MONITOR: (
+        "wandb_init_all_ranks",
+        "comet_experiment",
+        "log_grad_pct_zeros",
+        "log_param_norm",
+        "log_grad_norm",
+        "log_optimizer_states",
+        "log_gradient_noise_scale",
+        "gradient_noise_scale_n_batches",
+        "gradient_noise_scale_cpu_offload",
+        "memory_profiling",
+        "memory_profiling_path",
+        "profile",
+        "profile_step_start",
+        "profile_step_stop",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "dump_state",
+        "flops_profiler",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comms_logger",
+    ),
+    "optimizers are handed to DeepSpeed as objects": ("zero_allow_untested_optimizer",),
+    _GENERATION: (
+        "text_gen_type",
+        "temperature",
+        "top_p",
+        "top_k",
+        "return_logits",
+        "maximum_tokens",
+        "prompt_end",
+        "sample_input_file",
+        "sample_output_file",
+        "num_samples",
+        "recompute",
+    ),
+    _EVALUATION: ("eval_results_prefix", "eval_tasks", "eval_num_fewshot"),
+    _PREFERENCE: (
+        "dpo_fp32",
+        "dpo_reference_free",
+        "dpo_beta",
+        "kto_fp32",
+        "kto_desirable_weight",
+        "kto_undesirable_weight",
+        "kto_beta",
+        "fp32_reinforce",
+        "kl_impl",
+        "kl_div_beta",
+        "reinforce_leave_one_out",
+        "weight_server_port",
+        "online_dataserver_ips",
+        "online_dataserver_ports",
+    ),
+    _MUP_DETAIL: (
+        "base_shapes_file",
+        "mup_init_scale",
+        "mup_attn_temp",
+        "mup_output_temp",
+        "mup_embedding_mult",
+        "mup_rp_embedding_mult",
+        "mup_width_scale",
+    ),
+    "checkpoints are not sent to S3": ("s3_chunk_size",),
+}
+
+WITHOUT_EFFECT: dict[str, str] = {
+    key: reason for reason, keys in _WITHOUT_EFFECT.items() for key in keys
+}

@@ -1,0 +1,187 @@
+"""The run: how long, how it is measured, where it is kept, and what is logged."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from megatron.config.base import (
+    Count,
+    Group,
+    NonNegativeInt,
+    Positive,
+    Text,
+    invalid,
+)
+
+_SKIP = re.compile(r"skip\(([1-9][0-9]{0,8})\)")
+
+
+def _nonfinite(value: Any) -> Any:
+    if isinstance(value, str):
+        text = value.replace(" ", "").lower()
+        if text == "stop" or _SKIP.fullmatch(text):
+            return text
+        raise PydanticCustomError("on_nonfinite", "should be 'stop' or 'skip(k)', such as skip(3)")
+    return value
+
+
+def _steps(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class TrainingConfig(Group):
+    """Length of the run, validation, and what makes it repeatable."""
+
+    train_iters: Count
+    """Optimizer steps of the whole run."""
+    seed: NonNegativeInt = 1234
+    """Seed of the weights, the order of the data and dropout."""
+    eval_interval: Count = 1000
+    """Steps between two validations (there is one before the first step and one at the end)."""
+    eval_iters: NonNegativeInt = 100
+    """Size of a validation: this many global batches per domain (or all of it); 0 = none."""
+    max_validation_samples_per_dataset: Count | None = None
+    """Upper bound of a validation, in samples per domain."""
+    max_test_samples_per_dataset: Count | None = None
+    """Upper bound of the final test, in samples per domain."""
+    exit_interval: Count | None = None
+    """Save and end at every multiple of this many steps."""
+    on_nonfinite: Annotated[Text, BeforeValidator(_nonfinite)] = "stop"
+    """What a step with a non-finite loss does: `stop` ends the run and keeps the last checkpoint;
+    `skip(k)` leaves the step out and stops after k in a row."""
+    deterministic: bool = False
+    """Deterministic kernels on GPU, so that a resumed run is bit-identical there too (on CPU it
+    always is)."""
+    audit_samples: bool = False
+    """Write the ordered list of [domain, epoch, sample] of every step to `samples.jsonl`."""
+    eod_mask_loss: bool = False
+    """Leave the loss of end-of-document tokens out."""
+    epoch_offset: bool = True
+    """Let each epoch of a domain cut its windows at another offset."""
+
+    @property
+    def nonfinite_limit(self) -> int:
+        """Skipped steps in a row that are allowed: 0 for `stop`, k for `skip(k)`."""
+        match = _SKIP.fullmatch(self.on_nonfinite)
+        return int(match.group(1)) if match else 0
+
+    def validation_samples(
+        self, global_batch: int, part: Literal["valid", "test"] = "valid"
+    ) -> int:
+        """Return the samples per domain of a reported validation or test, before the data's end.
+
+        Args:
+            global_batch: samples per optimizer step.
+            part: which bound applies.
+        """
+        bound = (
+            self.max_validation_samples_per_dataset
+            if part == "valid"
+            else self.max_test_samples_per_dataset
+        )
+        wanted = self.eval_iters * global_batch
+        return wanted if bound is None else min(wanted, bound)
+
+
+class CheckpointConfig(Group):
+    """Where the run lives, and when it is saved."""
+
+    run_dir: Text = "runs/default"
+    """Folder of the run: resolved config, metrics, mixture ledger, checkpoints, report."""
+    save: Text | None = None
+    """Folder of the checkpoints. Default: `checkpoints` in `run_dir`."""
+    load: Text | None = None
+    """Folder whose newest checkpoint the run starts from when `save` holds none yet.
+    Default: `save`."""
+    save_interval: Count | None = None
+    """Save every so many steps (GPT-NeoX: `checkpoint_factor`). The last step is always saved."""
+    checkpoint_scale: Literal["linear", "log"] = "linear"
+    """`log`: save at steps 1, f, f², … with f = `checkpoint_factor`."""
+    checkpoint_factor: Annotated[float, Field(ge=1.01)] | None = None
+    """Growth of the distance between saves under `checkpoint_scale: log`; under `linear` it is
+    another name for `save_interval`."""
+    extra_save_iters: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_steps)] = ()
+    """Further steps to save at (0 = before the first)."""
+    keep_last_n_checkpoints: Count | None = None
+    """Delete all but this many newest checkpoints. Default: keep all."""
+    finetune: bool = False
+    """Take only the weights from `load` and start at step 0."""
+    save_timeout: Positive = 600.0
+    """Seconds that a stopped run may take to save before it is killed."""
+
+    @model_validator(mode="after")
+    def _factor(self) -> Self:
+        if self.checkpoint_scale == "log" and self.checkpoint_factor is None:
+            raise invalid("checkpoint_scale", "'log' needs checkpoint_factor, a number above 1")
+        if self.checkpoint_scale == "linear" and self.checkpoint_factor is not None:
+            raise invalid("checkpoint_factor", "under checkpoint_scale: linear, give save_interval")
+        return self
+
+    @property
+    def save_dir(self) -> str:
+        """Folder that checkpoints are written to."""
+        return self.save or f"{self.run_dir}/checkpoints"
+
+    @property
+    def load_dir(self) -> str:
+        """Folder that the run starts from."""
+        return self.load or self.save_dir
+
+    def saves_at(self, step: int, train_iters: int) -> bool:
+        """Tell whether a checkpoint is due after ``step`` (0 = before the first step)."""
+        if step == train_iters or step in self.extra_save_iters:
+            return True
+        if step < 1:
+            return False
+        if self.save_interval is not None and step % self.save_interval == 0:
+            return True
+        if self.checkpoint_factor is None:
+            return False
+        due = 1.0
+        while round(due) < step:
+            due *= self.checkpoint_factor
+        return round(due) == step
+
+
+class LoggingConfig(Group):
+    """What is shown and recorded beside the ledgers in `run_dir`."""
+
+    log_interval: Count = 10
+    """Steps between two lines on the console and in `metrics.jsonl`."""
+    log_dir: Text | None = None
+    """Folder of the ranks' output files. Default: `logs` in `run_dir`."""
+    use_tensorboard: bool = False
+    """Write TensorBoard events."""
+    tensorboard_dir: Text | None = None
+    """Folder of the events; giving it switches `use_tensorboard` on. Default: `tensorboard` in
+    `run_dir`."""
+    use_wandb: bool = False
+    """Record to Weights & Biases (offline where WANDB_MODE says so)."""
+    wandb_group: Text | None = None
+    """Group of the run."""
+    wandb_run_name: Text | None = None
+    """Name of the run."""
+    wandb_team: Text | None = None
+    """Team or user that owns the run."""
+    wandb_project: Text = "neox"
+    """Project of the run."""
+    wandb_host: Text = "https://api.wandb.ai"
+    """Server that runs are sent to."""
+    use_comet: bool = False
+    """Record to Comet (offline where COMET_MODE says so)."""
+    comet_workspace: Text | None = None
+    """Workspace of the experiment."""
+    comet_project: Text | None = None
+    """Project of the experiment."""
+    comet_experiment_name: Text | None = None
+    """Name of the experiment."""
+    comet_tags: Annotated[tuple[Text, ...], BeforeValidator(_steps)] = ()
+    """Tags of the experiment."""
+    comet_others: dict[str, Any] = {}
+    """Further facts to record with the experiment, by name."""
+    peak_theoretical_tflops: Positive | None = None
+    """Peak TFLOP/s of one device; gives the model FLOP utilisation in the log."""
