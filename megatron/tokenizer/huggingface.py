@@ -1,0 +1,236 @@
+"""Tokenizers of the ``tokenizers`` library: a tokenizer.json, or GPT-2's vocab and merges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron.errors import DataError, MissingExtraError
+from megatron.tokenizer.base import (
+    EOD_CANDIDATES,
+    EOD_TOKEN,
+    Tokenizer,
+    digest,
+    missing_eod,
+    read_vocabulary,
+)
+from megatron.tokenizer.bytelevel import parse_byte_level
+from megatron.tokenizer.fast import FastEncoder
+from megatron.tokenizer.pattern import NotUnderstoodError
+from megatron.tokenizer.verify import first_difference, probe_texts
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``tokenizers.Tokenizer``, with a faster encoder where that is verified to be equal.
+
+    Single texts go through ``tokenizers``.  Bulk encoding goes through
+    :class:`~megatron.tokenizer.fast.FastEncoder` if the file is a byte-level BPE whose parts
+    are all understood and both give the same ids on a varied set of texts, and otherwise
+    through ``tokenizers`` as well.  Padding and truncation sections of a file are not applied:
+    a corpus is never cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        name: str,
+        sha256: str,
+        source: str,
+        fast: bool = True,
+    ) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            tokenizer: changed here: padding and truncation are switched off.
+            name: its ``tokenizer_type``.
+            sha256: hash of its files.
+            source: path, for messages.
+            fast: False keeps bulk encoding on ``tokenizers`` too.
+        """
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self.name = name
+        self.sha256 = sha256
+        self._source = source
+        self._want_fast = fast
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: one more than the largest, so that every id fits the embedding."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return max(max(ids, default=-1) + 1, self._tokenizer.get_vocab_size())
+
+    @cached_property
+    def eod(self) -> int:
+        """Id of ``<|endoftext|>``, or of what the vocabulary calls it."""
+        for candidate in EOD_CANDIDATES:
+            found = self._tokenizer.token_to_id(candidate)
+            if found is not None:
+                return int(found)
+        raise missing_eod(self.name, self._source)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    @property
+    def encoder(self) -> str:
+        """Which implementation encodes in bulk, and why."""
+        encoder, reason = self._bulk
+        if encoder is None:
+            return f"tokenizers ({reason})"
+        return f"fast byte-level BPE (merging by {encoder.backend}; {reason})"
+
+    def encode_raw(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[bytes]:
+        """Return the ids of each text as bytes of ``dtype``."""
+        encoder, _ = self._bulk
+        if encoder is not None:
+            return encoder.encode_raw(texts, dtype)
+        return self.encode_raw_by_library(texts, dtype)
+
+    def encode_raw_by_library(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[bytes]:
+        """Like :meth:`encode_raw`, always by ``tokenizers``: the reference."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts))
+        return [np.asarray(one.ids, dtype=dtype).tobytes() for one in encoded]
+
+    @cached_property
+    def _bulk(self) -> tuple[FastEncoder | None, str]:
+        """The fast encoder or None, and the reason."""
+        if not self._want_fast:
+            return None, "as asked"
+        try:
+            parts = parse_byte_level(self._tokenizer.to_str())
+            encoder = FastEncoder(parts, self._tokenizer)
+        except NotUnderstoodError as error:
+            return None, str(error)
+        dtype = np.dtype("<i4")
+        texts = probe_texts(parts)
+        different = first_difference(
+            texts,
+            lambda batch: encoder.encode_raw(batch, dtype),
+            lambda batch: self.encode_raw_by_library(batch, dtype),
+        )
+        if different is not None:
+            return None, f"the fast encoder differs on {different!r}"
+        return encoder, f"verified on {len(texts)} texts"
+
+
+def from_tokenizer_json(path: str | None, name: str, *, fast: bool) -> HuggingFaceTokenizer:
+    """Open a tokenizer.json.
+
+    Raises:
+        DataError: not given, missing, or not a tokenizer.
+    """
+    content = read_vocabulary(path, name, "a tokenizer.json", "vocab_file")
+    tokenizer = _library("Tokenizer").from_str(_checked_json(content, str(path)))
+    return HuggingFaceTokenizer(
+        tokenizer, name=name, sha256=digest(content), source=str(path), fast=fast
+    )
+
+
+def from_vocab_and_merges(
+    vocab_file: str | None, merge_file: str | None, name: str, *, fast: bool
+) -> HuggingFaceTokenizer:
+    """Open GPT-2's pair of files, as GPT-NeoX's GPT2BPETokenizer reads them.
+
+    Raises:
+        DataError: not given, missing, or not such a pair.
+    """
+    vocab = read_vocabulary(vocab_file, name, "a vocab.json", "vocab_file")
+    merges = read_vocabulary(merge_file, name, "a merges.txt", "merge_file")
+    tokenizer = _gpt2(vocab, merges, f"{vocab_file}, {merge_file}")
+    return HuggingFaceTokenizer(
+        tokenizer, name=name, sha256=digest(vocab, merges), source=str(vocab_file), fast=fast
+    )
+
+
+def from_pretrained_gpt2(path: str | None, name: str, *, fast: bool) -> HuggingFaceTokenizer:
+    """Open GPT-2's tokenizer from a folder, a tokenizer.json or the Hugging Face hub.
+
+    As in GPT-NeoX, ``<|padding|>`` is added, and no path means the hub's ``gpt2``.
+
+    Raises:
+        DataError: nothing of the kind there, or the hub cannot be reached.
+    """
+    folder = Path(path or "gpt2")
+    if folder.is_dir() and not (folder / "tokenizer.json").exists():
+        files = [str(folder / file) for file in ("vocab.json", "merges.txt")]
+        opened = from_vocab_and_merges(files[0], files[1], name, fast=fast)
+    elif folder.exists():
+        file = folder / "tokenizer.json" if folder.is_dir() else folder
+        opened = from_tokenizer_json(str(file), name, fast=fast)
+    else:
+        opened = _from_hub(str(folder), name, fast=fast)
+    opened._tokenizer.add_special_tokens(["<|padding|>"])
+    return opened
+
+
+def _from_hub(repository: str, name: str, *, fast: bool) -> HuggingFaceTokenizer:
+    try:
+        tokenizer = _library("Tokenizer").from_pretrained(repository)
+    except Exception as error:
+        raise DataError(
+            f"{repository}: no such file or folder, and not to be had from the Hugging Face hub "
+            f"({type(error).__name__}); set vocab_file to a folder with vocab.json and merges.txt"
+        ) from None
+    content = tokenizer.to_str().encode()
+    return HuggingFaceTokenizer(
+        tokenizer, name=name, sha256=digest(content), source=repository, fast=fast
+    )
+
+
+def _gpt2(vocab: bytes, merges: bytes, source: str) -> tokenizers.Tokenizer:
+    from_library: type[tokenizers.Tokenizer] = _library("Tokenizer")
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+    try:
+        vocabulary = json.loads(vocab)
+        lines = merges.decode("utf-8").split("\n")
+        pairs = [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
+        model = models.BPE(vocab=vocabulary, merges=pairs)
+    except Exception as error:
+        raise DataError(f"{source}: not a GPT-2 vocabulary and merges: {error}") from None
+    tokenizer = from_library(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if EOD_TOKEN in vocabulary:
+        tokenizer.add_special_tokens([AddedToken(EOD_TOKEN, normalized=False, special=True)])
+    return tokenizer
+
+
+def _pair(line: str) -> tuple[str, str]:
+    left, right = line.rstrip("\r").split(" ")
+    return left, right
+
+
+def _checked_json(content: bytes, path: str) -> str:
+    """Return a tokenizer.json's text after making sure that the library takes it."""
+    tokenizer = _library("Tokenizer")
+    try:
+        text = content.decode("utf-8")
+        tokenizer.from_str(text)
+    except Exception as error:
+        raise DataError(f"{path}: not a tokenizer.json: {error}") from None
+    return text
+
+
+def _library(name: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise MissingExtraError("tokenizers", "train", "a Hugging Face tokenizer") from None
+    return getattr(tokenizers, name)
