@@ -7,3 +7,28 @@ the global batch) → micro-batches of one data-parallel rank
 (:mod:`~megatron.data.loader`).  Everything is NumPy; nothing is cached on disk,
 and the sample order is a pure function of (seed, step, weights, cursors).
 """
+
+from __future__ import annotations
+
+from megatron.data.batch import MicroBatch
+from megatron.data.domain import Domain, open_domain
+from megatron.data.loader import Loader
+from megatron.data.plan import EndOfData, Plan
+from megatron.data.reader import TokenReader
+from megatron.data.sampler import Sampler
+from megatron.data.validation import ValidationSet
+from megatron.data.writer import TokenWriter, merge
+
+__all__ = [
+    "Domain",
+    "EndOfData",
+    "Loader",
+    "MicroBatch",
+    "Plan",
+    "Sampler",
+    "TokenReader",
+    "TokenWriter",
+    "ValidationSet",
+    "merge",
+    "open_domain",
+]
