@@ -108,6 +108,8 @@ class CheckpointConfig(Group):
     """Further steps to save at (0 = before the first)."""
     keep_last_n_checkpoints: Count | None = None
     """Delete all but this many newest checkpoints. Default: keep all."""
+    allow_changed_data: bool = False
+    """Resume even though the training data is not what the checkpoint was trained on."""
     finetune: bool = False
     """Take only the weights from `load` and start at step 0."""
     save_timeout: Positive = 600.0

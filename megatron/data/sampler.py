@@ -291,7 +291,9 @@ class Sampler:
         total = float(weights.sum())
         if not (np.isfinite(total) and total > 0 and (weights >= 0).all()):
             raise ValueError(f"sampling weights must be finite and non-negative: {weights}")
-        return weights / total
+        # A distribution keeps its bits: what is recorded as drawn from, and replayed, is
+        # what was decided.
+        return weights.copy() if abs(total - 1.0) <= 1e-12 else weights / total
 
 
 def _ranges(starts: Ints, counts: Ints) -> Ints:

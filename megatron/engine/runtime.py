@@ -6,13 +6,16 @@ without a compiler and takes a minute with one; it is switched off before that.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -41,6 +44,36 @@ class Runtime:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         dist.barrier(group=self.host_group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's JSON-able ``value``, in the order of the ranks."""
+        own = _to_bytes(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([own.numel()]), group=self.host_group)
+        longest = int(max(size.item() for size in sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: own.numel()] = own
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded, group=self.host_group)
+        return [
+            _from_bytes(part[: int(size.item())])
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's JSON-able ``value`` on every rank."""
+        own = _to_bytes(value)
+        size = torch.tensor([own.numel()])
+        dist.broadcast(size, src=0, group=self.host_group)
+        buffer = own if self.rank == 0 else torch.zeros(int(size.item()), dtype=torch.uint8)
+        dist.broadcast(buffer, src=0, group=self.host_group)
+        return _from_bytes(buffer)
+
+    def sum(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the sum of every rank's float64 array."""
+        total = torch.from_numpy(array.astype(np.float64, copy=True))
+        dist.all_reduce(total, group=self.host_group)
+        return total.numpy()
 
 
 def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
@@ -112,3 +145,12 @@ def end_process(code: int, *, collective: bool) -> NoReturn:
         dist.barrier()
         dist.destroy_process_group()
     os._exit(code)
+
+
+def _to_bytes(value: Any) -> torch.Tensor:
+    # JSON, not pickle: what comes from another process is data and never code.
+    return torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
+
+
+def _from_bytes(data: torch.Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())

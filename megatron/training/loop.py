@@ -97,6 +97,8 @@ class Loop:
         for step in range(start + 1, last + 1):
             planned = self.planner.take(step)
             if planned is None:
+                if step - 1 > start:
+                    self.after_step(step - 1, Ending.EXHAUSTED)
                 return step - 1, Ending.EXHAUSTED
             batches = self.reader.read(planned)
             if (ahead := self.planner.prepare(step + 1)) is not None and step < last:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.plan import Plan
-from megatron.data.sampler import EndOfData, Sampler
+from megatron.data.plan import EndOfData, Plan
+from megatron.data.sampler import Sampler
 from megatron.mixing.base import Decision, Mixer, Observation
 from megatron.state import check_state
 
@@ -99,6 +99,10 @@ class Planner:
     def observe(self, observation: Observation) -> None:
         """Tell the mixer what a step showed."""
         self._mixer.observe(observation)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the mixer's estimates, for the log."""
+        return self._mixer.describe()
 
     def _plan(self, step: int) -> Planned:
         decision, valid_loss = self._pending or self._decide(step)

@@ -1,0 +1,320 @@
+"""The composition root: from a configuration to a loop with everything in its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import numpy as np
+import torch
+
+from megatron.config import Config, deepspeed_config, resolve_batch
+from megatron.data.batch import MicroBatch
+from megatron.data.domain import Domain
+from megatron.data.loader import Loader
+from megatron.data.sampler import Sampler
+from megatron.data.validation import ValidationSet
+from megatron.engine.engine import TrainEngine
+from megatron.engine.optimizer import build_optimizer
+from megatron.engine.runtime import Runtime
+from megatron.engine.schedule import learning_rate
+from megatron.mixing import RunContext, build_mixer
+from megatron.model.accounting import flops_per_token
+from megatron.model.domain_loss import DomainLoss
+from megatron.model.gpt import GPT, param_groups
+from megatron.monitor.build import build_sinks
+from megatron.monitor.sink import SinkGroup
+from megatron.monitor.throughput import Throughput
+from megatron.parallel.layout import Layout
+from megatron.parallel.topology import Topology
+from megatron.signals.ledger import Ledger
+from megatron.signals.validation import LossObserver, Validation
+from megatron.training.domains import OpenDomains
+from megatron.training.guard import NonFiniteGuard
+from megatron.training.planner import Planner
+from megatron.training.reading import PlanReader
+from megatron.training.recorder import RunRecorder
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Batch sizes of a run on its layout."""
+
+    micro: int
+    accumulation: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that a run is made of, before it is tied into a loop."""
+
+    batch: Batch
+    engine: TrainEngine
+    planner: Planner
+    loader: Loader
+    reader: PlanReader
+    ledger: Ledger
+    guard: NonFiniteGuard
+    sinks: SinkGroup
+    recorder: RunRecorder
+    throughput: Throughput
+    validation: Validation
+    test: Validation
+    learning_rate: Callable[[int], float]
+    samples_seen: Callable[[], Sequence[int]]
+
+
+def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
+    """Return what decides whether DeepSpeed's files can be loaded as they are."""
+    return {
+        "data_size": layout.data_size,
+        "tensor_size": layout.tensor_size,
+        "pipe_size": layout.pipe_size,
+        "zero_stage": config.zero.effective_stage,
+        "precision": config.precision,
+    }
+
+
+def run_facts() -> dict[str, object]:
+    """Return what else can move the last bits of a result."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processors": os.cpu_count(),
+    }
+
+
+def build(
+    config: Config,
+    runtime: Runtime,
+    domains: OpenDomains,
+    start_weights: np.ndarray,
+    *,
+    universal: bool,
+) -> Parts:
+    """Build the parts of a run; collective (DeepSpeed spreads the model here).
+
+    Args:
+        config: the run's configuration, with ``model.vocab_size`` filled in.
+        runtime: ranks and device.
+        domains: opened data.
+        start_weights: start weights of the mixture [K].
+        universal: whether the engine will load a checkpoint in the universal format.
+    """
+    layout = Layout(world_size=runtime.world_size)
+    topology = Topology.create(layout, runtime.rank)
+    batch = Batch(**dict(zip(("micro", "accumulation", "total"),
+                             resolve_batch(config.batch, layout.data_size), strict=True)))
+    count = len(domains.names)
+    ledger = Ledger(count, runtime.device)
+    observer = LossObserver(ledger)
+    engine = _build_engine(config, topology, batch, observer, universal=universal)
+    held_out = _HeldOut(config, runtime, topology, batch, domains, observer)
+    planner, sampler = _build_planner(
+        config, domains, start_weights, batch, measure=lambda: held_out.controller.measure(engine)
+    )
+    loader = Loader(
+        domains.train,
+        seq_length=config.model.seq_length,
+        micro_batch=batch.micro,
+        accumulation=batch.accumulation,
+        data_rank=topology.data_rank,
+        data_size=topology.data_size,
+        eod_mask_loss=config.training.eod_mask_loss,
+        eod_id=_eod_id(config, domains),
+        reduce_counts=runtime.sum if layout.data_size > 1 else None,
+        pin_memory=runtime.device.type == "cuda",
+    )
+    sinks = build_sinks(
+        config.logging,
+        config.checkpoint.run_dir,
+        rank=runtime.rank,
+        total_steps=config.training.train_iters,
+        audit_samples=config.training.audit_samples,
+    )
+    throughput = _throughput(config, runtime)
+    return Parts(
+        batch=batch,
+        engine=engine,
+        planner=planner,
+        loader=loader,
+        reader=PlanReader(
+            loader, vocab_size=config.model.padded_vocab_size(), domains=domains.names
+        ),
+        ledger=ledger,
+        guard=NonFiniteGuard(
+            limit=config.training.nonfinite_limit,
+            loss_scaling=config.precision == "fp16",
+            domains=domains.names,
+        ),
+        sinks=sinks,
+        recorder=RunRecorder(
+            sinks,
+            domains=domains.names,
+            throughput=throughput,
+            epochs=lambda: sampler.epochs,
+            describe=planner.describe,
+            loss_scale=(lambda: engine.loss_scale) if config.precision == "fp16" else None,
+            log_interval=config.logging.log_interval,
+            total_steps=config.training.train_iters,
+            bytes_per_token=domains.bytes_per_token,
+            audit=config.training.audit_samples,
+        ),
+        throughput=throughput,
+        validation=held_out.reported,
+        test=held_out.test,
+        learning_rate=_learning_rate(config),
+        samples_seen=lambda: sampler.samples_seen,
+    )
+
+
+def _build_engine(
+    config: Config,
+    topology: Topology,
+    batch: Batch,
+    observer: LossObserver,
+    *,
+    universal: bool,
+) -> TrainEngine:
+    model = GPT(
+        config.model,
+        topology,
+        seed=config.training.seed,
+        loss_fn=DomainLoss(topology=topology, observe=observer),
+    )
+    settings = deepspeed_config(
+        config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
+    )
+    if universal:
+        settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
+    return TrainEngine(
+        model=model,
+        optimizer=build_optimizer(
+            param_groups(model, config.optimizer.weight_decay),
+            kind=config.optimizer.type,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+        ),
+        config=settings,
+        before_micro_batch=lambda step, micro: model.dropout.begin(step=step, micro_batch=micro),
+    )
+
+
+def _build_planner(
+    config: Config,
+    domains: OpenDomains,
+    start_weights: np.ndarray,
+    batch: Batch,
+    *,
+    measure: Callable[[], np.ndarray],
+) -> tuple[Planner, Sampler]:
+    mixing = config.mixing
+    mixer = build_mixer(
+        mixing.method,
+        domains=domains.names,
+        weights=start_weights,
+        context=RunContext(
+            total_steps=config.training.train_iters,
+            tokens_per_step=batch.total * config.model.seq_length,
+        ),
+        **mixing.options,
+    )
+    sampler = Sampler(
+        domains.names,
+        domains.train,
+        seed=config.training.seed,
+        global_batch=batch.total,
+        micro_batch=batch.micro,
+        unit=mixing.unit,
+        draw=mixing.draw,
+        on_exhausted=mixing.on_exhausted,
+    )
+    return Planner(mixer=mixer, sampler=sampler, lag=mixing.lag, measure=measure), sampler
+
+
+class _HeldOut:
+    """The three uses of held-out data, each with its own windows and ledger."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        topology: Topology,
+        batch: Batch,
+        domains: OpenDomains,
+        observer: LossObserver,
+    ) -> None:
+        def batches(part: ValidationSet, index: int) -> Iterable[MicroBatch]:
+            return part.micro_batches(
+                batch.micro, topology.data_rank, topology.data_size, domain_id=index
+            )
+
+        def use(parts: Sequence[Domain | None], samples: int) -> Validation:
+            sets = [
+                ValidationSet(domain, samples, seed=config.training.seed)
+                if domain is not None and samples > 0
+                else None
+                for domain in parts
+            ]
+            return Validation(
+                sets,
+                ledger=Ledger(len(parts), runtime.device),
+                observer=observer,
+                batches=batches,
+                device=runtime.device,
+            )
+
+        training = config.training
+        self.controller = use(domains.valid, config.mixing.validation_samples)
+        self.reported = use(domains.valid, training.validation_samples(batch.total))
+        self.test = use(domains.test, training.validation_samples(batch.total, "test"))
+
+
+def _learning_rate(config: Config) -> Callable[[int], float]:
+    schedule, iters = config.schedule, config.training.train_iters
+
+    def rate(step: int) -> float:
+        return learning_rate(
+            step,
+            lr=config.optimizer.lr,
+            min_lr=schedule.min_lr,
+            style=schedule.lr_decay_style,
+            warmup_steps=schedule.warmup_steps(iters),
+            decay_steps=schedule.decay_steps(iters),
+        )
+
+    return rate
+
+
+def _throughput(config: Config, runtime: Runtime) -> Throughput:
+    peak = config.logging.peak_theoretical_tflops
+    return Throughput(
+        flops_per_token=flops_per_token(config.model),
+        peak_flops=peak * 1e12 * runtime.world_size if peak else None,
+    )
+
+
+def _eod_id(config: Config, domains: OpenDomains) -> int | None:
+    """Return the end-of-document token as the data's sidecars state it."""
+    if not config.training.eod_mask_loss:
+        return None
+    from megatron.errors import DataError
+
+    for domain in domains.train:
+        for source in domain.sources:
+            sidecar = source.reader.sidecar
+            if sidecar is not None and sidecar.eod_id is not None:
+                return sidecar.eod_id
+    raise DataError(
+        "eod_mask_loss is on, but no domain's .meta.json names the end-of-document token; "
+        "preprocess the data again with --append-eod, or switch eod_mask_loss off"
+    )

@@ -1,0 +1,188 @@
+"""The domains of a run: opened, counted, and given their start weights.  No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.config import DomainConfig, MixingConfig
+from megatron.data.domain import Domain, open_domain
+from megatron.errors import ConfigError, DataError
+from megatron.mixing.weights import (
+    document_weights,
+    natural_weights,
+    nopack_weights,
+    padded_windows,
+    temperature_weights,
+    uniform_weights,
+)
+
+FloatArray = npt.NDArray[np.float64]
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenDomains:
+    """All domains of a run, in the order of the configuration.
+
+    Attributes:
+        names: K names.
+        train: the training part of each.
+        valid: the validation part of each; None where there is none.
+        test: the test part of each; None where there is none.
+        notes: what a user should know (a split that left no validation data, say).
+    """
+
+    names: tuple[str, ...]
+    train: tuple[Domain, ...]
+    valid: tuple[Domain | None, ...]
+    test: tuple[Domain | None, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def token_counts(self) -> FloatArray:
+        """Training tokens of each domain [K]."""
+        return np.array([domain.num_tokens for domain in self.train], dtype=np.float64)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of each domain's training data."""
+        return {domain.name: domain.fingerprint() for domain in self.train}
+
+    @property
+    def bytes_per_token(self) -> dict[str, float]:
+        """Bytes of text per token of each domain's held-out data, where known."""
+        known: dict[str, float] = {}
+        for name, valid, train in zip(self.names, self.valid, self.train, strict=True):
+            ratio = (valid or train).bytes_per_token
+            if ratio is not None:
+                known[name] = ratio
+        return known
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Vocabulary of the data as their sidecars state it; None if no sidecar does.
+
+        Raises:
+            DataError: domains were tokenised with different vocabularies.
+        """
+        sizes: dict[int, str] = {}
+        for domain in self.train:
+            for source in domain.sources:
+                sidecar = source.reader.sidecar
+                if sidecar is not None and sidecar.vocab_size:
+                    sizes.setdefault(sidecar.vocab_size, domain.name)
+        if len(sizes) > 1:
+            (first, one), (second, other) = list(sizes.items())[:2]
+            raise DataError(
+                f"the domains were tokenised with different vocabularies: '{one}' with {first} "
+                f"token ids, '{other}' with {second}; tokenise them again with one tokenizer"
+            )
+        return next(iter(sizes), None)
+
+    def close(self) -> None:
+        """Close all files."""
+        for domain in (*self.train, *self.valid, *self.test):
+            if domain is not None:
+                domain.close()
+
+
+def open_domains(
+    domains: Mapping[str, DomainConfig],
+    *,
+    split: str,
+    seq_length: int,
+    seed: int,
+    epoch_offset: bool = True,
+) -> OpenDomains:
+    """Open every domain's training, validation and test data.
+
+    Raises:
+        DataError: a file is missing or damaged, or a domain that was given data for a part
+            has no window of it.  A part that only the split would give may be empty; that
+            is noted.
+    """
+    notes: list[str] = []
+    opened: dict[str, list[Domain | None]] = {"train": [], "valid": [], "test": []}
+    for name, domain in domains.items():
+        for part, parts in opened.items():
+            prefixes = domain.prefixes(part)  # type: ignore[arg-type]
+            if not prefixes:
+                parts.append(None)
+                continue
+            cut = (split, part) if domain.uses_split else None
+            try:
+                parts.append(
+                    open_domain(
+                        name,
+                        prefixes,
+                        seq_length=seq_length,
+                        seed=seed,
+                        split=cut,
+                        # Held-out windows are the same at every measurement.
+                        epoch_offset=epoch_offset and part == "train",
+                    )
+                )
+            except DataError as error:
+                if part == "train" or cut is None or "no window" not in str(error):
+                    raise
+                parts.append(None)
+                notes.append(
+                    f"domain '{name}' has no {part} data: split '{split}' leaves less than one "
+                    f"window of {seq_length + 1} tokens"
+                )
+    return OpenDomains(
+        names=tuple(domains),
+        train=tuple(domain for domain in opened["train"] if domain is not None),
+        valid=tuple(opened["valid"]),
+        test=tuple(opened["test"]),
+        notes=tuple(notes),
+    )
+
+
+def start_weights(
+    mixing: MixingConfig, domains: Mapping[str, DomainConfig], opened: OpenDomains
+) -> FloatArray:
+    """Return the given or computed start weights [K], not normalised if given.
+
+    Raises:
+        ConfigError: ``weights: given`` and a domain has none.
+    """
+    given = [domain.weight for domain in domains.values()]
+    kind = mixing.weights or ("given" if any(w is not None for w in given) else "natural")
+    if kind == "given":
+        missing = [name for name, domain in domains.items() if domain.weight is None]
+        if missing:
+            raise ConfigError(
+                f"mixing.weights is 'given', but {', '.join(missing)} has no weight; give every "
+                "domain a weight, or set mixing.weights to natural or uniform"
+            )
+        return np.array(given, dtype=np.float64)
+    if kind == "uniform":
+        return uniform_weights(len(given))
+    if kind == "natural":
+        return natural_weights(opened.token_counts)
+    if kind == "temperature":
+        return temperature_weights(opened.token_counts, mixing.weights_alpha)
+    if kind == "documents":
+        counts = [domain.num_documents for domain in opened.train]
+        return document_weights(counts, mixing.weights_alpha)
+    return nopack_weights(_padded(opened.train))
+
+
+def _padded(train: Sequence[Domain]) -> FloatArray:
+    """Windows of each domain if every document started its own [K]."""
+    totals = []
+    for domain in train:
+        total = 0
+        for source in domain.sources:
+            part = source.documents
+            for first in range(part.first, part.last, _BLOCK):
+                sizes = source.reader.document_sizes(first, min(first + _BLOCK, part.last))
+                total += padded_windows(sizes, domain.seq_length)
+        totals.append(float(total))
+    return np.array(totals)

@@ -1,0 +1,99 @@
+"""What is due between two steps: validation, test and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.engine.engine import TrainEngine
+from megatron.monitor.throughput import Throughput
+from megatron.signals.validation import Validation
+from megatron.training.loop import Ending
+from megatron.training.recorder import RunRecorder
+from megatron.training.saving import Saver
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(kw_only=True)
+class Milestones:
+    """Validates and saves where that is due; each at most once for a step.
+
+    Attributes:
+        engine: the model.
+        validation: the reported validation sets.
+        test: the test sets, measured once when the run is complete.
+        saver: writes checkpoints.
+        recorder: takes the measurements.
+        throughput: paused meanwhile, so that the rate is that of training.
+        eval_interval: steps between two validations.
+        saves_at: whether a checkpoint is due after a step.
+        weights: the mixture's start weights [K], for the weighted average.
+    """
+
+    engine: TrainEngine
+    validation: Validation
+    test: Validation
+    saver: Saver
+    recorder: RunRecorder
+    throughput: Throughput
+    eval_interval: int
+    saves_at: Callable[[int], bool]
+    weights: FloatArray
+    _validated: int = field(default=-1, init=False)
+    _saved: int = field(default=-1, init=False)
+
+    def before_first(self) -> None:
+        """Measure and, if asked for, save the model as it was initialised."""
+        self.throughput.pause()
+        self._validate(0)
+        if self.saves_at(0):
+            self._save(0)
+        self.throughput.resume()
+
+    def after_step(self, step: int, ending: Ending | None) -> None:
+        """Do what is due after ``step``; the last step of a run is always saved.
+
+        A validation that falls on the step at which a run was asked to stop is made before
+        the save, so that the records of the whole run do not depend on interruptions.
+        """
+        over = ending in (Ending.COMPLETE, Ending.EXHAUSTED)
+        validate = over or step % self.eval_interval == 0
+        save = ending is not None or self.saves_at(step)
+        if not (validate or save):
+            return
+        self.throughput.pause()
+        if validate:
+            self._validate(step)
+        if over:
+            self._measure(self.test, step, "test")
+        if save:
+            self._save(step)
+        self.throughput.resume()
+
+    def _validate(self, step: int) -> None:
+        if self._validated != step:
+            self._measure(self.validation, step, "valid")
+            self._validated = step
+
+    def _measure(self, validation: Validation, step: int, split: str) -> None:
+        if validation.empty:
+            return
+        started = time.perf_counter()
+        losses = validation.measure(self.engine)
+        self.recorder.validation(
+            step,
+            losses,
+            split=split,
+            weights=self.weights,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _save(self, step: int) -> None:
+        if self._saved != step:
+            self.saver.save(step)
+            self._saved = step

@@ -1,0 +1,143 @@
+"""From what the loop knows to what the sinks take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron.engine.engine import StepOutcome
+from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord, is_logged
+from megatron.monitor.sink import SinkGroup
+from megatron.monitor.throughput import Throughput
+from megatron.signals.ledger import StepTotals
+from megatron.training.planner import Planned
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class RunRecorder:
+    """Names and times the steps for the sinks; with no sinks it does nothing.
+
+    Args:
+        sinks: where records go (empty on every rank but the first).
+        domains: names in the order of the arrays.
+        throughput: the run's clock.
+        epochs: passes over each domain's training split so far [K].
+        describe: the mixer's estimates, for the charts.
+        loss_scale: the current loss scale, or None where there is none.
+        log_interval: steps between two lines of the metrics.
+        total_steps: length of the run.
+        bytes_per_token: of each domain's text, where known, for bits per byte.
+        audit: whether the samples of every step are recorded.
+    """
+
+    def __init__(
+        self,
+        sinks: SinkGroup,
+        *,
+        domains: Sequence[str],
+        throughput: Throughput,
+        epochs: Callable[[], FloatArray],
+        describe: Callable[[], Mapping[str, object]],
+        loss_scale: Callable[[], float] | None,
+        log_interval: int,
+        total_steps: int,
+        bytes_per_token: Mapping[str, float],
+        audit: bool,
+    ) -> None:
+        """Keep the parts."""
+        self._sinks = sinks
+        self._domains = tuple(domains)
+        self._throughput = throughput
+        self._epochs = epochs
+        self._describe = describe
+        self._loss_scale = loss_scale
+        self._log_interval = log_interval
+        self._total_steps = total_steps
+        self._bytes_per_token = bytes_per_token
+        self._audit = audit
+
+    def step(
+        self,
+        planned: Planned,
+        totals: StepTotals,
+        outcome: StepOutcome,
+        *,
+        lr: float,
+        skipped: bool,
+    ) -> None:
+        """Record one step."""
+        seconds = self._throughput.step(int(totals.token_count.sum()))
+        if not len(self._sinks):
+            return
+        plan, decision = planned.plan, planned.decision
+        logged = is_logged(plan.step, self._log_interval)
+        self._sinks.step(
+            StepRecord(
+                step=plan.step,
+                domains=self._domains,
+                loss=totals.mean_loss,
+                learning_rate=lr,
+                probability=plan.weights,
+                domain_loss=totals.domain_loss,
+                tokens=totals.token_count.astype(np.int64),
+                samples=np.bincount(plan.domain, minlength=len(self._domains)),
+                epochs=self._epochs(),
+                tokens_per_second=self._throughput.tokens_per_second,
+                seconds=seconds,
+                eta_seconds=self._throughput.eta_seconds(self._total_steps - plan.step),
+                mfu=self._throughput.mfu,
+                # Reading the norm waits for the device, so only a logged step does.
+                grad_norm=_number(outcome.grad_norm) if logged else None,
+                loss_scale=self._loss_scale() if self._loss_scale and logged else None,
+                loss_weight=decision.loss_weights,
+                valid_loss=planned.valid_loss,
+                fresh_quota=decision.fresh_quota,
+                probe=decision.probe,
+                skipped=skipped,
+                estimates=self._describe() if logged else {},
+            )
+        )
+        if self._audit:
+            self._sinks.audit(
+                AuditRecord.from_plan(
+                    step=plan.step,
+                    domains=self._domains,
+                    domain=plan.domain,
+                    epoch=plan.epoch,
+                    sample=plan.sample,
+                )
+            )
+
+    def validation(
+        self, step: int, losses: FloatArray, *, split: str, weights: FloatArray, seconds: float
+    ) -> None:
+        """Record a measurement of held-out losses [K]; NaN = no held-out data."""
+        if not len(self._sinks):
+            return
+        measured = {
+            name: float(loss)
+            for name, loss in zip(self._domains, losses, strict=True)
+            if not np.isnan(loss)
+        }
+        self._sinks.validation(
+            ValidationRecord(
+                step=step,
+                valid_loss=measured,
+                bits_per_byte={
+                    name: loss / np.log(2.0) / self._bytes_per_token[name]
+                    for name, loss in measured.items()
+                    if name in self._bytes_per_token
+                },
+                weights=dict(zip(self._domains, weights.tolist(), strict=True)),
+                split=split,
+                seconds=seconds,
+            )
+        )
+
+
+def _number(value: float | torch.Tensor | None) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,144 @@
+"""Finding the checkpoint to go on from, and making it fit this run's layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.manifest import Manifest
+from megatron.checkpoint.store import CheckpointStore
+from megatron.checkpoint.vet import vet_checkpoint
+from megatron.engine.runtime import Runtime
+from megatron.engine.universal import check_convertible, convert_to_universal
+from megatron.errors import CheckpointError
+
+UNIVERSAL = "universal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a run starts from.
+
+    Attributes:
+        checkpoint: folder of the checkpoint (our own state is read there).
+        engine_files: folder of the files that DeepSpeed loads: the checkpoint itself, or
+            its universal form.
+        universal: whether they are in the universal format.
+        manifest: the checkpoint's manifest.
+    """
+
+    checkpoint: Path
+    engine_files: Path
+    universal: bool
+    manifest: Manifest
+
+
+def find_checkpoint(
+    runtime: Runtime, stores: list[CheckpointStore], say: Callable[[str], None]
+) -> tuple[CheckpointStore, Path, Manifest] | None:
+    """Return the newest valid checkpoint of the first store that has one, agreed by all ranks.
+
+    Rank 0 looks (every byte is verified) and tells the others.
+    """
+    found: Any = None
+    if runtime.rank == 0:
+        for index, store in enumerate(stores):
+            if newest := store.newest_valid(report=say):
+                path, manifest = newest
+                found = [index, str(path), manifest.to_bytes().decode()]
+                break
+    found = runtime.broadcast(found)
+    if found is None:
+        return None
+    index, path, manifest = found
+    return stores[index], Path(path), Manifest.from_bytes(manifest.encode())
+
+
+def prepare_source(
+    runtime: Runtime,
+    found: tuple[CheckpointStore, Path, Manifest],
+    *,
+    layout: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Source:
+    """Vet the checkpoint's files and convert them if they were written in another layout.
+
+    Raises:
+        CheckpointError: a file holds more than tensors and plain values, or the layouts
+            cannot be converted into each other.
+    """
+    store, path, manifest = found
+    universal = dict(manifest.layout) != dict(layout)
+    if universal:
+        check_convertible(manifest.layout, layout)
+    problem = None
+    engine_files = store.path(manifest.step, UNIVERSAL) if universal else path
+    if runtime.rank == 0:
+        try:
+            vet_checkpoint(path)
+            if universal:
+                _convert_once(store, path, manifest, say)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = runtime.broadcast(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return Source(
+        checkpoint=path, engine_files=engine_files, universal=universal, manifest=manifest
+    )
+
+
+def _convert_once(
+    store: CheckpointStore, path: Path, manifest: Manifest, say: Callable[[str], None]
+) -> None:
+    """Write the universal form beside the checkpoint, unless a complete one is there."""
+    source_hash = {name: entry.sha256 for name, entry in manifest.files.items()}
+    target = store.path(manifest.step, UNIVERSAL)
+    if target.is_dir() and not store.verify(target):
+        if store.read_manifest(target).extra.get("source") == source_hash:
+            return
+        shutil.rmtree(target)
+    say(f"the layout has changed since {path.name}: converting it to the universal format")
+    temporary = store.begin(
+        manifest.step, kind=UNIVERSAL, bytes_needed=2 * manifest.total_bytes
+    )
+    convert_to_universal(path, temporary)
+    # DeepSpeed notes the newest conversion in a file beside the folder; the store's own
+    # manifests say which are complete.
+    (store.directory / "latest_universal").unlink(missing_ok=True)
+    files = [file for file in temporary.rglob("*") if file.is_file()]
+    store.commit(
+        manifest.step,
+        store.seal_files(files),
+        layout={"universal": True},
+        config_hash=manifest.config_hash,
+        extra={"source": source_hash},
+        kind=UNIVERSAL,
+    )
+
+
+def check_same_data(
+    manifest: Manifest, fingerprints: Mapping[str, Any], *, allow_changed: bool
+) -> None:
+    """Refuse to go on with other data under the same names.
+
+    Domains may be added or left out (the mixing state says itself whether it can follow);
+    what a domain holds may not change unnoticed.
+
+    Raises:
+        CheckpointError: naming the domains whose data has changed.
+    """
+    changed = [
+        name
+        for name, value in fingerprints.items()
+        if name in manifest.fingerprints and manifest.fingerprints[name] != value
+    ]
+    if changed and not allow_changed:
+        raise CheckpointError(
+            f"the training data of {', '.join(repr(name) for name in changed)} is not what the "
+            f"checkpoint of step {manifest.step} was trained on (its fingerprint differs); put "
+            "the old data back, start another run_dir, or set allow_changed_data: true"
+        )

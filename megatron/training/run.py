@@ -1,0 +1,193 @@
+"""One training run in one rank's process, from start to end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.checkpoint.bundle import read_bundle
+from megatron.checkpoint.store import CheckpointStore
+from megatron.config import Config
+from megatron.engine.runtime import Runtime
+from megatron.errors import CheckpointError
+from megatron.launch.stop import StopFlag
+from megatron.parallel.layout import Layout
+from megatron.training.build import Parts, build, layout_facts, run_facts
+from megatron.training.domains import open_domains, start_weights
+from megatron.training.loop import Ending, Loop
+from megatron.training.milestones import Milestones
+from megatron.training.restore import Source, check_same_data, find_checkpoint, prepare_source
+from megatron.training.saving import Saver
+from megatron.training.summary import checkpoint_bytes, complete, startup_report
+
+EXIT_DONE = 0
+
+
+def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
+    """Train what ``config`` describes, from its newest checkpoint on if there is one.
+
+    Returns:
+        The exit code: 0 when the run is complete, else the stop flag's.
+
+    Raises:
+        NeomixError: the data, the checkpoint or the configuration does not fit.
+    """
+    say = _speaker(runtime)
+    domains = open_domains(
+        config.domains,
+        split=config.split,
+        seq_length=config.model.seq_length,
+        seed=config.training.seed,
+        epoch_offset=config.training.epoch_offset,
+    )
+    config = complete(config, domains)
+    weights = start_weights(config.mixing, config.domains, domains)
+    store = CheckpointStore(
+        config.checkpoint.save_dir, keep_last=config.checkpoint.keep_last_n_checkpoints
+    )
+    if runtime.rank == 0:
+        store.sweep()
+    source = _find_source(config, runtime, store, say)
+    last = config.training.train_iters
+    if source is not None and source.manifest.step >= last and not config.checkpoint.finetune:
+        say(
+            f"nothing to do: the run in {config.checkpoint.run_dir} is complete "
+            f"({source.manifest.step} of {last} steps); raise train_iters to go on"
+        )
+        return EXIT_DONE
+    if source is not None:
+        check_same_data(
+            source.manifest, domains.fingerprints, allow_changed=config.checkpoint.allow_changed_data
+        )
+    parts = build(
+        config,
+        runtime,
+        domains,
+        weights,
+        universal=source is not None and source.universal,
+    )
+    startup_report(config, domains, weights, runtime.world_size, say)
+    start = _restore(config, parts, source, say) if source is not None else 0
+    milestones = Milestones(
+        engine=parts.engine,
+        validation=parts.validation,
+        test=parts.test,
+        saver=Saver(
+            runtime=runtime,
+            store=store,
+            engine=parts.engine,
+            planner=parts.planner,
+            guard=parts.guard,
+            sinks=parts.sinks,
+            domains=list(domains.names),
+            layout=layout_facts(config, Layout(world_size=runtime.world_size)),
+            config_hash=config.hash(),
+            fingerprints=domains.fingerprints,
+            facts=run_facts(),
+            padded_vocab_size=config.model.padded_vocab_size(),
+            bytes_needed=checkpoint_bytes(config),
+        ),
+        recorder=parts.recorder,
+        throughput=parts.throughput,
+        eval_interval=config.training.eval_interval,
+        saves_at=lambda step: config.checkpoint.saves_at(step, last),
+        weights=weights / weights.sum(),
+    )
+    if runtime.rank == 0:
+        _write_config(config)
+    parts.sinks.start(
+        start or None,
+        {
+            "config": config.model_dump(mode="json"),
+            "samples_seen": dict(zip(domains.names, map(int, parts.samples_seen()), strict=True)),
+        },
+    )
+    try:
+        step, ending = _train(config, runtime, parts, milestones, stop, start=start, last=last)
+    finally:
+        parts.sinks.close()
+        parts.loader.close()
+    say(f"ended after step {step} of {last}: {ending.value}")
+    return stop.exit_code if ending is Ending.STOPPED else EXIT_DONE
+
+
+def _train(
+    config: Config,
+    runtime: Runtime,
+    parts: Parts,
+    milestones: Milestones,
+    stop: StopFlag,
+    *,
+    start: int,
+    last: int,
+) -> tuple[int, Ending]:
+    interval = config.training.exit_interval
+    loop = Loop(
+        engine=parts.engine,
+        planner=parts.planner,
+        reader=parts.reader,
+        ledger=parts.ledger,
+        guard=parts.guard,
+        recorder=parts.recorder,
+        learning_rate=parts.learning_rate,
+        stop_requested=lambda: stop.requested,
+        exits_at=lambda step: interval is not None and step % interval == 0,
+        after_step=milestones.after_step,
+        device=runtime.device,
+    )
+    if start == 0:
+        milestones.before_first()
+    return loop.run(start=start, last=last)
+
+
+def _find_source(
+    config: Config, runtime: Runtime, store: CheckpointStore, say: Callable[[str], None]
+) -> Source | None:
+    """Return what to start from: the run's own newest checkpoint, else that of ``load``."""
+    stores = [store]
+    if Path(config.checkpoint.load_dir) != store.directory:
+        stores.append(CheckpointStore(config.checkpoint.load_dir))
+    found = find_checkpoint(runtime, stores, say)
+    if found is None:
+        if config.checkpoint.load is not None:
+            raise CheckpointError(
+                f"load names {config.checkpoint.load}, which holds no valid checkpoint; correct "
+                "it, or leave it out to start from new weights"
+            )
+        return None
+    layout = layout_facts(config, Layout(world_size=runtime.world_size))
+    return prepare_source(runtime, found, layout=layout, say=say)
+
+
+def _restore(
+    config: Config, parts: Parts, source: Source, say: Callable[[str], None]
+) -> int:
+    """Load weights, optimizer, data and mixing state; return the step they are of."""
+    manifest = source.manifest
+    parts.engine.load(source.engine_files.parent, source.engine_files.name)
+    bundle = read_bundle(source.checkpoint)
+    parts.planner.load_state_dict(bundle["planner"])
+    parts.guard.load_state_dict(bundle["guard"])
+    say(f"going on after step {manifest.step} from {source.checkpoint}")
+    before, now = manifest.extra.get("threads"), run_facts()["threads"]
+    if before != now:
+        say(
+            f"note: the checkpoint was written with {before} threads per rank and this process "
+            f"has {now}; the last bits of its results may differ"
+        )
+    return manifest.step
+
+
+def _write_config(config: Config) -> None:
+    path = Path(config.checkpoint.run_dir) / "config.yml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.resolved_yaml(), encoding="utf-8")
+
+
+def _speaker(runtime: Runtime) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if runtime.rank == 0:
+            print(text, file=sys.stdout, flush=True)
+
+    return say

@@ -1,0 +1,90 @@
+"""Saving a run: DeepSpeed's files and ours into one atomic checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.checkpoint.bundle import write_bundle
+from megatron.checkpoint.store import CheckpointStore
+from megatron.engine.engine import TrainEngine
+from megatron.engine.runtime import Runtime
+from megatron.engine.universal import universal_info
+from megatron.monitor.sink import SinkGroup
+from megatron.training.guard import NonFiniteGuard
+from megatron.training.planner import Planner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """Writes checkpoints of one run; collective, every rank calls :meth:`save`.
+
+    Attributes:
+        runtime: ranks and their host-side group.
+        store: the run's checkpoints.
+        engine: weights and optimizer.
+        planner: data and mixing.
+        guard: non-finite policy.
+        sinks: flushed before a checkpoint counts, so that resuming finds every record.
+        domains: names in the order of the run.
+        layout: see :class:`~megatron.checkpoint.manifest.Manifest`.
+        config_hash: hash of the resolved configuration.
+        fingerprints: data fingerprint by domain.
+        facts: further facts for the manifest (threads, versions).
+        padded_vocab_size: rows of the embedding.
+        bytes_needed: estimated size of a checkpoint.
+    """
+
+    runtime: Runtime
+    store: CheckpointStore
+    engine: TrainEngine
+    planner: Planner
+    guard: NonFiniteGuard
+    sinks: SinkGroup
+    domains: list[str]
+    layout: Mapping[str, Any]
+    config_hash: str
+    fingerprints: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    padded_vocab_size: int
+    bytes_needed: int | None = None
+
+    def save(self, step: int) -> None:
+        """Save the state after ``step``.
+
+        Raises:
+            RunError: the disk is full or refuses; earlier checkpoints are intact.
+        """
+        first = self.runtime.rank == 0
+        self.sinks.flush()
+        if first:
+            self.store.begin(step, bytes_needed=self.bytes_needed)
+        self.runtime.barrier()
+        temporary = self.store.temporary_path(step)
+        written = self.engine.save(
+            temporary.parent,
+            temporary.name,
+            {"iteration": step, "universal_checkpoint_info": universal_info(self.padded_vocab_size)},
+        )
+        if first:
+            written.append(
+                write_bundle(
+                    temporary,
+                    step=step,
+                    domains=self.domains,
+                    planner=self.planner.state_dict(),
+                    guard=self.guard.state_dict(),
+                )
+            )
+        entries = self.runtime.gather(self.store.seal_files(written))
+        if first:
+            self.store.commit(
+                step,
+                {name: entry for part in entries for name, entry in part.items()},
+                layout=self.layout,
+                config_hash=self.config_hash,
+                fingerprints=self.fingerprints,
+                extra=self.facts,
+            )
+        self.runtime.barrier()
