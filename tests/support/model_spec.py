@@ -15,15 +15,16 @@ class TestSpec:
     hidden_size: int = 32
     num_attention_heads: int = 4
     num_kv_heads: int | None = None
-    seq_length: int = 16
-    max_position_embeddings: int = 16
+    seq_length: int | None = 16
     norm: str = "layernorm"
     layernorm_epsilon: float = 1e-5
     rms_norm_epsilon: float = 1e-8
+    use_bias_in_norms: bool = True
     pos_emb: str = "rotary"
     rotary_pct: float = 1.0
     rotary_emb_base: float = 10000.0
     activation: str = "gelu"
+    bias_gelu_fusion: bool = False
     intermediate_size: int | None = None
     gpt_j_residual: bool = False
     no_weight_tying: bool = False
@@ -37,6 +38,6 @@ class TestSpec:
     checkpoint_activations: bool = False
     checkpoint_num_layers: int = 1
 
-    def padded_vocab_size(self, tensor_size: int) -> int:
+    def padded_vocab_size(self, tensor_size: int = 1) -> int:
         unit = self.make_vocab_size_divisible_by * tensor_size
         return -(-self.vocab_size // unit) * unit
