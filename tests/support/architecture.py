@@ -21,6 +21,8 @@ ALLOWED_IN = {
 }
 # Who may import torch when the module itself is imported, and not only inside a function.
 TORCH_AT_TOP = {"parallel", "model", "engine", "signals", "checkpoint", "training"}
+# Modules about one optional library, which are themselves imported where they are needed.
+ABOUT = {"megatron/monitor/live.py": "rich"}
 LIGHT = {"numpy", "pydantic", "pydantic_core", "yaml", "typing_extensions"}
 MIXING_MAY = {"numpy", "scipy"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
@@ -96,10 +98,15 @@ def wrong_imports(path: Path, tree: ast.Module) -> Iterator[str]:
         if where == "launch" and not own:
             yield f"{path}:{found.line} imports {found.name}; launch has the library alone"
         if found.at_top and not own and first not in LIGHT:
-            if first == "torch" and where in TORCH_AT_TOP:
+            expected = (
+                (first == "torch" and where in TORCH_AT_TOP)
+                or (first == "deepspeed" and where == "engine")
+                or ABOUT.get(path.as_posix()) == first
+            )
+            if expected:
                 continue
-            if first == "deepspeed" and where == "engine":
-                continue
+            yield f"{path}:{found.line} imports {found.name} at the top; do so where it is used"
+        if found.at_top and found.name.rpartition(".")[0].replace(".", "/") + ".py" in ABOUT:
             yield f"{path}:{found.line} imports {found.name} at the top; do so where it is used"
         if first in PICKLES:
             yield f"{path}:{found.line} imports {found.name}; no pickle of our own"

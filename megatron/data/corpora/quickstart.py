@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.corpora import arithmetic, bpe, library, records, unicode_names
+from megatron.data.corpora import arithmetic, library, records, unicode_names
 from megatron.data.corpora.documents import (
     SPLITS,
     Document,
@@ -25,10 +25,13 @@ from megatron.data.corpora.documents import (
 )
 from megatron.data.corpora.tokenise import TokenizerChoice, tokenise
 from megatron.errors import DataError
+from megatron.tokenizer.train import train_byte_level_bpe
 
 MANIFEST = "manifest.json"
 VERSION = 1
 VOCABULARY = 4096
+# Every domain has the same say in the vocabulary.
+VOCABULARY_BYTES_PER_DOMAIN = 1_000_000
 Say = Callable[[str], None]
 
 
@@ -74,9 +77,9 @@ def prepare(root: Path, *, recipes: Mapping[str, Recipe] = RECIPES, say: Say = p
     _make_texts(root, recipes, say)
     tokenizer = root / "tokenizer.json"
     if not tokenizer.exists():
-        texts = [root / "raw" / name / "train.jsonl" for name in recipes]
+        files = [root / "raw" / name / "train.jsonl" for name in recipes]
         say(f"training a byte-level BPE of {VOCABULARY} tokens")
-        bpe.train(texts, tokenizer, vocab_size=VOCABULARY, per_file_bytes=1_000_000)
+        train_byte_level_bpe(_texts(files), tokenizer, vocab_size=VOCABULARY)
     choice = TokenizerChoice(kind="HFTokenizer", vocab_file=tokenizer)
     for name in recipes:
         for split in SPLITS:
@@ -101,6 +104,18 @@ def _make_texts(root: Path, recipes: Mapping[str, Recipe], say: Say) -> None:
         size = sum(document.size for document in documents)
         counts = " ".join(f"{split} {len(chosen)}" for split, chosen in splits.items())
         say(f"made {name}: {size / 1e6:.1f} MB of text in {len(documents)} documents ({counts})")
+
+
+def _texts(files: Sequence[Path]) -> Iterator[str]:
+    for path in files:
+        read = 0
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                text: str = json.loads(line)["text"]
+                yield text
+                read += len(text.encode())
+                if read >= VOCABULARY_BYTES_PER_DOMAIN:
+                    break
 
 
 def _finish(root: Path, recipes: Mapping[str, Recipe]) -> None:
