@@ -1,0 +1,254 @@
+"""Several runs side by side: at equal tokens, on the same domains, with what seeds can show."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.errors import ConfigError, did_you_mean
+from megatron.monitor.report.load import RunData, Validation
+from megatron.monitor.report.summary import percent
+from megatron.monitor.throughput import short
+
+# Differences in these keys do not make another experiment of a run.
+INCIDENTAL = ("seed", "run_dir", "save", "load", "log_dir", "tensorboard_dir", "master_port")
+INCIDENTAL_PREFIXES = ("wandb_", "comet_", "use_wandb", "use_comet", "use_tensorboard")
+
+# 97.5 % quantile of Student's t by degrees of freedom 1 to 30.
+T_QUANTILE = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Differences of the mean held-out loss between two groups, seed by seed.
+
+    Attributes:
+        differences: group minus baseline, one per common seed.
+        mean: their mean.
+        half_width: half the 95 % t interval, NaN with one seed.
+    """
+
+    differences: tuple[float, ...]
+    mean: float
+    half_width: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs compared at equal tokens.
+
+    Attributes:
+        tokens: tokens at which they are compared.
+        unequal: whether the measurements differ by more than 1 % in tokens.
+        domains: the domains that every run measured.
+        at: the measurement taken from each run.
+        groups: index of the group (same configuration but for the seed) of each run.
+        labels: name of each group.
+        baseline: index of the run that the others are compared with.
+        paired: group index → difference to the baseline's group.
+    """
+
+    tokens: float
+    unequal: bool
+    domains: tuple[str, ...]
+    at: tuple[Validation, ...]
+    groups: tuple[int, ...]
+    labels: tuple[str, ...]
+    baseline: int
+    paired: dict[int, Paired]
+
+    def average(self, run: int) -> float:
+        """Mean loss of ``run`` over the common domains."""
+        return self.at[run].average(self.domains)
+
+
+def group_runs(runs: Sequence[RunData]) -> tuple[list[int], list[str]]:
+    """Return the group of each run and the groups' labels.
+
+    Runs belong together when their configurations differ in nothing but the seed
+    and places; a run whose configuration is not known stands alone.
+    """
+    keys = [_experiment(run) or f"run {index}" for index, run in enumerate(runs)]
+    order = list(dict.fromkeys(keys))
+    groups = [order.index(key) for key in keys]
+    members = [[run for run, g in zip(runs, groups, strict=True) if g == i] for i in set(groups)]
+    methods = [group[0].method for group in members]
+    labels = []
+    for group, method in zip(members, methods, strict=True):
+        if len(group) == 1:
+            labels.append(group[0].name)
+        elif method and methods.count(method) == 1:
+            labels.append(method)
+        else:
+            labels.append(_common_start([run.name for run in group]) or method or group[0].name)
+    return groups, labels
+
+
+def _experiment(run: RunData) -> str:
+    kept = {
+        key: value
+        for key, value in run.config.items()
+        if key not in INCIDENTAL and not key.startswith(INCIDENTAL_PREFIXES)
+    }
+    return json.dumps(kept, sort_keys=True, default=str) if kept else ""
+
+
+def _common_start(names: list[str]) -> str:
+    start = names[0]
+    while not all(name.startswith(start) for name in names):
+        start = start[:-1]
+    return start.rstrip("-_./ ")
+
+
+def choose_baseline(runs: Sequence[RunData], wanted: str | None) -> int:
+    """Return the index of the baseline: the one asked for, else the first static run, else 0.
+
+    Raises:
+        ConfigError: no run has the name asked for.
+    """
+    names = [run.name for run in runs]
+    if wanted is not None:
+        for index, run in enumerate(runs):
+            if wanted in (run.name, str(run.path)):
+                return index
+        raise ConfigError(
+            f"--baseline: no run is called '{wanted}'{did_you_mean(wanted, names)} "
+            f"(given: {', '.join(names)})"
+        )
+    return next((index for index, run in enumerate(runs) if run.method == "static"), 0)
+
+
+def compare(runs: Sequence[RunData], wanted: str | None = None) -> Comparison | None:
+    """Compare ``runs`` at the largest number of tokens that all have been measured at.
+
+    Returns:
+        ``None`` if there are fewer than two runs, or one was never measured in
+        training, or they share no domain.
+    """
+    baseline = choose_baseline(runs, wanted)
+    if len(runs) < 2 or any(not _trained(run) for run in runs):
+        return None
+    tokens = min(run.validations[-1].tokens for run in runs)
+    at = tuple(
+        max(
+            (v for v in run.validations if v.tokens <= tokens * 1.0001),
+            key=lambda v: v.tokens,
+            default=run.validations[0],
+        )
+        for run in runs
+    )
+    domains = tuple(name for name in at[0].loss if all(name in v.loss for v in at))
+    if not domains:
+        return None
+    groups, labels = group_runs(runs)
+    spread = max(v.tokens for v in at) - min(v.tokens for v in at)
+    averages = [v.average(domains) for v in at]
+    return Comparison(
+        tokens=tokens,
+        unequal=spread > 0.01 * max(1.0, tokens),
+        domains=domains,
+        at=at,
+        groups=tuple(groups),
+        labels=tuple(labels),
+        baseline=baseline,
+        paired=_pairs(runs, groups, baseline, averages),
+    )
+
+
+def _trained(run: RunData) -> bool:
+    return any(v.tokens > 0 for v in run.validations)
+
+
+def _pairs(
+    runs: Sequence[RunData], groups: Sequence[int], baseline: int, averages: Sequence[float]
+) -> dict[int, Paired]:
+    """Pair each group's runs with the baseline group's by seed.
+
+    Where a seed is missing, two single runs are paired as they are.
+    """
+    own = groups[baseline]
+    by_seed: dict[int, dict[object, float]] = {}
+    for index, run in enumerate(runs):
+        key = run.seed if run.seed is not None else ("no seed", index)
+        by_seed.setdefault(groups[index], {})[key] = averages[index]
+    result = {}
+    for group, values in by_seed.items():
+        if group == own:
+            continue
+        common = [seed for seed in values if seed in by_seed[own]]
+        differences = [values[seed] - by_seed[own][seed] for seed in common]
+        if not common and len(values) == len(by_seed[own]) == 1:
+            differences = [*values.values()]
+            differences[0] -= next(iter(by_seed[own].values()))
+        if differences:
+            result[group] = paired(differences)
+    return result
+
+
+def paired(differences: Sequence[float]) -> Paired:
+    """Return mean and 95 % t interval of paired differences."""
+    count = len(differences)
+    mean = math.fsum(differences) / count
+    half = math.nan
+    if count > 1:
+        variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
+        quantile = T_QUANTILE[count - 2] if count <= 31 else 1.96
+        half = quantile * math.sqrt(variance / count)
+    return Paired(differences=tuple(differences), mean=mean, half_width=half)
+
+
+def comparison_sentences(comparison: Comparison) -> list[str]:
+    """Say in words which runs did better than the baseline, and how sure that is."""
+    base = comparison.baseline
+    name = comparison.labels[comparison.groups[base]]
+    sentences = [
+        f"Compared at {short(comparison.tokens)} tokens on {len(comparison.domains)} domains, "
+        f"with {name} as the baseline."
+    ]
+    level = comparison.average(base)
+    for group, result in sorted(comparison.paired.items(), key=lambda item: item[1].mean):
+        sentences.append(_verdict(comparison, group, result, level))
+    missing = set(comparison.groups) - set(comparison.paired) - {comparison.groups[base]}
+    if missing:
+        names = ", ".join(comparison.labels[group] for group in sorted(missing))
+        sentences.append(f"{names}: no seed in common with the baseline, so no paired difference.")
+    if comparison.unequal:
+        sentences.append(
+            "The measurements lie at different token counts (see the table): "
+            "part of the difference is training, not mixing."
+        )
+    if any(len(result.differences) == 1 for result in comparison.paired.values()):
+        sentences.append(
+            "One run each says nothing about chance: another seed moves these figures by an "
+            "unknown amount. Give runs with other seeds to get an interval."
+        )
+    return sentences
+
+
+def _verdict(comparison: Comparison, group: int, result: Paired, level: float) -> str:
+    name, count = comparison.labels[group], len(result.differences)
+    text = (
+        f"{name}: mean held-out loss {signed(result.mean)} nats per token "
+        f"({percent(result.mean / level)})"
+    )
+    if count > 1:
+        low, high = result.mean - result.half_width, result.mean + result.half_width
+        text += f", 95 % interval {signed(low)} to {signed(high)} over {count} seeds"
+        if low <= 0 <= high:
+            return f"{text}: no difference that these seeds can show."
+        return f"{text}: {'better' if result.mean < 0 else 'worse'} than the baseline."
+    run = comparison.groups.index(group)
+    base = comparison.at[comparison.baseline].loss
+    lower = sum(comparison.at[run].loss[d] < base[d] for d in comparison.domains)
+    return f"{text}; lower on {lower} of {len(comparison.domains)} domains."
+
+
+def signed(value: float) -> str:
+    """Return a difference of losses as ``−0.0123``."""
+    return f"{value:+.4f}".replace("-", "−")
