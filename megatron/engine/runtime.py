@@ -69,9 +69,9 @@ class Runtime:
         dist.broadcast(buffer, src=0, group=self.host_group)
         return _from_bytes(buffer)
 
-    def sum(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Return the sum of every rank's float64 array."""
-        total = torch.from_numpy(array.astype(np.float64, copy=True))
+    def sum(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the sum of every rank's int64 array."""
+        total = torch.from_numpy(array.astype(np.int64, copy=True))
         dist.all_reduce(total, group=self.host_group)
         return total.numpy()
 

@@ -48,5 +48,6 @@ def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 
     """
     blocks = spec.num_layers * block_parameters(spec)
     head = spec.padded_vocab_size(tensor_size) * spec.hidden_size
-    attention = spec.num_layers * spec.hidden_size * spec.seq_length * (1 if causal else 2)
+    length = spec.seq_length or 0
+    attention = spec.num_layers * spec.hidden_size * length * (1 if causal else 2)
     return 6.0 * (blocks + head + attention)

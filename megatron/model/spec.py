@@ -14,8 +14,7 @@ class ModelSpec(Protocol):
         hidden_size: width of the residual stream.
         num_attention_heads: query heads.
         num_kv_heads: key and value heads; None = as many as query heads.
-        seq_length: tokens in a sample.
-        max_position_embeddings: longest sequence the model takes.
+        seq_length: tokens in a sample; a configuration that is complete has it.
         norm: "layernorm" or "rmsnorm".
         layernorm_epsilon: inside the square root.
         rms_norm_epsilon: inside the square root.
@@ -47,9 +46,7 @@ class ModelSpec(Protocol):
     @property
     def num_kv_heads(self) -> int | None: ...
     @property
-    def seq_length(self) -> int: ...
-    @property
-    def max_position_embeddings(self) -> int: ...
+    def seq_length(self) -> int | None: ...
     @property
     def norm(self) -> str: ...
     @property
@@ -89,7 +86,7 @@ class ModelSpec(Protocol):
     @property
     def checkpoint_num_layers(self) -> int: ...
 
-    def padded_vocab_size(self, tensor_size: int) -> int:
+    def padded_vocab_size(self, tensor_size: int = 1) -> int:
         """Return the vocabulary rounded up so that ``tensor_size`` ranks divide it."""
         ...
 
@@ -103,7 +100,7 @@ def ffn_width(spec: ModelSpec) -> int:
     if spec.intermediate_size is not None:
         return spec.intermediate_size
     if spec.activation in GATED_ACTIVATIONS:
-        return -(-8 * spec.hidden_size // (3 * 256)) * 256
+        return -(-(8 * spec.hidden_size // 3) // 256) * 256
     return 4 * spec.hidden_size
 
 

@@ -56,7 +56,7 @@ class Validation:
             without held-out data.
         ledger: a ledger of its own, of K domains.
         observer: where the model's loss function reports; lent to this ledger meanwhile.
-        batches: ``batches(set, domain_index)`` yields this rank's micro-batches.
+        batches: yields this rank's micro-batches of a set.
         device: the model's device.
     """
 
@@ -66,7 +66,7 @@ class Validation:
         *,
         ledger: Ledger,
         observer: LossObserver,
-        batches: Callable[[ValidationSet, int], Iterable[MicroBatch]],
+        batches: Callable[[ValidationSet], Iterable[MicroBatch]],
         device: torch.device,
     ) -> None:
         """Keep the parts; nothing is read before :meth:`measure`."""
@@ -98,6 +98,6 @@ class Validation:
             self._observer.ledger = training
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
-        for index, part in enumerate(self._sets):
+        for part in self._sets:
             if part is not None:
-                yield from self._batches(part, index)
+                yield from self._batches(part)

@@ -20,6 +20,7 @@ from megatron.engine.engine import TrainEngine
 from megatron.engine.optimizer import build_optimizer
 from megatron.engine.runtime import Runtime
 from megatron.engine.schedule import learning_rate
+from megatron.errors import DataError
 from megatron.mixing import RunContext, build_mixer
 from megatron.model.accounting import flops_per_token
 from megatron.model.domain_loss import DomainLoss
@@ -75,7 +76,7 @@ def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
         "data_size": layout.data_size,
         "tensor_size": layout.tensor_size,
         "pipe_size": layout.pipe_size,
-        "zero_stage": config.zero.effective_stage,
+        "zero_stage": config.zero_stage,
         "precision": config.precision,
     }
 
@@ -131,6 +132,7 @@ def build(
         eod_mask_loss=config.training.eod_mask_loss,
         eod_id=_eod_id(config, domains),
         reduce_counts=runtime.sum if layout.data_size > 1 else None,
+        vocab_size=config.model.padded_vocab_size(),
         pin_memory=runtime.device.type == "cuda",
     )
     sinks = build_sinks(
@@ -146,9 +148,7 @@ def build(
         engine=engine,
         planner=planner,
         loader=loader,
-        reader=PlanReader(
-            loader, vocab_size=config.model.padded_vocab_size(), domains=domains.names
-        ),
+        reader=PlanReader(loader, sampler),
         ledger=ledger,
         guard=NonFiniteGuard(
             limit=config.training.nonfinite_limit,
@@ -253,17 +253,24 @@ class _HeldOut:
         domains: OpenDomains,
         observer: LossObserver,
     ) -> None:
-        def batches(part: ValidationSet, index: int) -> Iterable[MicroBatch]:
-            return part.micro_batches(
-                batch.micro, topology.data_rank, topology.data_size, domain_id=index
-            )
+        eod_id = _eod_id(config, domains)
+
+        def batches(part: ValidationSet) -> Iterable[MicroBatch]:
+            return part.micro_batches(batch.micro, topology.data_rank, topology.data_size)
 
         def use(parts: Sequence[Domain | None], samples: int) -> Validation:
             sets = [
-                ValidationSet(domain, samples, seed=config.training.seed)
+                ValidationSet(
+                    domain,
+                    samples,
+                    seed=config.training.seed,
+                    domain_id=index,
+                    masked_token=eod_id,
+                    vocab_size=config.model.padded_vocab_size(),
+                )
                 if domain is not None and samples > 0
                 else None
-                for domain in parts
+                for index, domain in enumerate(parts)
             ]
             return Validation(
                 sets,
@@ -307,8 +314,6 @@ def _eod_id(config: Config, domains: OpenDomains) -> int | None:
     """Return the end-of-document token as the data's sidecars state it."""
     if not config.training.eod_mask_loss:
         return None
-    from megatron.errors import DataError
-
     for domain in domains.train:
         for source in domain.sources:
             sidecar = source.reader.sidecar
