@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Start a run: ``./deepy.py train.py CONFIG [CONFIG…] [-d DIR] [--set key=value …]``.
+
+Reads and checks the configuration, locks the run folder, starts the ranks through
+DeepSpeed's launcher and stays their parent until they have ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+REEXEC_VARIABLE = "NEOMIX_REEXEC"
+
+# (module, how it is called) that every action needs, and that a launch needs beside.
+BASE_MODULES = (("numpy", "NumPy"), ("pydantic", "pydantic"), ("yaml", "PyYAML"))
+LAUNCH_MODULES = (("torch", "torch"), ("deepspeed", "deepspeed"))
+
+# GPT-NeoX's own flags that are other spellings of configuration keys.
+KEY_FLAGS = ("hostfile", "wandb_group", "wandb_team", "wandb_run_name")
+
+# The keys of the configuration's launch group, handed on as they are.
+LAUNCH_KEYS = (
+    "num_gpus",
+    "num_nodes",
+    "hostfile",
+    "include",
+    "exclude",
+    "master_addr",
+    "master_port",
+)
+
+EXIT_CODES = """exit codes:
+  0    the run is complete (or the check passed)
+  2    something in the configuration, the data or the machine needs your attention
+  143  saved and stopped after SIGTERM or SIGUSR1 (130 after Ctrl-C): run it again to go on
+  137  killed, because saving took longer than save_timeout
+  any other code is that of the first rank that failed"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="deepy.py",
+        description="Start a run, or check what it would do.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("user_script", metavar="SCRIPT", help="the program to run, e.g. train.py")
+    parser.add_argument(
+        "conf_file",
+        metavar="CONFIG",
+        nargs="*",
+        help="configuration files, merged; '.yml' may be left out",
+    )
+    parser.add_argument("-d", "--conf_dir", metavar="DIR", help="folder of the configuration files")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="set a key, over the files (several may follow, or repeat the flag)",
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--check",
+        action="store_true",
+        help="open and check all that the run needs, print its arithmetic, and start nothing",
+    )
+    action.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    action.add_argument("--dry-run", action="store_true", help="print the launch command and stop")
+    parser.add_argument("-H", "--hostfile", metavar="FILE", help="hosts and slots (key hostfile)")
+    parser.add_argument("--wandb_group", metavar="NAME", help="key wandb_group")
+    parser.add_argument("--wandb_team", metavar="NAME", help="key wandb_team")
+    parser.add_argument("--wandb_run_name", metavar="NAME", help="key wandb_run_name")
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line; flags and files may come in any order."""
+    arguments = build_parser().parse_intermixed_args(_spread_set(argv))
+    for key in KEY_FLAGS:
+        if getattr(arguments, key) is not None:
+            arguments.overrides.append(f"{key}={getattr(arguments, key)}")
+    return arguments
+
+
+def _spread_set(argv: list[str]) -> list[str]:
+    """Turn ``--set a=1 b=2`` into ``--set a=1 --set b=2``; the first word without = ends it."""
+    spread: list[str] = []
+    inside = False
+    for word in argv:
+        if inside and re.match(r"[A-Za-z_][\w.-]*=", word):
+            if spread[-1] != "--set":
+                spread.append("--set")
+        elif word != "--set":
+            inside = False
+        spread.append(word)
+        inside = inside or word == "--set"
+    return spread
+
+
+def missing_modules(*, launching: bool) -> list[str]:
+    """Return the names of the libraries that this Python lacks (none is imported)."""
+    wanted = BASE_MODULES + (LAUNCH_MODULES if launching else ())
+    return [name for module, name in wanted if importlib.util.find_spec(module) is None]
+
+
+def ensure_dependencies(argv: list[str], *, launching: bool) -> None:
+    """Go on in the project's virtual environment if this Python lacks the libraries.
+
+    Ends with code 2 and one message if there is no such environment.
+    """
+    missing = missing_modules(launching=launching)
+    if sys.version_info < (3, 11):  # noqa: UP036  (whatever 'env python3' may find)
+        missing.insert(0, "Python 3.11 or newer")
+    if not missing:
+        return
+    tried = os.environ.get(REEXEC_VARIABLE) == str(os.getpid())
+    if VENV_PYTHON.exists() and not tried:
+        sys.stdout.flush()
+        os.environ[REEXEC_VARIABLE] = str(os.getpid())  # exec keeps the pid: no second try
+        os.execv(VENV_PYTHON, [str(VENV_PYTHON), str(ROOT / "deepy.py"), *argv])
+    remedy = (
+        f"its installation in {VENV_PYTHON.parents[1]} is incomplete: run 'make install' again"
+        if VENV_PYTHON.exists()
+        else "run 'make install' first (it makes .venv beside deepy.py, which is then used "
+        "by itself), or activate the environment that has them"
+    )
+    print(f"error: {sys.executable} lacks {', '.join(missing)}; {remedy}", file=sys.stderr)
+    sys.exit(2)
+
+
+def find_script(name: str) -> Path:
+    """Return the path of the program to run: as given, or beside ``deepy.py``."""
+    from megatron.errors import ConfigError, did_you_mean
+
+    for candidate in (Path(name), ROOT / name):
+        if candidate.is_file():
+            return candidate.resolve()
+    scripts = [path.name for path in ROOT.glob("*.py") if path.name != "deepy.py"]
+    raise ConfigError(f"there is no program {name!r} to run{did_you_mean(name, scripts)}")
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line asks for and return the exit code."""
+    arguments = parse_arguments(argv)
+    launching = not (arguments.check or arguments.print_config or arguments.dry_run)
+    ensure_dependencies(argv, launching=launching)
+
+    import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
+    from megatron.config import load_config
+    from megatron.launch.command import (
+        RESOLVED_CONFIG_FLAG,
+        LaunchRequest,
+        encode_config,
+        plan_launch,
+    )
+
+    script = find_script(arguments.user_script)
+    config = load_config(
+        arguments.conf_file, conf_dir=arguments.conf_dir, overrides=arguments.overrides
+    )
+    if arguments.print_config:
+        print(config.resolved_yaml(), end="")
+        return 0
+    request = LaunchRequest(**{key: getattr(config.launch, key) for key in LAUNCH_KEYS})
+    resolved = encode_config(config.resolved_yaml())
+    plan = plan_launch(script, [RESOLVED_CONFIG_FLAG, resolved], request)
+    if arguments.check:
+        from megatron.training.check import check
+
+        return check(config, world_size=plan.ranks, gpus=plan.gpus)
+    if arguments.dry_run:
+        print(plan.shell())
+        return 0
+
+    from megatron.launch.lock import RunLock
+    from megatron.launch.supervise import supervise
+
+    run_dir = Path(config.checkpoint.run_dir)
+    log_dir = Path(config.logging.log_dir) if config.logging.log_dir else run_dir / "logs"
+    with RunLock(run_dir):
+        return supervise(plan, log_dir, save_timeout=config.checkpoint.save_timeout)
+
+
+def console_script() -> int:
+    """Run as an installed command."""
+    from megatron.errors import run_command
+
+    return run_command(lambda: main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(console_script())
