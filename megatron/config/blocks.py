@@ -138,13 +138,11 @@ def read_fp16(draft: Draft, node: Node) -> None:
         if key in LossScaleConfig.model_fields:
             if entry.value is not None:
                 draft.put("fp16", key, entry)
-        elif key in (
-            "auto_cast",
-            "fp16_master_weights_and_grads",
-            "fp16_master_weights_and_gradients",
-        ):
+        elif key == "auto_cast":
+            draft.ignore(entry.name, "the inputs are token ids")
+        elif key.startswith("fp16_master_weights_and_grad"):
             if not is_off(entry.plain()):
-                draft.problems.add(entry, "is not offered; weights have fp32 masters")
+                draft.problems.add(entry, "refused: weights have fp32 masters; remove the key")
         else:
             known = ["enabled", *LossScaleConfig.model_fields]
             unknown(draft, entry, known, "key of fp16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +25,6 @@ from megatron.config.neox import (
     SAMPLING_KEYS,
     WITHOUT_EFFECT,
     ZERO_ALIASES,
-    is_off,
 )
 from megatron.config.node import Node
 from megatron.config.problems import Problems
@@ -35,7 +35,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     name: (group, name) for group, model in FLAT_GROUPS.items() for name in model.model_fields
 }
 IGNORED_KEY = "keys_without_effect"
-_READERS = {
+_Reader = Callable[..., None]
+_READERS: dict[str, _Reader] = {
     "optimizer": read_optimizer,
     "optimizer_type": put_optimizer_type,
     "fp16": read_fp16,
@@ -44,8 +45,15 @@ _READERS = {
     "zero_optimization": read_zero,
     **{key: partial(put_zero_option, key=option) for key, option in ZERO_ALIASES.items()},
 }
-_OWN = ("split", "domains", "mixing", "deepspeed_extra_args", "attention_config", "fp32_allreduce")
-_REQUIRED_SINGLE = ("flash", "global")
+_OWN = (
+    "split",
+    "domains",
+    "mixing",
+    "deepspeed_extra_args",
+    "attention_config",
+    "bias_gelu_fusion",
+    "fp32_allreduce",
+)
 
 
 def accepted_keys() -> list[str]:
@@ -80,10 +88,10 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
     if key in _READERS:
         if node.value is not None:
             _READERS[key](draft, node=node)
-    elif key == "checkpoint_factor":
-        draft.put("checkpoint", key, node)
+    elif key == "num_nodes" and node.value == -1:
+        pass  # GPT-NeoX: as many as the hostfile has
     elif key in FIELDS:
-        if not _later_size(draft, key, node):
+        if not _is_later(draft, key, node):
             draft.put(*FIELDS[key], node)
     elif key in ALIASES:
         if node.value is not None:
@@ -99,6 +107,8 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
         _read_attention(draft, node)
     elif key == "fp32_allreduce":
         _read_allreduce(draft, node)
+    elif key == "bias_gelu_fusion":
+        draft.put("", key, node)
     else:
         _read_foreign(draft, key, node)
 
@@ -130,7 +140,7 @@ BLOCK_OF: dict[str, tuple[str, ...]] = {
 }
 
 
-def _later_size(draft: Draft, key: str, node: Node) -> bool:
+def _is_later(draft: Draft, key: str, node: Node) -> bool:
     """Refuse by name what this release does not run yet; tell whether it did."""
     value = node.value
     if not isinstance(value, (str, int, float)) or isinstance(value, bool):
@@ -147,21 +157,12 @@ def _later_size(draft: Draft, key: str, node: Node) -> bool:
 
 
 _POSITIONS = "only rotary positions are offered yet; use pos_emb: rotary"
-_ACTIVATIONS = "is not offered yet; use gelu or swiglu"
 LATER: dict[str, dict[str, str]] = {
-    "pos_emb": dict.fromkeys(("learned", "sinusoidal", "rpe", "alibi", "none"), _POSITIONS),
+    "pos_emb": dict.fromkeys(("learned", "sinusoidal", "rpe", "alibi"), _POSITIONS),
     "norm": dict.fromkeys(
         ("scalenorm", "non_parametric_layernorm", "te_rmsnorm", "te_layernorm"),
         "only layernorm and rmsnorm are offered yet",
     ),
-    "activation": {
-        name: f"{name} {_ACTIVATIONS}"
-        for name in ("softsign", "swish", "mish", "reglu", "bilinear", "glu")
-    },
-    "init_method": {"single_residual_scaled_normal": "is not offered yet; use scaled_normal"},
-    "output_layer_init_method": {
-        "single_residual_scaled_normal": "is not offered yet; use scaled_normal"
-    },
 }
 
 
@@ -219,6 +220,7 @@ def _read_extra(draft: Draft, node: Node) -> None:
 
 def _complete(draft: Draft) -> None:
     """Fill in what one key implies for another."""
+    _complete_activation(draft)
     factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
     if (node := draft.get("checkpoint", "checkpoint_scale")) is not None:
         scale = str(node.value).lower()
@@ -240,3 +242,18 @@ def _complete(draft: Draft) -> None:
     if options:
         first = next(iter(options.values()))
         draft.put("zero", "options", replace(first, name="zero_optimization", value=dict(options)))
+
+
+def _complete_activation(draft: Draft) -> None:
+    """``bias_gelu_fusion`` computes the tanh approximation of gelu, and nothing else."""
+    fusion = draft.groups.get("", {}).pop("bias_gelu_fusion", None)
+    if fusion is None or fusion.value is None or fusion.value is False:
+        return
+    if fusion.value is not True:
+        draft.problems.add(fusion, "should be true or false")
+        return
+    activation = draft.get("model", "activation")
+    if activation is None or str(activation.value).lower() == "gelu":
+        draft.groups.setdefault("model", {})["activation"] = replace(fusion, value="gelu_tanh")
+    elif str(activation.value).lower() != "gelu_tanh":
+        draft.ignore(fusion.name, "belongs to the activation gelu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.config.config import Config
 from megatron.config.draft import Draft
 from megatron.config.node import Node
+from megatron.config.suggest import did_you_mean
 
 
 def check(config: Config, draft: Draft) -> None:
@@ -13,6 +14,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_batch(config, draft)
     _check_weights(config, draft)
     _check_tokenizer(config, draft)
+    _check_bounds(config, draft)
 
 
 def _add(draft: Draft, group: str, name: str, text: str) -> None:
@@ -88,3 +90,37 @@ def _check_tokenizer(config: Config, draft: Draft) -> None:
         _add(draft, "tokenizer", "tokenizer_type", "needs vocab_file beside it")
     if kind == "GPT2BPETokenizer" and tokenizer.merge_file is None:
         _add(draft, "tokenizer", "tokenizer_type", "needs merge_file beside it")
+
+
+def _check_bounds(config: Config, draft: Draft) -> None:
+    """Floors and ceilings name existing domains, and some distribution keeps to them."""
+    names = list(config.domains)
+    for key, missing in (("floor", 0.0), ("ceiling", 1.0)):
+        node = draft.options.get(key)
+        if node is None:
+            continue
+        value = config.mixing.options[key]
+        if isinstance(value, dict):
+            unknown = [name for name in value if name not in config.domains]
+            for name in unknown:
+                draft.problems.add(
+                    node.at([name]), f"there is no domain '{name}'{did_you_mean(name, names)}"
+                )
+            bounds = [value.get(name, missing) for name in names]
+            if unknown:
+                continue
+        elif isinstance(value, list):
+            bounds = value
+            if len(value) != len(names):
+                text = f"{len(value)} values for {len(names)} domains ({', '.join(names)})"
+                draft.problems.add(node, text)
+                continue
+        else:
+            bounds = [value] * len(names)
+        total = sum(bounds)
+        if not all(0 <= bound <= 1 for bound in bounds):
+            draft.problems.add(node, "should be between 0 and 1")
+        elif key == "floor" and total > 1 + 1e-12:
+            draft.problems.add(node, f"the floors of {len(names)} domains sum to {total:.6g} > 1")
+        elif key == "ceiling" and total < 1 - 1e-12:
+            draft.problems.add(node, f"the ceilings of {len(names)} domains sum to {total:.6g} < 1")

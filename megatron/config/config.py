@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron.config.base import Group
 from megatron.config.batch import BatchConfig
-from megatron.config.data import DEFAULT_SPLIT, Domains, Split
+from megatron.config.data import DEFAULT_SPLIT, DataConfig, Domains, Split
 from megatron.config.mixing import MixingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimisation import (
@@ -27,6 +27,7 @@ FLAT_GROUPS: dict[str, type[Group]] = {
     "model": ModelConfig,
     "schedule": ScheduleConfig,
     "batch": BatchConfig,
+    "data": DataConfig,
     "training": TrainingConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
@@ -57,12 +58,13 @@ class Config(Group):
     split: Split = DEFAULT_SPLIT
     """Shares of a domain's documents for train, valid and test, where the domain names no files
     of its own for valid or test."""
+    data: DataConfig = Field(default_factory=DataConfig)
     mixing: MixingConfig = Field(default_factory=MixingConfig)
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """`deepspeed_extra_args`: merged last into DeepSpeed's own configuration."""
     ignored: tuple[str, ...] = ()
     """Known keys that were given and have no effect, each with the reason."""

@@ -28,9 +28,9 @@ def split_shares(split: str) -> tuple[float, float, float]:
     numbers += [0.0] * (3 - len(numbers))
     total = sum(numbers)
     if split.strip() == "" or len(numbers) != 3 or not 0 < total < float("inf"):
-        raise ValueError(f"'{split}' is not a split such as '969, 30, 1' (train, valid, test)")
+        raise ValueError("is not a split such as '969, 30, 1' (train, valid, test)")
     if min(numbers) < 0 or numbers[0] == 0:
-        raise ValueError(f"'{split}': shares are not negative, and train has one above 0")
+        raise ValueError("no share may be negative, and that of train must be above 0")
     return numbers[0] / total, numbers[1] / total, numbers[2] / total
 
 
@@ -77,6 +77,13 @@ class DomainConfig(Group):
         if self.uses_split or part == "train":
             return self.train
         return (self.valid if part == "valid" else self.test) or ()
+
+
+class DataConfig(Group):
+    """How data that has changed is met."""
+
+    allow_changed_data: bool = False
+    """Resume although the data's fingerprint is not the checkpoint's."""
 
 
 Domains = Annotated[dict[DomainName, DomainConfig], Field(min_length=1, max_length=10_000)]

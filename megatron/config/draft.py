@@ -16,11 +16,13 @@ class Draft:
         groups: field values by group; the group ``""`` holds top-level fields.
         problems: what is wrong so far.
         ignored: known keys without effect, with the reason.
+        options: the mixing method's own options that were given.
     """
 
     problems: Problems
     groups: dict[str, dict[str, Node]] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Node] = field(default_factory=dict)
 
     def put(self, group: str, name: str, node: Node) -> None:
         """Set a field; two spellings with different values are a problem, overrides win."""

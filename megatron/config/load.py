@@ -10,18 +10,15 @@ from pydantic import ValidationError
 
 from megatron.config.canonical import IGNORED_KEY, canonicalise
 from megatron.config.checks import check
-from megatron.config.config import FLAT_GROUPS, Config
+from megatron.config.config import Config
 from megatron.config.draft import Draft
 from megatron.config.merge import read_all
 from megatron.config.mixing import MixingConfig, option_names, typed_options
-from megatron.config.node import Mark, Node
 from megatron.config.problems import Problems
+from megatron.config.report import report_group_errors, report_option_errors
 from megatron.config.suggest import did_you_mean
 from megatron.errors import NeomixError
 from megatron.registry import mixing_methods
-
-# How a missing required value is written.
-_SPELLING = {"optimizer.lr": "optimizer.params.lr", "domains": "domains"}
 
 
 def load_config(
@@ -78,8 +75,7 @@ def _typed(draft: Draft, files: list[str]) -> Config | None:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        for entry in error.errors(include_url=False):
-            _report(draft, entry, files)
+        report_group_errors(draft, error.errors(include_url=False), files)
         return None
 
 
@@ -115,12 +111,11 @@ def _mixing_options(draft: Draft) -> tuple[dict[str, Any], bool]:
             given.pop(key), f"{problem}{did_you_mean(key, [*names, *own])}", show=False
         )
     given = {k: n for k, n in given.items() if not (n.value is None and n.mark.override)}
+    draft.options = given
     try:
         return typed_options(method, {key: n.plain() for key, n in given.items()}), True
     except ValidationError as error:
-        root = Node(value=dict(given), mark=_place(draft, node), name="mixing")
-        for entry in error.errors(include_url=False):
-            draft.problems.add(*_message(root, entry))
+        report_option_errors(draft, error.errors(include_url=False), given)
     except (NeomixError, ValueError, TypeError, OverflowError, RecursionError) as error:
         first = next(iter(given.values()), None)
         place = replace(first, name="mixing") if first else None
@@ -130,54 +125,3 @@ def _mixing_options(draft: Draft) -> tuple[dict[str, Any], bool]:
         else:
             draft.problems.add(place, text, show=False)
     return {}, False
-
-
-def _place(draft: Draft, node: Node | None) -> Mark:
-    return node.mark if node is not None else Mark(source="mixing")
-
-
-def _report(draft: Draft, entry: Any, files: list[str]) -> None:
-    """Turn one of pydantic's errors into a problem at the value's place."""
-    group, *path = entry["loc"]
-    if entry["type"] == "rule":
-        path = [entry["ctx"]["field"]]
-    if group in draft.groups:
-        fields: Any = draft.groups[group]
-        root = Node(value=fields, mark=Mark(source=str(group)), name=str(group))
-        found = root.at(path) if path else root
-        if entry["type"] == "missing":
-            parent = root.at(path[:-1]) if len(path) > 1 else None
-            if parent is not None and parent is not root:
-                draft.problems.add(parent, f"'{path[-1]}' is missing", show=False)
-                return
-        elif found is not root:
-            node, text = _message(root, {**entry, "loc": path})
-            draft.problems.add(node, text)
-            return
-    elif group in draft.groups.get("", {}):
-        root = draft.groups[""][str(group)]
-        if entry["type"] == "missing":
-            draft.problems.add(root.at(path[:-1]), f"'{path[-1]}' is missing", show=False)
-            return
-        node, text = _message(root, {**entry, "loc": path})
-        draft.problems.add(node, text)
-        return
-    name = ".".join(str(part) for part in (group, *path))
-    flat = str(path[-1]) if group in FLAT_GROUPS and path else _SPELLING.get(name, name)
-    what = (
-        "required, and given in none of the files" if entry["type"] == "missing" else entry["msg"]
-    )
-    shown = ", ".join(files)
-    draft.problems.add_plain(
-        f"{flat}: {what}" + (f" ({shown})" if entry["type"] == "missing" else "")
-    )
-
-
-def _message(root: Node, entry: Any) -> tuple[Node, str]:
-    """Return the node of one of pydantic's errors, and what is wrong with it."""
-    path = [part for part in entry["loc"] if part != "[key]"]
-    node = root.at(path)
-    if entry["type"] == "extra_forbidden":
-        return node, "unknown key"
-    text = str(entry["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return node, text

@@ -88,7 +88,7 @@ def _domain(node: Node, problems: Problems) -> Node:
 
 
 def merge(base: Tree, layer: Tree, problems: Problems) -> None:
-    """Merge a layer into ``base``: blocks key by key, overrides win, contradictions are problems."""
+    """Merge a layer into ``base``, blocks key by key; overrides win, contradictions do not."""
     for key, node in layer.items():
         if key not in base:
             base[key] = node

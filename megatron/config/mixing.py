@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from megatron.config.base import Group, NonNegative, Text
 from megatron.config.base import Count as PositiveInt
+from megatron.config.base import Group, NonNegative, Text
 from megatron.registry import MixingMethod
 
 
@@ -40,7 +40,7 @@ class MixingConfig(Group):
     """When a domain has been read to its end: read it again, end the run, or leave it out."""
     validation_samples: PositiveInt = 32
     """Samples per domain of a validation that a method asks for."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """The method's own options, every one with its value. (In a file they stand beside the keys
     above.)"""
 

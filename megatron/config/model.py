@@ -9,7 +9,20 @@ from pydantic import model_validator
 
 from megatron.config.base import Count, Dropout, Fraction, Group, NonNegative, Positive, invalid
 
-Activation = Literal["gelu", "geglu", "relu", "silu", "swiglu"]
+Activation = Literal[
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "softsign",
+    "swish",
+    "silu",
+    "mish",
+    "geglu",
+    "reglu",
+    "swiglu",
+    "glu",
+    "bilinear",
+]
 InitMethod = Literal[
     "normal",
     "scaled_normal",
@@ -19,9 +32,10 @@ InitMethod = Literal[
     "xavier_normal",
     "wang_init",
     "small_init",
+    "single_residual_scaled_normal",
 ]
-GATED: frozenset[str] = frozenset({"geglu", "swiglu"})
-GATED_MULTIPLE = 64
+GATED: frozenset[str] = frozenset({"geglu", "reglu", "swiglu", "glu", "bilinear"})
+GATED_MULTIPLE = 256
 
 
 class ModelConfig(Group):
@@ -42,7 +56,7 @@ class ModelConfig(Group):
     """Number of key/value heads (grouped-query attention); divides `num_attention_heads`.
     Default: `num_attention_heads`."""
     seq_length: Count | None = None
-    """Training context in tokens. Default: `max_position_embeddings`; one of the two is required."""
+    """Training context in tokens. Default: `max_position_embeddings`; one of both is required."""
     max_position_embeddings: Count | None = None
     """Longest context in tokens the model is made for. Default: `seq_length`."""
     vocab_size: Count | None = None
@@ -55,20 +69,20 @@ class ModelConfig(Group):
     """Epsilon of `norm: layernorm`."""
     rms_norm_epsilon: Positive = 1e-8
     """Epsilon of `norm: rmsnorm`."""
-    pos_emb: Literal["rotary"] = "rotary"
+    pos_emb: Literal["rotary", "none"] = "rotary"
     """Position encoding. (GPT-NeoX's own default is `learned`.)"""
     rotary_pct: Fraction = 1.0
     """Share of each head's width that is rotated."""
     rotary_emb_base: Positive = 10000.0
     """Base of the rotary frequencies."""
     activation: Activation = "gelu"
-    """Activation of the MLP; `geglu` and `swiglu` are gated (two input projections)."""
-    bias_gelu_fusion: bool = False
-    """`gelu` by its tanh approximation, which is what GPT-NeoX's fused kernel computes."""
+    """Activation of the MLP. `geglu`, `reglu`, `swiglu`, `glu` and `bilinear` are gated (two input
+    projections); `gelu_tanh` is the tanh approximation that GPT-NeoX's `bias_gelu_fusion`
+    computes."""
     intermediate_size: Count | None = None
     """Width of the MLP: the number of inputs of its output projection. Default: 4 × `hidden_size`;
     for a gated activation 8/3 × `hidden_size` rounded up to a multiple of `mlp_multiple_of` (or of
-    64), which keeps the number of parameters. (GPT-NeoX divides the value given for a gated
+    256), which keeps the number of parameters. (GPT-NeoX divides the value given for a gated
     activation by three; here it is the width itself.)"""
     expansion_factor: Positive | None = None
     """`intermediate_size` as a multiple of `hidden_size`; not with a gated activation."""
@@ -78,8 +92,6 @@ class ModelConfig(Group):
     """Attention and MLP side by side on the same residual, not one after the other."""
     no_weight_tying: bool = False
     """Give the output projection weights of its own instead of the embedding's."""
-    use_bias_in_norms: bool = True
-    """Bias in `layernorm`."""
     use_bias_in_attn_linear: bool = True
     """Bias in the projections of attention."""
     use_bias_in_mlp: bool = True
@@ -130,17 +142,15 @@ class ModelConfig(Group):
         if self.hidden_size % heads:
             raise invalid(
                 "hidden_size",
-                f"{self.hidden_size} is not divisible by num_attention_heads ({heads})",
+                f"is not divisible by num_attention_heads ({heads})",
             )
         if heads % kv_heads:
-            raise invalid(
-                "num_kv_heads", f"{kv_heads} does not divide num_attention_heads ({heads})"
-            )
+            raise invalid("num_kv_heads", f"does not divide num_attention_heads ({heads})")
         rotated = int(self.head_size * self.rotary_pct)
-        if rotated < 2 or rotated % 2:
+        if self.pos_emb == "rotary" and (rotated < 2 or rotated % 2):
             raise invalid(
                 "rotary_pct",
-                f"{self.rotary_pct} rotates {rotated} of a head's {self.head_size} numbers "
+                f"rotates {rotated} of a head's {self.head_size} numbers "
                 "(hidden_size / num_attention_heads × rotary_pct); it must be an even number "
                 "of at least 2",
             )
@@ -149,9 +159,7 @@ class ModelConfig(Group):
             raise invalid("seq_length", "required, and given in none of the files")
         longest = self.max_position_embeddings or length
         if length > longest:
-            raise invalid(
-                "seq_length", f"{length} is longer than max_position_embeddings ({longest})"
-            )
+            raise invalid("seq_length", f"is longer than max_position_embeddings ({longest})")
         filled = {
             "num_kv_heads": kv_heads,
             "seq_length": length,
@@ -173,7 +181,7 @@ class ModelConfig(Group):
         if given is not None and self.gated and given > 6 * self.hidden_size:
             raise invalid(
                 "intermediate_size",
-                f"{given} is more than 6 × hidden_size; GPT-NeoX divides this value by three under "
+                f"is more than 6 × hidden_size; GPT-NeoX divides this value by three under "
                 f"'{self.activation}', here it is the width itself: did you mean {given // 3}?",
             )
         expanded = None if factor is None else max(1, int(min(factor, 1e9) * self.hidden_size))
@@ -181,7 +189,7 @@ class ModelConfig(Group):
             if ceil(expanded / multiple) != ceil(given / multiple):
                 raise invalid(
                     "expansion_factor",
-                    f"{factor} contradicts intermediate_size ({given}); give one of the two",
+                    f"contradicts intermediate_size ({given}); give one of the two",
                 )
         elif given is None and expanded is None and self.gated:
             expanded, multiple = 8 * self.hidden_size // 3, self.mlp_multiple_of or GATED_MULTIPLE

@@ -108,6 +108,9 @@ REFUSED: dict[str, Refusal] = {
     "autotuning": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     "autotuning_run": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     # model
+    "use_bias_in_norms": Refusal(
+        instead="layernorm has a bias, rmsnorm has none; use norm: rmsnorm", neutral=(True,)
+    ),
     "use_qk_layernorm": Refusal(instead="query/key norms are not offered yet; remove the key"),
     "sliding_window_width": Refusal(
         instead="sliding-window attention is not offered yet; shorten seq_length instead"

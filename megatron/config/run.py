@@ -183,7 +183,7 @@ class LoggingConfig(Group):
     """Name of the experiment."""
     comet_tags: Annotated[tuple[Text, ...], BeforeValidator(_steps)] = ()
     """Tags of the experiment."""
-    comet_others: dict[str, Any] = {}
+    comet_others: dict[str, Any] = Field(default_factory=dict)
     """Further facts to record with the experiment, by name."""
     peak_theoretical_tflops: Positive | None = None
     """Peak TFLOP/s of one device; gives the model FLOP utilisation in the log."""

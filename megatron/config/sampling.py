@@ -1,4 +1,4 @@
-"""The online-data-mixing fork's ``data_sampling_*`` and ``mixed_*`` keys, mapped onto ``mixing:``."""
+"""The online-data-mixing fork's ``data_sampling_*`` and ``mixed_*``, mapped onto ``mixing:``."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def map_sampling_keys(draft: Draft, keys: dict[str, Node]) -> None:
     name = method.value if isinstance(method.value, str) else ""
     known = option_names(mixing_methods[name]) if name in mixing_methods else []
     for key, option in _OPTIONS.items():
-        node = keys.get(key)
-        if node is None:
+        if key not in keys:
             continue
+        node = keys[key]
         if key == "data_sampling_update_frequency" and node.value == 0 and node.value is not False:
             node = replace(node, value=1)
         if option in known:

@@ -1,7 +1,7 @@
 """YAML with places: reads a file, or the value of ``--set``, into :class:`Node` trees.
 
 Beside YAML's own errors, a key written twice is one; ``1e-4`` is a number, ``2024-01-01``,
-``010`` and ``12:30`` are texts, and keys are always texts, so that a domain may be
+``010``, ``12:30`` and ``.nan`` are texts, and keys are always texts, so that a domain may be
 called ``no`` or ``2023``.
 """
 
@@ -32,10 +32,10 @@ _SCALARS = frozenset({"str", "int", "float", "bool", "null"})
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner and parser alone: scalars are resolved by :func:`scalar`."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
-def scalar(text: str) -> None | bool | int | float | str:
+def scalar(text: str) -> bool | int | float | str | None:
     """Read an unquoted scalar."""
     if text in _NULLS:
         return None
@@ -48,9 +48,7 @@ def scalar(text: str) -> None | bool | int | float | str:
             return int(text, 16)
         if _FLOAT.fullmatch(text) and not (text.isdigit() and text[0] == "0"):
             return float(text.replace("_", ""))
-    if text.lower() in _LIMITS:
-        return _LIMITS[text.lower()]
-    return float("nan") if text.lower() == ".nan" else text
+    return _LIMITS.get(text.lower(), text)
 
 
 class _Builder:

@@ -26,7 +26,7 @@ class ZeroConfig(Group):
     stage: NonNegativeInt = Field(default=0, le=3)
     """0 to 3: what is divided over data ranks (1 optimizer state, 2 also gradients, 3 also
     parameters). 0 runs as 1: same numbers, and its state can be laid out anew."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Bucket sizes and the like, handed to DeepSpeed as they are."""
 
     @property
@@ -45,9 +45,9 @@ class LaunchConfig(Group):
     hostfile: Text | None = None
     """File of hosts and slots. (Several nodes come with a later release.)"""
     include: Text | None = None
-    """Hosts and devices to use, in DeepSpeed's form."""
+    """Devices to use, in DeepSpeed's form (`localhost:0,2`)."""
     exclude: Text | None = None
-    """Hosts and devices to leave out, in DeepSpeed's form."""
+    """Devices to leave out, in the same form."""
     master_addr: Text | None = None
     """Address of rank 0. Default: this node."""
     master_port: Count | None = Field(default=None, le=65535)
