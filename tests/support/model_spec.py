@@ -19,12 +19,10 @@ class TestSpec:
     norm: str = "layernorm"
     layernorm_epsilon: float = 1e-5
     rms_norm_epsilon: float = 1e-8
-    use_bias_in_norms: bool = True
     pos_emb: str = "rotary"
     rotary_pct: float = 1.0
     rotary_emb_base: float = 10000.0
     activation: str = "gelu"
-    bias_gelu_fusion: bool = False
     intermediate_size: int | None = None
     gpt_j_residual: bool = False
     no_weight_tying: bool = False
