@@ -226,11 +226,14 @@ class Mixer(ABC):
         weights = self._vector(state["weights"], "weights")
         if not is_distribution(weights):
             raise CheckpointError(f"the state of {owner} is damaged: weights {weights.tolist()}")
+        for key, least in (("step", 0), ("measured_step", -1)):
+            if not isinstance(state[key], int) or state[key] < least:
+                raise CheckpointError(f"the state of {owner} is damaged: {key} is {state[key]!r}")
         window = state["window"]
         restored = None if window is None else Window.from_state(window, self._vector)
         self._restore(state["rule"])
         self._weights, self._window = self._bounded(weights), restored
-        self._step, self._measured_step = int(state["step"]), int(state["measured_step"])
+        self._step, self._measured_step = state["step"], state["measured_step"]
 
     def describe(self) -> dict[str, Any]:
         """Return what a log shows of the method: weights and estimates by name, JSON-able."""

@@ -177,9 +177,12 @@ def _not_infinite(values: FloatArray) -> BoolArray:
 def _vector(step: int, name: str, value: object) -> FloatArray:
     where = f"observation of step {step}: {name}"
     try:
-        array = np.array(value, dtype=np.float64)
+        given = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise ObservationError(f"{where} is {value!r}, not one number per domain") from error
+    if given.dtype.kind not in "fiu":  # texts, None and truth values are no measurements
+        raise ObservationError(f"{where} is {value!r}, not one number per domain")
+    array = np.array(given, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ObservationError(
             f"{where} has shape {array.shape}; it must be [K], one value per domain"

@@ -1,9 +1,10 @@
-"""A recorded run's distributions, read from its mixture ledger."""
+"""A recorded run's decisions, read from its mixture ledger."""
 
 from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from megatron.errors import DataError
+from megatron.errors import DataError, did_you_mean
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.simplex import is_distribution, normalise
 
@@ -22,15 +23,21 @@ _RECORDED_TOLERANCE: Final = 1e-6
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ledger:
-    """What a run drew from.
+    """What a run drew from, and how its losses counted.
 
     Attributes:
         steps: the recorded steps, rising, int64 [N].
         probability: the distribution that drew each, with its recorded bits, [N, K].
+        loss_weight: recorded loss weights by step, each [K].
+        fresh_quota: recorded lengths of blocks of their own, by first step.
+        probe: recorded probe mixtures' indices, by step.
     """
 
     steps: npt.NDArray[np.int64]
     probability: npt.NDArray[np.float64]
+    loss_weight: Mapping[int, FloatArray]
+    fresh_quota: Mapping[int, int]
+    probe: Mapping[int, int]
 
     def average(self) -> FloatArray:
         """Return the mean distribution over the recorded steps, [K]."""
@@ -52,55 +59,85 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
     """
     file = Path(path)
     file = file / LEDGER_NAME if file.is_dir() else file
-    steps: list[int] = []
-    rows: list[list[float]] = []
+    steps, rows = array("q"), array("d")  # compact: a long run has millions of numbers
+    loss_weight: dict[int, FloatArray] = {}
+    fresh_quota: dict[int, int] = {}
+    probe: dict[int, int] = {}
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break
                 where = f"{file}, line {number}"
-                step, row = _read_line(where, line, domains)
+                record = _record(where, line)
+                step = record["step"]
                 if steps and step <= steps[-1]:
                     raise DataError(f"{where}: step {step} after step {steps[-1]}; steps must rise")
                 steps.append(step)
-                rows.append(row)
+                rows.extend(_distribution(where, record["probability"], domains))
+                if record.get("loss_weight") is not None:
+                    weights = _by_domain(where, "loss_weight", record["loss_weight"], domains)
+                    loss_weight[step] = np.array(weights, dtype=np.float64)
+                for key, target in (("fresh_quota", fresh_quota), ("probe", probe)):
+                    if record.get(key) is not None:
+                        target[step] = _whole(f"{where}: {key}", record[key])
     except OSError as error:
         raise DataError(
             f"replay: cannot read {file} ({error.strerror}); give a run's {LEDGER_NAME} or folder"
         ) from error
     if not steps:
         raise DataError(f"replay: {file} holds no complete record; give the ledger of a run")
-    return Ledger(steps=np.array(steps, dtype=np.int64), probability=np.array(rows))
+    return Ledger(
+        steps=np.array(steps, dtype=np.int64),
+        probability=np.array(rows, dtype=np.float64).reshape(len(steps), len(domains)),
+        loss_weight=loss_weight,
+        fresh_quota=fresh_quota,
+        probe=probe,
+    )
 
 
-def _read_line(where: str, line: bytes, domains: Sequence[str]) -> tuple[int, list[float]]:
+def _record(where: str, line: bytes) -> dict[str, Any]:
     try:
         record: Any = json.loads(line)
-        step, probability = record["step"], record["probability"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        raise DataError(f"{where}: no JSON ({error}); the ledger is damaged") from error
+    if not isinstance(record, dict) or not {"step", "probability"} <= record.keys():
         raise DataError(
             f"{where}: not a ledger record (an object with step and probability); give a run's "
             f"{LEDGER_NAME}"
-        ) from error
-    if not isinstance(step, int) or not isinstance(probability, Mapping):
-        raise DataError(f"{where}: step {step!r} with probability {probability!r} is no record")
-    if probability.keys() != set(domains):
-        raise DataError(
-            f"{where}: it mixes the domains {sorted(probability)}, this run "
-            f"{sorted(domains)}; replay needs the same domains"
         )
-    row = [probability[domain] for domain in domains]
-    return step, _distribution(where, row)
+    record["step"] = _whole(f"{where}: step", record["step"])
+    return record
 
 
-def _distribution(where: str, row: list[Any]) -> list[float]:
-    if not all(isinstance(value, int | float) for value in row):
-        raise DataError(f"{where}: probability {row!r} holds something that is no number")
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DataError(f"{name} is {value!r}; it must be a whole number of at least 0")
+    return value
+
+
+def _by_domain(where: str, name: str, values: object, domains: Sequence[str]) -> list[float]:
+    if not isinstance(values, Mapping):
+        raise DataError(f"{where}: {name} is {values!r}; it must be an object keyed by domain")
+    if values.keys() != set(domains):
+        differing = sorted(values.keys() ^ set(domains))[0]
+        raise DataError(
+            f"{where}: {name} is of the domains {sorted(values)} and this run mixes "
+            f"{sorted(domains)}: '{differing}' is not in both"
+            f"{did_you_mean(differing, values.keys() & set(domains))}; replay needs the same names"
+        )
+    row = [values[domain] for domain in domains]
+    if not all(isinstance(v, int | float) and np.isfinite(v) and v >= 0 for v in row):
+        raise DataError(f"{where}: {name} {row!r} must be finite numbers of at least 0")
+    return row
+
+
+def _distribution(where: str, values: object, domains: Sequence[str]) -> list[float]:
+    row = _by_domain(where, "probability", values, domains)
     p = np.array(row, dtype=np.float64)
     if is_distribution(p):
-        return row
-    if not (np.isfinite(p).all() and (p >= 0).all() and abs(p.sum() - 1) <= _RECORDED_TOLERANCE):
-        raise DataError(f"{where}: probability {row!r} is no distribution (at least 0, sum 1)")
+        return row  # as recorded, to the bit
+    if abs(p.sum() - 1) > _RECORDED_TOLERANCE:
+        raise DataError(f"{where}: probability {row!r} sums to {p.sum():.9g}; it must sum to 1")
     rescaled: list[float] = normalise(p).tolist()
     return rescaled

@@ -13,7 +13,7 @@ from megatron.errors import ConfigError
 from megatron.mixing.base import Decision, Mixer, RunContext
 from megatron.mixing.observation import FloatArray, Signal
 from megatron.mixing.options import CommonOptions
-from megatron.mixing.replay import read_ledger
+from megatron.mixing.replay import Ledger, read_ledger
 from megatron.mixing.simplex import normalise
 from megatron.mixing.stages import read_stages
 from megatron.mixing.window import Window
@@ -45,8 +45,8 @@ class ScheduleOptions(CommonOptions):
     replay: str | None = field(
         default=None,
         metadata={
-            "help": "the mixture.jsonl of a run, or the run's folder, whose distributions are "
-            "drawn from step by step"
+            "help": "the mixture.jsonl of a run, or the run's folder, whose decisions (sampling "
+            "and loss weights) are repeated step by step; the last one holds after its end"
         },
     )
     replay_average: bool = field(
@@ -86,6 +86,7 @@ class Schedule(Mixer):
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         self._interpolation = options.interpolation
         given = normalise(weights)
+        self._ledger: Ledger | None = None
         self._starts: npt.NDArray[np.int64]
         self._table: npt.NDArray[np.float64]  # [stages, K]
         if options.replay is not None:
@@ -93,6 +94,7 @@ class Schedule(Mixer):
             if options.replay_average:
                 self._starts, self._table = np.ones(1, np.int64), ledger.average()[None]
             else:
+                self._ledger = ledger
                 self._starts, self._table = ledger.steps, ledger.probability
         elif options.stages is not None:
             try:
@@ -112,11 +114,20 @@ class Schedule(Mixer):
     def _decide(self, step: int) -> Decision:
         every = self._options.update_every
         refreshed = (step - 1) // every * every + 1
-        return Decision(sampling_weights=self._bounded(self._plan(refreshed)).copy())
+        weights = self._bounded(self._plan(refreshed)).copy()
+        if self._ledger is None:
+            return Decision(sampling_weights=weights)
+        loss_weights = self._ledger.loss_weight.get(int(self._starts[self._row(step)]))
+        return Decision(
+            sampling_weights=weights,
+            loss_weights=None if loss_weights is None else loss_weights.copy(),
+            fresh_quota=self._ledger.fresh_quota.get(step),
+            probe=self._ledger.probe.get(step),
+        )
 
     def _plan(self, step: int) -> FloatArray:
         """Return the planned distribution of ``step``; the first and the last hold outside."""
-        row = max(int(np.searchsorted(self._starts, step, side="right")) - 1, 0)
+        row = self._row(step)
         here: FloatArray = self._table[row]
         if self._interpolation == "step" or row + 1 == len(self._starts):
             return here
@@ -124,6 +135,10 @@ class Schedule(Mixer):
         share = (step - start) / (end - start)
         following: FloatArray = self._table[row + 1]
         return (1.0 - share) * here + share * following
+
+    def _row(self, step: int) -> int:
+        """Return the row in force at ``step``: the last that has started by then, or the first."""
+        return max(int(np.searchsorted(self._starts, step, side="right")) - 1, 0)
 
     def _estimates(self) -> dict[str, Any]:
         planned = self._decide(self._step + 1).sampling_weights
