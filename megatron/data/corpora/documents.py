@@ -73,10 +73,10 @@ def take_bytes(documents: Iterable[Document], limit: int) -> Iterator[Document]:
     """Yield documents until they hold ``limit`` bytes, and read no further."""
     total = 0
     for document in documents:
+        yield document
+        total += document.size
         if total >= limit:
             return
-        total += document.size
-        yield document
 
 
 def split_documents(
