@@ -1,0 +1,9 @@
+"""The report of one or several runs: one HTML file that needs nothing else.
+
+``load`` and ``ledger`` read run folders in one bounded pass, ``summary`` and
+``compare`` say in words and figures what happened, ``page`` writes the file.
+"""
+
+from megatron.monitor.report.page import write_report
+
+__all__ = ["write_report"]

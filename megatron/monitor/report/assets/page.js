@@ -1,0 +1,237 @@
+// The page: which charts, of which runs, over which axis.
+
+const root = document.documentElement;
+window.addEventListener("error", (event) => { root.dataset.errors = `${root.dataset.errors ?? ""}${event.message}; `; });
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const FEW = 24;
+const state = {
+  shown: data.runs.map(() => true), axis: "steps", from: 0, log: false,
+  mixture: "probability", domain: "valid", filter: "", all: false,
+};
+const byId = (id) => document.getElementById(id);
+const dark = () => root.dataset.theme === "dark";
+const runColor = (run) => `var(--run-${run.group % 8})`;
+
+// Runs of one group share a hue; its second, third … run is told apart by its dashes.
+const DASHES = [null, "6 3", "2 3", "8 3 2 3"];
+const runDash = (run) => {
+  const peers = data.runs.filter((other) => other.group === run.group);
+  return DASHES[peers.indexOf(run) % DASHES.length];
+};
+const runs = () => data.runs.filter((_, i) => state.shown[i]);
+const lineOf = (run, x, y, more = {}) => ({ name: run.name, color: runColor(run), dash: runDash(run), x: x[state.axis], y, ...more });
+
+function axisOptions() {
+  const steps = state.axis === "steps";
+  const end = Math.max(0, ...runs().map((run) => run[state.axis][run.steps.length - 1]));
+  return {
+    xName: steps ? "step" : "tokens", xFormat: count, xTip: steps ? plain : count,
+    from: state.from ? state.from * end : undefined,
+  };
+}
+
+function chart(id, series, options) {
+  const drawn = lineChart(byId(id), series, { height: 250, ...axisOptions(), ...options });
+  byId(id).closest("figure").hidden = !drawn && options.optional === true;
+}
+
+function drawLoss() {
+  chart("chart-valid", runs().map((run) => lineOf(run, run.valid, run.valid.mean, { points: true, width: 2 })),
+    { title: "Mean held-out loss", yFormat: loss, log: state.log });
+  chart("chart-train", runs().map((run) => lineOf(run, run, run.loss, run.width > 1 ? { low: run.low, high: run.high } : { width: 1.25 })),
+    { title: "Training loss", yFormat: loss, log: state.log });
+}
+
+function drawPace() {
+  const of = (name) => runs().map((run) => lineOf(run, run.metrics, run.metrics[name], { width: 1.5 }));
+  chart("chart-rate", of("tokens_per_second"), { title: "Tokens per second", yFormat: count, zero: true, optional: true });
+  chart("chart-lr", of("learning_rate"), { title: "Learning rate", yFormat: precise, zero: true, optional: true });
+  byId("machine").hidden = byId("chart-rate").closest("figure").hidden && byId("chart-lr").closest("figure").hidden;
+}
+
+function drawRivers() {
+  const host = byId("rivers");
+  host.replaceChildren();
+  const options = axisOptions();
+  for (const run of runs()) {
+    const shares = run[state.mixture];
+    if (!shares) continue;
+    const figure = element("figure", {}, host);
+    const caption = element("figcaption", {}, figure);
+    caption.append(element("i", { class: "key", style: `--c:${runColor(run)}` }), run.name);
+    element("span", { text: MIXTURES[state.mixture] }, caption);
+    const start = options.from === undefined ? 0 : Math.min(run.steps.length - 1, run[state.axis].findIndex((v) => v >= options.from));
+    const cut = (list) => (list ? list.slice(Math.max(0, start)) : list);
+    river(element("div", { class: "chart" }, figure), cut(run[state.axis]), bands(shares.map(cut), data.domains, dark()),
+      { height: 290, title: `Mixture of ${run.name}`, ...options });
+  }
+}
+
+const MIXTURES = { probability: "sampling probability", share: "share of the samples drawn", controller: "what the controller in shadow would have drawn" };
+const DOMAINS = { valid: "Held-out loss", train: "Training loss", share: "Probability and share", epochs: "Epochs" };
+
+// The curves of one domain: {series, marks, format, last}.
+function domainSeries(k) {
+  const series = [], marks = [];
+  for (const run of runs()) {
+    if (state.domain === "valid") series.push(lineOf(run, run.valid, run.valid.loss[k], { points: true }));
+    else if (state.domain === "train") series.push(lineOf(run, run, run.train[k], { width: 1.25 }));
+    else if (state.domain === "epochs") series.push(lineOf(run, run, run.epochs[k]));
+    else {
+      series.push(lineOf(run, run, run.share[k], { name: `${run.name}, drawn`, width: 1, faint: 0.35, dash: null }));
+      series.push(lineOf(run, run, run.probability[k], { name: `${run.name}, asked` }));
+      if (run.controller) series.push(lineOf(run, run, run.controller[k], { name: `${run.name}, shadow`, width: 1, dash: "1 3" }));
+    }
+  }
+  if (state.domain === "share" && runs().length) {
+    const run = runs()[0];
+    marks.push({ y: run.uniform, name: "uniform", dash: "1 4" });
+    if (run.natural && known(run.natural[k])) marks.push({ y: run.natural[k], name: "natural", dash: "7 4" });
+  }
+  return { series, marks };
+}
+
+function drawDomains() {
+  const grid = byId("domain-grid");
+  grid.replaceChildren();
+  const format = { valid: loss, train: loss, share: percent, epochs: precise }[state.domain];
+  const options = { small: true, height: 138, ...axisOptions(), yFormat: format };
+  options.zero = state.domain === "share" || state.domain === "epochs";
+  options.log = state.log && !options.zero;
+  const matching = data.domains.map((name, k) => [name, k]).filter(([name]) => name.toLowerCase().includes(state.filter));
+  const taken = state.all ? matching : matching.slice(0, FEW);
+  const hosts = taken.map(([name]) => {
+    const figure = element("figure", {}, grid);
+    const caption = element("figcaption", {}, figure);
+    element("b", { text: name, title: name }, caption);
+    return [element("span", {}, caption), element("div", { class: "chart" }, figure)];
+  });
+  taken.forEach(([name, k], i) => {
+    const { series, marks } = domainSeries(k);
+    lineChart(hosts[i][1], series, { ...options, marks, title: `${DOMAINS[state.domain]} of ${name}` });
+    const [run] = runs();
+    const curve = run && { valid: run.valid.loss, train: run.train, share: run.probability, epochs: run.epochs }[state.domain][k];
+    const ends = (curve ?? []).filter(known);
+    if (ends.length && runs().length === 1) hosts[i][0].textContent = `${format(ends[0])} → ${format(ends[ends.length - 1])}`;
+  });
+  domainNotes(matching.length, taken.length);
+}
+
+function domainNotes(matching, taken) {
+  const legend = byId("domain-legend");
+  legend.replaceChildren();
+  const entry = (dash, faint, name) => {
+    const item = element("span", {}, legend);
+    const svg = shape("svg", { width: 26, height: 8 }, item);
+    shape("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: faint ? "var(--run-0)" : "var(--soft)", "stroke-opacity": faint, "stroke-width": 1.75, "stroke-dasharray": dash }, svg);
+    item.append(name);
+  };
+  if (state.domain === "share") {
+    entry("none", 1, "asked: the probability that drew the step");
+    entry("none", 0.4, "drawn: realised share of the samples");
+    entry("1 4", 0, "uniform");
+    if (runs()[0]?.natural) entry("7 4", 0, "natural (by tokens)");
+  }
+  const more = byId("domain-more");
+  more.replaceChildren();
+  if (!matching) more.append(`No domain matches “${state.filter}”.`);
+  if (taken < matching) {
+    more.append(`${taken} of ${matching} domains, those with most tokens. `);
+    element("button", { type: "button", text: `show all ${matching}` }, more).onclick = () => { state.all = true; drawDomains(); };
+  }
+}
+
+function draw() {
+  drawLoss();
+  drawRivers();
+  drawDomains();
+  drawPace();
+  root.dataset.charts = document.querySelectorAll(".chart svg").length;
+  root.dataset.lines = document.querySelectorAll(".chart svg path").length;
+}
+
+// A row of buttons of which one is down.
+function choice(host, names, key, after) {
+  host.setAttribute("role", "group");
+  host.replaceChildren();
+  for (const [value, label] of names) {
+    const button = element("button", { type: "button", text: label, "aria-pressed": state[key] === value }, host);
+    button.onclick = () => { state[key] = value; choice(host, names, key, after); after(); };
+  }
+}
+
+function setTheme(theme) {
+  root.dataset.theme = theme;
+}
+
+function buildControls() {
+  const nav = byId("controls");
+  const bar = element("div", {}, nav);
+  const chips = element("div", { class: "runs" }, bar);
+  data.runs.forEach((run, i) => {
+    const chip = element("button", { type: "button", class: "run", "aria-pressed": true, title: "show or hide this run" }, chips);
+    chip.append(swatch(run), run.name);
+    chip.onclick = () => { state.shown[i] = !state.shown[i]; chip.setAttribute("aria-pressed", state.shown[i]); draw(); };
+  });
+  const group = (names, key) => choice(element("span", { class: "switch" }, bar), names, key, draw);
+  group([["steps", "steps"], ["tokens", "tokens"]], "axis");
+  group([[0, "whole run"], [0.1, "from 10 %"], [0.5, "from 50 %"]], "from");
+  group([[false, "linear"], [true, "log loss"]], "log");
+  const theme = element("button", { type: "button", title: "light or dark", "aria-label": "light or dark", text: "◐" }, bar);
+  theme.onclick = () => { setTheme(dark() ? "light" : "dark"); draw(); };
+  nav.hidden = false;
+  const kinds = Object.entries({ probability: "asked", share: "drawn", controller: "shadow" });
+  choice(byId("mixture-switch"), kinds.filter(([kind]) => data.runs.some((run) => run[kind])), "mixture", drawRivers);
+  const head = byId("domain-switch");
+  choice(head, Object.entries(DOMAINS), "domain", drawDomains);
+  if (data.domains.length > 8) {
+    const search = element("input", { type: "search", placeholder: "filter domains", "aria-label": "filter domains" });
+    search.oninput = () => { state.filter = search.value.trim().toLowerCase(); drawDomains(); };
+    head.after(search);
+  }
+}
+
+function swatch(run) {
+  const svg = shape("svg", { width: 18, height: 6, "aria-hidden": "true" });
+  shape("line", { x1: 0, x2: 18, y1: 3, y2: 3, stroke: runColor(run), "stroke-width": 3, "stroke-dasharray": runDash(run) ?? "none" }, svg);
+  return svg;
+}
+
+function sortable(table) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    head.tabIndex = 0;
+    const sort = () => {
+      const rising = head.getAttribute("aria-sort") === "descending" || (column === 0 && !head.hasAttribute("aria-sort"));
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", rising ? "ascending" : "descending");
+      const value = (row) => row.cells[column].dataset.value;
+      const rows = [...table.tBodies[0].rows].sort((a, b) => {
+        if (column === 0) return a.cells[0].textContent.localeCompare(b.cells[0].textContent);
+        return (value(a) === undefined) - (value(b) === undefined) || value(a) - value(b);
+      });
+      table.tBodies[0].append(...(rising ? rows : rows.reverse()));
+    };
+    head.onclick = sort;
+    head.onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); sort(); } };
+  });
+}
+
+const wantsDark = matchMedia("(prefers-color-scheme: dark)");
+setTheme(/theme=(dark|light)/.exec(location.hash)?.[1] ?? (wantsDark.matches ? "dark" : "light"));
+wantsDark.addEventListener("change", () => { setTheme(wantsDark.matches ? "dark" : "light"); draw(); });
+if (data.runs.every((run) => run.valid.steps.length === 0)) state.domain = "train";
+for (const cell of document.querySelectorAll("th[data-run]")) {
+  cell.querySelector(".key").style.setProperty("--c", runColor(data.runs[cell.dataset.run]));
+}
+document.querySelectorAll("table.sortable").forEach(sortable);
+buildControls();
+draw();
+let width = innerWidth;
+addEventListener("resize", () => {
+  if (innerWidth === width) return;
+  width = innerWidth;
+  requestAnimationFrame(draw);
+});
+root.dataset.ready = "yes";

@@ -1,0 +1,277 @@
+"""The report's HTML: everything that can be read without a script is written here."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from megatron.errors import RunError
+from megatron.monitor.report.compare import (
+    Comparison,
+    compare,
+    comparison_sentences,
+    group_runs,
+    signed,
+)
+from megatron.monitor.report.load import RunData, load_runs
+from megatron.monitor.report.payload import MOST_VALIDATIONS, domain_order, payload
+from megatron.monitor.report.summary import (
+    DomainRow,
+    domain_rows,
+    percent,
+    progress,
+    run_sentences,
+    tiles,
+)
+from megatron.monitor.throughput import short
+
+ASSETS = ("format.js", "chart.js", "stack.js", "page.js")
+
+
+def write_report(
+    folders: Sequence[Path | str], output: Path | str | None = None, baseline: str | None = None
+) -> Path:
+    """Write the report of the runs in ``folders`` and return its path.
+
+    Args:
+        folders: run folders; the first holds the report unless ``output`` is given.
+        output: the file to write.
+        baseline: name or folder of the run that the others are compared with.
+
+    Raises:
+        RunError: a folder is no run, or the file cannot be written.
+        ConfigError: ``baseline`` names none of the runs.
+    """
+    runs = load_runs(folders)
+    comparison = compare(runs, baseline)
+    path = Path(output) if output is not None else runs[0].path / "report.html"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page(runs, comparison), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: the report cannot be written: {error.strerror}") from error
+    return path
+
+
+def page(runs: Sequence[RunData], comparison: Comparison | None) -> str:
+    """Return the whole page."""
+    groups = comparison.groups if comparison is not None else tuple(group_runs(runs)[0])
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    body = asset("page.html")
+    parts = {
+        "TITLE": escape(title),
+        "STYLE": asset("page.css"),
+        "HEAD": head(runs, comparison, title),
+        "COMPARISON": comparison_table(runs, comparison) if comparison is not None else "",
+        "TABLES": "\n".join(run_table(run, len(runs) == 1) for run in runs),
+        "NOTES": notes(runs),
+        "DATA": payload(runs, groups),
+        "SCRIPT": "\n".join(asset(name) for name in ASSETS),
+    }
+    # One pass from left to right: a domain called {{DATA}} stays what it is.
+    pieces = body.split("{{")
+    result = [pieces[0]]
+    for piece in pieces[1:]:
+        name, rest = piece.split("}}", 1)
+        result += [parts[name], rest]
+    return "".join(result)
+
+
+def asset(name: str) -> str:
+    """Return a file of the page's own."""
+    return files("megatron.monitor.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def head(runs: Sequence[RunData], comparison: Comparison | None, title: str) -> str:
+    """Return title, verdict and figures."""
+    now = datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    lines = [f'<h1>{escape(title)}</h1><p class="made">Report made {now}</p>']
+    if len(runs) == 1:
+        run = runs[0]
+        figures = "".join(
+            f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>'
+            for name, value in tiles(run)
+        )
+        lines.append(f'<dl class="tiles">{figures}</dl>')
+        sentences = run_sentences(run, domain_rows(run))
+        sentences.append(
+            "One run cannot say whether its mixing helped. To know, give the report a run with "
+            "the same budget and static weights as well: tools/report.py RUN BASELINE."
+        )
+    elif comparison is not None:
+        sentences = comparison_sentences(comparison)
+    else:
+        sentences = [
+            "These runs cannot be compared yet: each needs held-out losses measured in training, "
+            "on at least one common domain."
+        ]
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    lines.append(f'<ul class="verdict">{items}</ul>')
+    return "\n".join(lines)
+
+
+def comparison_table(runs: Sequence[RunData], comparison: Comparison) -> str:
+    """Return the table of held-out losses at equal tokens, a column for each run."""
+    base = comparison.baseline
+    spread = max(
+        abs(v.loss[name] - comparison.at[base].loss[name])
+        for v in comparison.at
+        for name in comparison.domains
+    )
+    order = [d for d in domain_order(runs) if d in comparison.domains]
+    heads = "".join(
+        f'<th scope="col" data-run="{i}"><i class="key"></i>{escape(run.name)}'
+        + ("<small>baseline</small>" if i == base else f"<small>{progress(run)}</small>")
+        + "</th>"
+        for i, run in enumerate(runs)
+    )
+    rows = [
+        _comparison_row(name, [v.loss[name] for v in comparison.at], base, spread) for name in order
+    ]
+    averages = [comparison.average(i) for i in range(len(runs))]
+    mean = _comparison_row("mean of domains", averages, base, spread)
+    at = "".join(f"<td>{v.step:,} · {short(v.tokens)}</td>" for v in comparison.at)
+    return (
+        '<section id="comparison"><h2>Held-out loss at equal tokens</h2>'
+        "<p>Nats per token; below each figure the difference to the baseline. Blue is lower "
+        "(better), red is higher.</p>"
+        '<div class="scroll"><table class="sortable compare"><thead><tr>'
+        f'<th scope="col">domain</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f'<tfoot>{mean}<tr class="faint"><th scope="row">measured at step · tokens</th>{at}</tr>'
+        "</tfoot></table></div></section>"
+    )
+
+
+def _comparison_row(name: str, losses: Sequence[float], base: int, spread: float) -> str:
+    cells = []
+    for index, loss in enumerate(losses):
+        difference = loss - losses[base]
+        shade = _shade(difference, spread) if index != base else ""
+        under = "" if index == base else f"<small>{signed(difference)}</small>"
+        cells.append(f'<td data-value="{loss!r}"{shade}>{loss:.4f}{under}</td>')
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
+
+
+def _shade(difference: float, spread: float) -> str:
+    if not math.isfinite(difference) or spread <= 0 or difference == 0:
+        return ""
+    side = "less" if difference < 0 else "more"
+    return f' class="{side}" style="--much:{min(1.0, abs(difference) / spread):.3f}"'
+
+
+COLUMNS = (
+    ("domain", ""),
+    ("asked", "mean of the sampling probabilities"),
+    ("drawn", "share of the samples that were trained on"),
+    ("of tokens", "share of the tokens that counted in the loss"),
+    ("first → last", "sampling probability at the first and the last step"),
+    ("tokens", ""),
+    ("epochs", "passes over the domain's training data"),
+    ("loss at start", "first held-out loss, nats per token"),
+    ("at end", "last held-out loss, nats per token"),
+    ("change", "of the held-out loss"),
+    ("bits / byte", "last held-out loss per byte of text: comparable between domains"),
+)
+
+
+def run_table(run: RunData, alone: bool) -> str:
+    """Return the table of domains of one run."""
+    rows = domain_rows(run)
+    most = max((row.tokens for row in rows), default=1.0) or 1.0
+    order = {name: i for i, name in enumerate(domain_order([run]))}
+    body = "".join(_domain_row(row, most) for row in sorted(rows, key=lambda r: order[r.name]))
+    heads = "".join(
+        f'<th scope="col"{f""" title="{escape(tip)}" """ if tip else ""}>{escape(name)}</th>'
+        for name, tip in COLUMNS
+    )
+    table = (
+        f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody><tfoot>{_total_row(run, rows)}</tfoot></table></div>"
+    )
+    if alone:
+        return table
+    words = "".join(f"<li>{escape(sentence)}</li>" for sentence in run_sentences(run, rows))
+    return (
+        f"<details><summary><b>{escape(run.name)}</b> {escape(run.method)} · "
+        f"{escape(progress(run))}</summary><ul>{words}</ul>{table}</details>"
+    )
+
+
+def _domain_row(row: DomainRow, most: float) -> str:
+    cells = [
+        _cell(row.asked, f"{row.asked:.2%}"),
+        _cell(row.realised, f"{row.realised:.2%}"),
+        _cell(row.token_share, f"{row.token_share:.2%}"),
+        _cell(row.last - row.first, f"{row.first:.1%} → {row.last:.1%}"),
+        f'<td data-value="{row.tokens!r}" class="bar" style="--part:{row.tokens / most:.4f}">'
+        f"{short(row.tokens)}</td>",
+        _cell(row.epochs, f"{row.epochs:.3f}"),
+        _cell(row.start, f"{row.start:.4f}"),
+        _cell(row.end, f"{row.end:.4f}"),
+        _cell(row.change, percent(row.change), _shade(row.change, 1.0)),
+        _cell(row.bits_per_byte, f"{row.bits_per_byte:.4f}"),
+    ]
+    return f'<tr><th scope="row">{escape(row.name)}</th>{"".join(cells)}</tr>'
+
+
+def _total_row(run: RunData, rows: Sequence[DomainRow]) -> str:
+    both = [row for row in rows if math.isfinite(row.start) and math.isfinite(row.end)]
+    start = sum(row.start for row in both) / len(both) if both else math.nan
+    end = sum(row.end for row in both) / len(both) if both else math.nan
+    bits = [row.bits_per_byte for row in rows if math.isfinite(row.bits_per_byte)]
+    mean_bits = sum(bits) / len(bits) if len(bits) == len(rows) else math.nan
+    change = end / start - 1 if both else math.nan
+    cells = [
+        *("<td>100 %</td>" for _ in range(3)),
+        "<td></td>",
+        _cell(0.0, short(float(run.ledger.tokens.sum()))),
+        "<td></td>",
+        _cell(start, f"{start:.4f}"),
+        _cell(end, f"{end:.4f}"),
+        _cell(change, percent(change)),
+        _cell(mean_bits, f"{mean_bits:.4f}"),
+    ]
+    return f'<tr><th scope="row">all · mean of domains</th>{"".join(cells)}</tr>'
+
+
+def _cell(value: float, text: str, extra: str = "") -> str:
+    if not math.isfinite(value):
+        return "<td>–</td>"
+    return f'<td data-value="{value!r}"{extra}>{escape(text)}</td>'
+
+
+def notes(runs: Sequence[RunData]) -> str:
+    """Return what a careful reader wants to know about the figures."""
+    lines = []
+    for run in runs:
+        width = run.ledger.width
+        points = (
+            "every step is drawn"
+            if width == 1
+            else f"a point of the step curves stands for {width:,} steps: losses are the mean over "
+            "their tokens, probabilities the mean over the steps, the band of the training loss "
+            "spans the lowest and highest single step"
+        )
+        lines.append(f"{run.name}: {len(run.ledger.steps):,} steps; {points}.")
+        if len(run.validations) > MOST_VALIDATIONS:
+            lines.append(
+                f"{run.name}: {MOST_VALIDATIONS} of {len(run.validations)} validations are drawn; "
+                "the tables use the first and the last."
+            )
+        lines += [f"{run.name}: {note}." for note in run.notes]
+    lines.append(
+        "Training loss is the mean over tokens, whatever weights the loss had, so that runs with "
+        "different methods can be compared. It depends on the mixture that was drawn: a run that "
+        "draws easier domains shows a lower training loss without having learned more. The "
+        "held-out losses, on the same windows each time, do not."
+    )
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>"
