@@ -115,7 +115,10 @@ class TokenReader:
         """Return the position of a document's first token; ``num_documents`` gives the end."""
         if not 0 <= document <= self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents} in {self.prefix}")
-        return self._pointer(document) // self._itemsize
+        pointer = self._pointer(document)
+        if not 0 <= pointer <= self._bin_bytes or pointer % self._itemsize:
+            self._refuse_document(document)
+        return pointer // self._itemsize
 
     def document_at(self, token: int) -> int:
         """Return the document that holds the token at position ``token`` (binary search)."""
@@ -227,9 +230,26 @@ class TokenReader:
                 self._refuse_document(first + int(np.argmax(wrong)))
             expected = int(ends[-1])
         if expected != self._bin_bytes:
-            raise DataError(
-                f"{self._bin_path}: {self._bin_bytes} bytes, the index accounts for {expected}"
-            )
+            self._refuse_bin(expected)
+        self._verify_doc_idx(block)
+
+    def _verify_doc_idx(self, block: int) -> None:
+        length, at = self._header.doc_idx_length, self._header.doc_idx_at
+        before = -1
+        for first in range(0, length, block):
+            count = min(block, length - first)
+            entries = self._array("<i8", at + POINTER_BYTES * first, count)
+            if length == self.num_documents + 1:
+                wrong = entries != np.arange(first, first + count)
+            else:  # written with sentences as sequences, or merged by old tools
+                steps = np.diff(entries, prepend=before)
+                wrong = (steps <= 0) | (entries > self.num_documents)
+            if wrong.any():
+                raise DataError(
+                    f"{self._idx_path}: damaged: doc_idx is wrong at entry "
+                    f"{first + int(np.argmax(wrong))}"
+                )
+            before = int(entries[-1])
 
     def _pointer(self, document: int) -> int:
         if document == self.num_documents:

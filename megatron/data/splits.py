@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.data.reader import TokenReader
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "valid", "test")
 
@@ -68,26 +69,31 @@ def split_documents(reader: TokenReader, split: str, which: str) -> DocumentRang
         raise ConfigError(f"part '{which}' of a split: it has {', '.join(SPLIT_NAMES)}")
     shares = parse_split(split)
     part = SPLIT_NAMES.index(which)
-    first = _boundary(reader, sum(shares[:part]))
-    # What rounding leaves over belongs to the last part that has a share at all.
-    is_last = not any(shares[part + 1 :])
-    last = reader.num_documents if is_last else _boundary(reader, sum(shares[: part + 1]))
-    return document_range(reader, min(first, last), last)
-
-
-def document_range(reader: TokenReader, first: int, last: int) -> DocumentRange:
-    """Return documents ``[first, last)`` with their tokens."""
-    return DocumentRange(
-        first=first,
-        last=last,
-        start=reader.document_start(first),
-        stop=reader.document_start(last),
+    return document_range(
+        reader, _boundary(reader, shares, part), _boundary(reader, shares, part + 1)
     )
 
 
-def _boundary(reader: TokenReader, share: float) -> int:
-    """Return the document whose start is nearest to ``share`` of the tokens."""
-    target = round(share * reader.num_tokens)
+def document_range(reader: TokenReader, first: int, last: int) -> DocumentRange:
+    """Return documents ``[first, last)`` with their tokens.
+
+    Raises:
+        DataError: the index is damaged there.
+    """
+    start, stop = reader.document_start(first), reader.document_start(last)
+    if start > stop:
+        raise DataError(
+            f"{reader.prefix}.idx: damaged: document {first} starts behind document {last}; "
+            "copy or preprocess it again"
+        )
+    return DocumentRange(first=first, last=last, start=start, stop=stop)
+
+
+def _boundary(reader: TokenReader, shares: Sequence[float], part: int) -> int:
+    """Return the document at which a part starts: the start nearest to its share of the tokens."""
+    if not any(shares[part:]):  # what rounding leaves over belongs to the last part with a share
+        return reader.num_documents
+    target = round(sum(shares[:part]) * reader.num_tokens)
     after = reader.documents_before(target)
     if after == 0:
         return 0
