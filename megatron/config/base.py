@@ -6,7 +6,14 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 _INT64_MAX = 2**63 - 1
@@ -26,15 +33,27 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Int = Annotated[int, BeforeValidator(_whole), Field(ge=-_INT64_MAX, le=_INT64_MAX)]
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_INT64_MAX)]
-NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=_INT64_MAX)]
+Int = Annotated[int, Field(ge=-_INT64_MAX, le=_INT64_MAX), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1, le=_INT64_MAX), BeforeValidator(_whole)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_INT64_MAX), BeforeValidator(_whole)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_tuple), Field(min_length=1)]
+Texts = Annotated[
+    tuple[Text, ...],
+    Field(min_length=1),
+    BeforeValidator(_tuple),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+            ]
+        }
+    ),
+]
 
 
 def literals(annotation: Any) -> Iterator[str]:

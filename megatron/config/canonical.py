@@ -52,6 +52,7 @@ _OWN = (
     "deepspeed_extra_args",
     "attention_config",
     "bias_gelu_fusion",
+    "use_bias_in_norms",
     "fp32_allreduce",
 )
 
@@ -107,7 +108,7 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
         _read_attention(draft, node)
     elif key == "fp32_allreduce":
         _read_allreduce(draft, node)
-    elif key == "bias_gelu_fusion":
+    elif key in ("bias_gelu_fusion", "use_bias_in_norms"):
         draft.put("", key, node)
     else:
         _read_foreign(draft, key, node)
@@ -221,6 +222,7 @@ def _read_extra(draft: Draft, node: Node) -> None:
 def _complete(draft: Draft) -> None:
     """Fill in what one key implies for another."""
     _complete_activation(draft)
+    _complete_norm(draft)
     factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
     if (node := draft.get("checkpoint", "checkpoint_scale")) is not None:
         scale = str(node.value).lower()
@@ -257,3 +259,18 @@ def _complete_activation(draft: Draft) -> None:
         draft.groups.setdefault("model", {})["activation"] = replace(fusion, value="gelu_tanh")
     elif str(activation.value).lower() != "gelu_tanh":
         draft.ignore(fusion.name, "belongs to the activation gelu")
+
+
+def _complete_norm(draft: Draft) -> None:
+    """Biases of norms are there with layernorm, and never with rmsnorm."""
+    bias = draft.groups.get("", {}).pop("use_bias_in_norms", None)
+    if bias is None or bias.value is None:
+        return
+    norm = draft.get("model", "norm")
+    rms = norm is not None and str(norm.value).lower() == "rmsnorm"
+    if not isinstance(bias.value, bool):
+        draft.problems.add(bias, "should be true or false")
+    elif bias.value and rms:
+        draft.ignore(bias.name, "rmsnorm has no bias")
+    elif not bias.value and not rms:
+        draft.problems.add(bias, "refused: layernorm has a bias; use norm: rmsnorm, which has none")

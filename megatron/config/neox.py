@@ -19,15 +19,18 @@ class Refusal:
 
     Attributes:
         instead: what to do instead.
-        neutral: values that agree with what happens anyway, beside "off" ones.
+        neutral: values that agree with what happens anyway.
+        off: whether switching it off agrees too.
     """
 
     instead: str
     neutral: tuple[Any, ...] = ()
+    off: bool = True
 
     def agrees(self, value: Any) -> bool:
         """Tell whether a value asks for nothing that is not done anyway."""
-        return is_off(value) or any(same(value, neutral) for neutral in self.neutral)
+        agreed = any(same(value, neutral) for neutral in self.neutral)
+        return agreed or value is None or (self.off and is_off(value))
 
 
 def is_off(value: Any) -> bool:
@@ -108,9 +111,6 @@ REFUSED: dict[str, Refusal] = {
     "autotuning": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     "autotuning_run": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     # model
-    "use_bias_in_norms": Refusal(
-        instead="layernorm has a bias, rmsnorm has none; use norm: rmsnorm", neutral=(True,)
-    ),
     "use_qk_layernorm": Refusal(instead="query/key norms are not offered yet; remove the key"),
     "sliding_window_width": Refusal(
         instead="sliding-window attention is not offered yet; shorten seq_length instead"
@@ -167,7 +167,9 @@ REFUSED: dict[str, Refusal] = {
     "checkpoint": Refusal(
         instead="checkpoints are written and verified in save; see save_interval"
     ),
-    "deepspeed": Refusal(instead="every run uses DeepSpeed; remove the key", neutral=(True,)),
+    "deepspeed": Refusal(
+        instead="every run uses DeepSpeed; remove the key", neutral=(True,), off=False
+    ),
     # data
     "data_impl": Refusal(
         instead="only the memory-mapped format is read; write the data with "

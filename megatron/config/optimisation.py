@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megatron.config.base import Count, Fraction, Group, Int, NonNegative, NonNegativeInt, Positive
+from megatron.config.base import Count, Fraction, Group, NonNegative, NonNegativeInt, Positive
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -74,7 +74,7 @@ class LossScaleConfig(Group):
     """Steps without overflow after which the scale doubles."""
     hysteresis: Count = 2
     """Overflows that are let pass before the scale is halved."""
-    min_loss_scale: Int = Field(default=1, gt=0)
+    min_loss_scale: Count = 1
     """Lowest dynamic scale."""
     consecutive_hysteresis: bool = False
     """Refill the hysteresis at every step without overflow."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron.config.base import (
@@ -50,7 +50,11 @@ class TrainingConfig(Group):
     """Upper bound of the final test, in samples per domain."""
     exit_interval: Count | None = None
     """Save and end at every multiple of this many steps."""
-    on_nonfinite: Annotated[Text, BeforeValidator(_nonfinite)] = "stop"
+    on_nonfinite: Annotated[
+        Text,
+        BeforeValidator(_nonfinite),
+        WithJsonSchema({"type": "string", "pattern": r"^\s*([sS]top|[sS]kip\([1-9][0-9]*\))\s*$"}),
+    ] = "stop"
     """What a step with a non-finite loss does: `stop` ends the run and keeps the last checkpoint;
     `skip(k)` leaves the step out and stops after k in a row."""
     deterministic: bool = False
@@ -108,8 +112,6 @@ class CheckpointConfig(Group):
     """Further steps to save at (0 = before the first)."""
     keep_last_n_checkpoints: Count | None = None
     """Delete all but this many newest checkpoints. Default: keep all."""
-    allow_changed_data: bool = False
-    """Resume even though the training data is not what the checkpoint was trained on."""
     finetune: bool = False
     """Take only the weights from `load` and start at step 0."""
     save_timeout: Positive = 600.0

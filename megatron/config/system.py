@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron.config.base import Count, Group, NonNegativeInt, Text
+from megatron.config.base import Count, Group, Text
 
 
 class ParallelConfig(Group):
     """How the model is divided."""
 
-    pipe_parallel_size: NonNegativeInt = Field(default=0, le=1)
+    pipe_parallel_size: Annotated[int, Field(ge=0, le=1)] = 0
     """Pipeline stages; 0 and 1 both mean the whole model on every rank."""
-    model_parallel_size: Count = Field(default=1, le=1)
+    model_parallel_size: Annotated[int, Field(ge=1, le=1)] = 1
     """Tensor-parallel ranks."""
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format in which gradients are summed over ranks. Default: that of the gradients."""
@@ -23,7 +23,7 @@ class ParallelConfig(Group):
 class ZeroConfig(Group):
     """DeepSpeed's ZeRO: the block `zero_optimization: {stage, …}`."""
 
-    stage: NonNegativeInt = Field(default=0, le=3)
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
     """0 to 3: what is divided over data ranks (1 optimizer state, 2 also gradients, 3 also
     parameters). 0 runs as 1: same numbers, and its state can be laid out anew."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -50,7 +50,7 @@ class LaunchConfig(Group):
     """Devices to leave out, in the same form."""
     master_addr: Text | None = None
     """Address of rank 0. Default: this node."""
-    master_port: Count | None = Field(default=None, le=65535)
+    master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Port of rank 0. Default: a free one."""
 
 

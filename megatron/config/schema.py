@@ -1,0 +1,263 @@
+"""The JSON Schema of a configuration file, for editors: made from the types, never by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from megatron.config.blocks import OPTIMIZERS, ZERO_BOOLS, ZERO_REFUSED, ZERO_SIZES
+from megatron.config.canonical import IGNORED_KEY
+from megatron.config.config import FLAT_GROUPS, Config
+from megatron.config.data import DomainConfig
+from megatron.config.mixing import MixingConfig, option_model
+from megatron.config.neox import ALIASES, REFUSED, WITHOUT_EFFECT, ZERO_ALIASES, Refusal
+from megatron.config.optimisation import LossScaleConfig, OptimizerConfig
+from megatron.config.system import ZeroConfig
+from megatron.registry import mixing_methods
+
+Schema = dict[str, Any]
+DRAFT = "http://json-schema.org/draft-07/schema#"
+
+
+def properties(model: type[BaseModel]) -> dict[str, Schema]:
+    """Return the schemas of a group's fields by name, without pydantic's titles."""
+    found: dict[str, Schema] = model.model_json_schema()["properties"]
+    return {name: _tidy(schema) for name, schema in found.items()}
+
+
+def _tidy(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        kept = {key: _tidy(value) for key, value in schema.items() if key != "title"}
+        if "prefixItems" in kept:  # draft-07 spells a tuple this way
+            kept["items"] = kept.pop("prefixItems")
+        if isinstance(kept.get("description"), str):
+            kept["description"] = " ".join(kept["description"].split())
+        return kept
+    return [_tidy(entry) for entry in schema] if isinstance(schema, list) else schema
+
+
+def _block(fields: dict[str, Schema], description: str) -> Schema:
+    return {
+        "type": "object",
+        "description": description,
+        "properties": fields,
+        "additionalProperties": False,
+    }
+
+
+def json_schema() -> Schema:
+    """Return the schema of one file (which need not be complete: files are merged).
+
+    The mixing methods must have been registered.
+    """
+    keys: dict[str, Schema] = {}
+    for group in FLAT_GROUPS.values():
+        keys.update(properties(group))
+    keys.update(_blocks())
+    keys.update(_mapped_keys(keys))
+    keys.update({key: _refused(refusal) for key, refusal in REFUSED.items()})
+    for key, reason in WITHOUT_EFFECT.items():
+        keys[key] = {"description": f"Without effect: {reason}.", "deprecated": True}
+    hyphens = {
+        f"^{key.replace('_', '[-_]')}$": {"$ref": f"#/properties/{key}"}
+        for key in keys
+        if "_" in key
+    }
+    return {
+        "$schema": DRAFT,
+        "title": "neomix configuration",
+        "type": "object",
+        "properties": keys,
+        "patternProperties": hyphens,
+        "additionalProperties": False,
+    }
+
+
+def _blocks() -> dict[str, Schema]:
+    optimizer = properties(OptimizerConfig)
+    names = ["Adam", "AdamW", *OPTIMIZERS]
+    params = {key: optimizer[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    params["adam_w_mode"] = {
+        "type": "boolean",
+        "default": True,
+        "description": "False: weight decay is added to the gradient.",
+    }
+    top = properties_of_config()
+    return {
+        "optimizer": _block(
+            {"type": {"enum": names}, "params": _block(params, "Parameters of the optimizer.")},
+            "The optimizer.",
+        ),
+        "precision": {**top["precision"], "enum": ["fp32", "fp16", "bf16", "bfloat16"]},
+        "fp16": _block(
+            {
+                "enabled": {"type": "boolean"},
+                "fp16": {"description": "Without effect."},
+                "type": {"enum": ["fp16", "bfloat16"]},
+                "auto_cast": {"description": "Without effect."},
+                **properties(LossScaleConfig),
+            },
+            "Half precision with loss scaling.",
+        ),
+        "bf16": _block({"enabled": {"type": "boolean"}}, "bfloat16."),
+        "zero_optimization": _zero(),
+        "domains": {
+            "type": "object",
+            "description": "What is trained on: one block per domain, by its name.",
+            "additionalProperties": _block(properties(DomainConfig), "One domain."),
+        },
+        "split": top["split"],
+        "mixing": _mixing(),
+        "deepspeed_extra_args": {"type": "object", "description": top["deepspeed"]["description"]},
+        IGNORED_KEY: {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "Written into a resolved configuration: the keys that have no effect.",
+        },
+    }
+
+
+def properties_of_config() -> dict[str, Schema]:
+    """Return the schemas of the whole configuration's own fields."""
+    return {
+        name: schema
+        for name, schema in properties(Config).items()
+        if name in ("precision", "split", "deepspeed", "ignored")
+    }
+
+
+def _zero() -> Schema:
+    fields: dict[str, Schema] = {"stage": properties(ZeroConfig)["stage"]}
+    fields |= {key: {"type": "boolean"} for key in ZERO_BOOLS}
+    fields |= {key: {"type": "integer", "minimum": 0} for key in ZERO_SIZES}
+    fields |= {key: _refused(refusal) for key, refusal in ZERO_REFUSED.items()}
+    return _block(fields, "DeepSpeed's ZeRO.")
+
+
+def _mixing() -> Schema:
+    own = {key: schema for key, schema in properties(MixingConfig).items() if key != "options"}
+    own["method"] = {**own["method"], "enum": list(mixing_methods)}
+    numbers = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}}
+    own["weights"] = {
+        "description": own["weights"]["description"],
+        "anyOf": [*own["weights"]["anyOf"], numbers],
+    }
+    options: dict[str, Schema] = {}
+    rules = []
+    for name in mixing_methods:
+        fields = properties(option_model(mixing_methods[name]))
+        options |= {key: {"description": f.get("description", "")} for key, f in fields.items()}
+        rules.append(
+            {
+                "if": {"properties": {"method": {"const": name}}, "required": ["method"]},
+                "then": {
+                    "properties": fields,
+                    "propertyNames": {
+                        "enum": sorted({s for key in (*own, *fields) for s in _spellings(key)})
+                    },
+                },
+            }
+        )
+    block = _block({**own, **options}, "How the mixture is decided.")
+    block["patternProperties"] = {
+        f"^{key.replace('_', '[-_]')}$": {} for key in (*own, *options) if "_" in key
+    }
+    return {**block, "allOf": rules}
+
+
+def _spellings(key: str) -> set[str]:
+    return {key, key.replace("_", "-")}
+
+
+def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
+    """Return the keys of GPT-NeoX and its fork that are mapped onto ours."""
+    optimizer, scaling = properties(OptimizerConfig), properties(LossScaleConfig)
+    zero = keys["zero_optimization"]["properties"]
+    pools = {"optimizer": optimizer, "fp16": scaling, "zero": zero, "batch": keys}
+    paths: Schema = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    weights: Schema = {"type": "array", "items": {"type": "number", "minimum": 0}}
+    flag: Schema = {"type": "boolean"}
+    steps: Schema = {"type": "integer", "minimum": 0}
+    mapped: dict[str, Schema] = {
+        **{key: pools[group][field] for key, (group, field) in ALIASES.items()},
+        **{key: zero[option] for key, option in ZERO_ALIASES.items()},
+        **{f"{part}_data_paths": paths for part in ("train", "valid", "test")},
+        **{f"{part}_data_weights": weights for part in ("train", "valid", "test")},
+        "optimizer_type": keys["optimizer"]["properties"]["type"],
+        "data_path": {"type": "string"},
+        "weight_by_num_documents": flag,
+        "weighted_sampler_alpha": {"type": "number", "minimum": 0},
+        "use_named_train_datasets": flag,
+        "use_named_eval_datasets": flag,
+        "data_sampling_method": {"enum": list(mixing_methods)},
+        "data_sampling_warmup_steps": steps,
+        "data_sampling_update_frequency": steps,
+        "data_sampling_smoothing_factor": {"type": "number"},
+        "mixed_batches": flag,
+        "mixed_minibatches": flag,
+        "bias_gelu_fusion": flag,
+        "use_bias_in_norms": flag,
+        "fp32_allreduce": flag,
+        "attention_config": {"type": "array"},
+    }
+    return {
+        key: {"description": MAPPED.get(key, "Another name."), **schema}
+        for key, schema in mapped.items()
+    }
+
+
+MAPPED: dict[str, str] = {
+    "lr": "`optimizer: {params: {lr}}`",
+    "weight_decay": "`optimizer: {params: {weight_decay}}`",
+    "gradient_clipping": "Largest norm of the whole gradient; 0 = no clipping.",
+    "clip_grad": "`gradient_clipping`",
+    "batch_size": "`train_micro_batch_size_per_gpu`",
+    "gas": "`gradient_accumulation_steps`",
+    "loss_scale": "`fp16: {loss_scale}`",
+    "zero_stage": "`zero_optimization: {stage}`",
+    "optimizer_type": "`optimizer: {type}`",
+    "data_path": "one domain under `domains`, cut by `split`",
+    "train_data_paths": "domains, named by file (or folder, where file names say nothing)",
+    "valid_data_paths": "`valid` of the domains, matched by name, else by place in the list",
+    "test_data_paths": "`test` of the domains, likewise",
+    "train_data_weights": "`weight` of the domains (1 each when not given)",
+    "valid_data_weights": "without effect: validation is measured for every domain by itself",
+    "test_data_weights": "without effect, likewise",
+    "weight_by_num_documents": "`mixing: {weights: documents}`",
+    "weighted_sampler_alpha": "`mixing: {weights_alpha}`, with `weight_by_num_documents`",
+    "use_named_train_datasets": "domains are named by the folder that a path lies in",
+    "use_named_eval_datasets": "likewise",
+    "data_sampling_method": "`mixing: {method}`",
+    "data_sampling_warmup_steps": "`mixing: {warmup_steps}`",
+    "data_sampling_update_frequency": "`mixing: {update_every, pool: false}`; 0 = 1",
+    "data_sampling_smoothing_factor": "`mixing: {smoothing_factor}`",
+    "mixed_batches": "`mixing: {unit: sample, draw: multinomial}`",
+    "mixed_minibatches": "`mixing: {unit: micro_batch, draw: multinomial}`",
+    "bias_gelu_fusion": "`activation: gelu_tanh`, which is what the fused kernel computes",
+    "use_bias_in_norms": "accepted where it agrees with `norm`: true with layernorm",
+    "fp32_allreduce": "`communication_data_type: fp32`",
+    "attention_config": "accepted where every layer is `global` or `flash`",
+    "zero_reduce_scatter": "`zero_optimization: {reduce_scatter}`",
+    "zero_contiguous_gradients": "`zero_optimization: {contiguous_gradients}`",
+    "zero_reduce_bucket_size": "`zero_optimization: {reduce_bucket_size}`",
+    "zero_allgather_bucket_size": "`zero_optimization: {allgather_bucket_size}`",
+}
+
+
+def _refused(refusal: Refusal) -> Schema:
+    """Accept only the values that agree with what happens anyway."""
+    values: list[Any] = [None, False, "", [], {}] if refusal.off else [None]
+    values += [value for value in refusal.neutral if value not in values]
+    return {
+        "description": f"Refused: {refusal.instead}.",
+        "deprecated": True,
+        "anyOf": [
+            {"enum": values},
+            {
+                "type": "object",
+                "properties": {"enabled": {"const": False}},
+                "required": ["enabled"],
+            },
+        ],
+    }

@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Write docs/configuration.md and docs/schema.json from the types of the configuration.
+
+``--check`` writes nothing and exits with 1 if one of them is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.errors import run_command  # noqa: E402
+
+
+def documents() -> dict[str, str]:
+    """Return the generated documents by path, relative to the repository."""
+    import megatron.mixing  # noqa: F401  (registers the methods that are documented)
+    from megatron.config.reference import reference
+    from megatron.config.schema import json_schema
+
+    schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+    return {"docs/configuration.md": reference(), "docs/schema.json": schema}
+
+
+def main() -> int:
+    """Write or check the documents."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="only tell whether they are stale")
+    check = parser.parse_args().check
+    stale = []
+    for name, text in documents().items():
+        path = ROOT / name
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for name in stale:
+        print(f"{name} is stale: run tools/generate_docs.py" if check else f"wrote {name}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
