@@ -312,6 +312,7 @@ def test_domains_may_change_their_order_between_runs(method):
         first.observe(observation(step))
     second = build_mixer(method, domains=DOMAINS[::-1], update_every=2)
     second.load_state_dict(first.state_dict())
-    assert second.decide(8).sampling_weights.tolist() == (
-        first.decide(8).sampling_weights.tolist()[::-1]
+    assert (
+        second.decide(8).sampling_weights.tolist()
+        == (first.decide(8).sampling_weights.tolist()[::-1])
     )
