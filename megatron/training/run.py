@@ -58,7 +58,7 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
         return EXIT_DONE
     if source is not None:
         check_same_data(
-            source.manifest, domains.fingerprints, allow_changed=config.checkpoint.allow_changed_data
+            source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
         )
     parts = build(
         config,
