@@ -93,7 +93,10 @@ def asset(name: str) -> str:
 def head(runs: Sequence[RunData], comparison: Comparison | None, title: str) -> str:
     """Return title, verdict and figures."""
     now = datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    lines = [f'<h1>{escape(title)}</h1><p class="made">Report made {now}</p>']
+    places = ", ".join(str(run.path.resolve()) for run in runs[:3]) + (
+        " …" if len(runs) > 3 else ""
+    )
+    lines = [f'<h1>{escape(title)}</h1><p class="made">{escape(places)} · report made {now}</p>']
     if len(runs) == 1:
         run = runs[0]
         figures = "".join(
@@ -230,7 +233,7 @@ def _total_row(run: RunData, rows: Sequence[DomainRow]) -> str:
     mean_bits = sum(bits) / len(bits) if len(bits) == len(rows) else math.nan
     change = end / start - 1 if both else math.nan
     cells = [
-        *("<td>100 %</td>" for _ in range(3)),
+        *("<td>100%</td>" for _ in range(3)),
         "<td></td>",
         _cell(0.0, short(float(run.ledger.tokens.sum()))),
         "<td></td>",

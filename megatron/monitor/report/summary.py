@@ -119,8 +119,8 @@ def _mixture_sentences(run: RunData, rows: list[DomainRow]) -> list[str]:
         k = int(moved.argmax())
         row = rows[k]
         sentences.append(
-            f"The mixture moved: {row.name} was at most {100 * float(moved[k]):.2g} points from "
-            f"where it began ({row.first:.2%} at first, {row.last:.2%} at the end)."
+            f"The mixture moved: {row.name} the most, up to {100 * float(moved[k]):.2g} points "
+            f"from where it began ({row.first:.2%} at first, {row.last:.2%} at the end)."
         )
     gap = max(rows, key=lambda row: abs(row.realised - row.asked))
     sentences.append(
@@ -171,8 +171,8 @@ def tiles(run: RunData) -> list[tuple[str, str]]:
 
 
 def percent(ratio: float) -> str:
-    """Return a relative change as ``−12.3 %``."""
+    """Return a relative change as ``−12.3%``."""
     if not math.isfinite(ratio):
         return "–"
     digits = 1 if abs(ratio) >= 0.01 else 2
-    return f"{100 * ratio:+.{digits}f}".replace("-", "−") + " %"
+    return f"{100 * ratio:+.{digits}f}".replace("-", "−") + "%"

@@ -13,7 +13,8 @@ function lineChart(host, series, options) {
   const marks = options.marks ?? [];
   const range = yRange(seen, marks, options);
   const yTicks = (range.log ? logTicks : ticks)(range.low, range.high, options.small ? 3 : 5);
-  const digits = Math.max(3, ...yTicks.map((v) => options.yFormat(v).length));
+  const yLabels = tickLabels(yTicks, options.yFormat);
+  const digits = Math.max(3, ...yLabels.map((label) => label.length));
   const frame = { left: 10 + 6.2 * digits, right: options.small ? 6 : 10, top: 8, bottom: 22 };
   const xs = seen.flatMap((s) => [s.x[0], s.x[s.x.length - 1]]);
   let x0 = Math.min(...xs), x1 = Math.max(...xs);
@@ -21,7 +22,7 @@ function lineChart(host, series, options) {
   const x = scale(x0, x1, frame.left, width - frame.right);
   const y = scale(range.low, range.high, height - frame.bottom, frame.top, range.log);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": options.title }, host);
-  axes(svg, { x, y, x0, x1, yTicks, frame, width, height, options });
+  axes(svg, { x, y, x0, x1, yTicks, yLabels, frame, width, height, options });
   for (const mark of marks) {
     const at = y(mark.y);
     shape("line", { x1: frame.left, x2: width - frame.right, y1: at, y2: at, stroke: "var(--faint)", "stroke-dasharray": mark.dash }, svg);
@@ -66,12 +67,12 @@ function yRange(series, marks, options) {
   return { low: low - pad, high: high + pad, log };
 }
 
-function axes(svg, { x, y, x0, x1, yTicks, frame, width, height, options }) {
-  for (const value of yTicks) {
+function axes(svg, { x, y, x0, x1, yTicks, yLabels, frame, width, height, options }) {
+  yTicks.forEach((value, i) => {
     const at = y(value);
     shape("line", { class: "gridline", x1: frame.left, x2: width - frame.right, y1: at, y2: at }, svg);
-    shape("text", { x: frame.left - 6, y: at + 3.5, "text-anchor": "end", text: options.yFormat(value) }, svg);
-  }
+    shape("text", { x: frame.left - 6, y: at + 3.5, "text-anchor": "end", text: yLabels[i] }, svg);
+  });
   const base = height - frame.bottom;
   shape("line", { class: "axis", x1: frame.left, x2: width - frame.right, y1: base, y2: base, "stroke-opacity": 0.6 }, svg);
   const room = Math.max(2, Math.floor((width - frame.left) / (options.small ? 80 : 95)));

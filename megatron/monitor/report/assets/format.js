@@ -38,10 +38,25 @@ function trim(text) {
 const loss = (value) => value.toFixed(Math.abs(value) < 0.1 ? 4 : 3);
 const percent = (value) => {
   const part = 100 * value;
-  return part.toFixed(Math.abs(part) < 1 ? 2 : 1) + " %";
+  return part.toFixed(Math.abs(part) < 1 ? 2 : 1) + "%";
 };
 const plain = (value) => Math.round(value).toLocaleString("en");
 const precise = (value) => trim(value.toPrecision(3));
+
+// Labels of an axis: as many digits as its ticks need, all alike.
+function tickLabels(values, format) {
+  if (format !== loss && format !== percent) return values.map(format);
+  const unit = format === percent ? 100 : 1;
+  const step = Math.min(...values.slice(1).map((v, i) => Math.abs(v - values[i])), Infinity) * unit;
+  const digits = Number.isFinite(step) ? Math.min(5, Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (isWhole(step) ? 0 : 1))) : 2;
+  return values.map((v) => (unit * v).toFixed(digits) + (unit === 100 ? "%" : ""));
+}
+
+// Whether the step is one digit (0.2, 5), not two (0.25).
+function isWhole(step) {
+  const lead = step / 10 ** Math.floor(Math.log10(step) + 1e-9);
+  return Math.abs(lead - Math.round(lead)) < 1e-6;
+}
 
 const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
 

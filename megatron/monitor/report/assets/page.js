@@ -69,38 +69,46 @@ function drawRivers() {
 }
 
 const MIXTURES = { probability: "sampling probability", share: "share of the samples drawn", controller: "what the controller in shadow would have drawn" };
-const DOMAINS = { valid: "Held-out loss", train: "Training loss", share: "Probability and share", epochs: "Epochs" };
+const DOMAINS = { valid: "held-out", train: "training", epochs: "epochs" };
 
-// The curves of one domain: {series, marks, format, last}.
-function domainSeries(k) {
-  const series = [], marks = [];
-  for (const run of runs()) {
-    if (state.domain === "valid") series.push(lineOf(run, run.valid, run.valid.loss[k], { points: true }));
-    else if (state.domain === "train") series.push(lineOf(run, run, run.train[k], { width: 1.25 }));
-    else if (state.domain === "epochs") series.push(lineOf(run, run, run.epochs[k]));
-    else {
-      series.push(lineOf(run, run, run.share[k], { name: `${run.name}, drawn`, width: 1, faint: 0.35, dash: null }));
-      series.push(lineOf(run, run, run.probability[k], { name: `${run.name}, asked` }));
-      if (run.controller) series.push(lineOf(run, run, run.controller[k], { name: `${run.name}, shadow`, width: 1, dash: "1 3" }));
-    }
-  }
-  if (state.domain === "share" && runs().length) {
-    const run = runs()[0];
-    marks.push({ y: run.uniform, name: "uniform", dash: "1 4" });
-    if (run.natural && known(run.natural[k])) marks.push({ y: run.natural[k], name: "natural", dash: "7 4" });
-  }
-  return { series, marks };
-}
+// What a small chart of one domain shows, by kind: its curves, lines to compare with, and format.
+const KINDS = {
+  valid: {
+    title: "Held-out loss", format: loss, head: (run) => run.valid.loss,
+    series: (run, k) => [lineOf(run, run.valid, run.valid.loss[k], { points: true })],
+  },
+  train: {
+    title: "Training loss", format: loss, head: (run) => run.train,
+    series: (run, k) => [lineOf(run, run, run.train[k], { width: 1.25 })],
+  },
+  epochs: {
+    title: "Epochs", format: precise, zero: true, head: (run) => run.epochs,
+    series: (run, k) => [lineOf(run, run, run.epochs[k])],
+  },
+  share: {
+    title: "Probability and share", format: percent, zero: true, head: (run) => run.probability,
+    series: (run, k) => [
+      lineOf(run, run, run.share[k], { name: `${run.name}, drawn`, width: 1, faint: 0.4, dash: null }),
+      lineOf(run, run, run.probability[k], { name: `${run.name}, asked` }),
+      lineOf(run, run, run.controller?.[k], { name: `${run.name}, shadow`, width: 1, dash: "1 3" }),
+    ],
+    marks: (run, k) => [
+      { y: run.uniform, name: "uniform", dash: "1 4" },
+      ...(run.natural && known(run.natural[k]) ? [{ y: run.natural[k], name: "natural", dash: "7 4" }] : []),
+    ],
+  },
+};
 
-function drawDomains() {
-  const grid = byId("domain-grid");
+// One small chart for each domain that matches the filter, in `id`-grid.
+function drawGrid(id, kind) {
+  const grid = byId(`${id}-grid`);
   grid.replaceChildren();
-  const format = { valid: loss, train: loss, share: percent, epochs: precise }[state.domain];
-  const options = { small: true, height: 138, ...axisOptions(), yFormat: format };
-  options.zero = state.domain === "share" || state.domain === "epochs";
-  options.log = state.log && !options.zero;
+  const { title, format, zero, head, series, marks } = KINDS[kind];
+  const options = { small: true, height: 138, ...axisOptions(), yFormat: format, zero, log: state.log && !zero };
   const matching = data.domains.map((name, k) => [name, k]).filter(([name]) => name.toLowerCase().includes(state.filter));
   const taken = state.all ? matching : matching.slice(0, FEW);
+  const [first, ...others] = runs();
+  // All frames before any chart: a chart measures its frame, and one layout does for all.
   const hosts = taken.map(([name]) => {
     const figure = element("figure", {}, grid);
     const caption = element("figcaption", {}, figure);
@@ -108,44 +116,47 @@ function drawDomains() {
     return [element("span", {}, caption), element("div", { class: "chart" }, figure)];
   });
   taken.forEach(([name, k], i) => {
-    const { series, marks } = domainSeries(k);
-    lineChart(hosts[i][1], series, { ...options, marks, title: `${DOMAINS[state.domain]} of ${name}` });
-    const [run] = runs();
-    const curve = run && { valid: run.valid.loss, train: run.train, share: run.probability, epochs: run.epochs }[state.domain][k];
-    const ends = (curve ?? []).filter(known);
-    if (ends.length && runs().length === 1) hosts[i][0].textContent = `${format(ends[0])} → ${format(ends[ends.length - 1])}`;
+    const lines = runs().flatMap((run) => series(run, k));
+    lineChart(hosts[i][1], lines, { ...options, marks: first && marks ? marks(first, k) : [], title: `${title} of ${name}` });
+    const ends = ((first && head(first)[k]) ?? []).filter(known);
+    if (ends.length && !others.length) hosts[i][0].textContent = `${format(ends[0])} → ${format(ends[ends.length - 1])}`;
   });
-  domainNotes(matching.length, taken.length);
+  gridMore(byId(`${id}-more`), matching.length, taken.length);
 }
 
-function domainNotes(matching, taken) {
-  const legend = byId("domain-legend");
+function gridMore(host, matching, taken) {
+  host.replaceChildren();
+  if (!matching) host.append(`No domain matches “${state.filter}”.`);
+  if (taken >= matching) return;
+  host.append(`${taken} of ${matching} domains, those with most tokens. `);
+  const button = element("button", { type: "button", text: `show all ${matching}` }, host);
+  button.onclick = () => { state.all = true; drawGrids(); };
+}
+
+function drawGrids() {
+  drawGrid("domain", state.domain);
+  drawGrid("share", "share");
+  const legend = byId("share-legend");
   legend.replaceChildren();
-  const entry = (dash, faint, name) => {
+  const entry = (stroke, opacity, dash, name) => {
     const item = element("span", {}, legend);
-    const svg = shape("svg", { width: 26, height: 8 }, item);
-    shape("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: faint ? "var(--run-0)" : "var(--soft)", "stroke-opacity": faint, "stroke-width": 1.75, "stroke-dasharray": dash }, svg);
+    const svg = shape("svg", { width: 28, height: 8 }, item);
+    shape("line", { x1: 0, x2: 28, y1: 4, y2: 4, stroke, "stroke-opacity": opacity, "stroke-width": 1.75, "stroke-dasharray": dash }, svg);
     item.append(name);
   };
-  if (state.domain === "share") {
-    entry("none", 1, "asked: the probability that drew the step");
-    entry("none", 0.4, "drawn: realised share of the samples");
-    entry("1 4", 0, "uniform");
-    if (runs()[0]?.natural) entry("7 4", 0, "natural (by tokens)");
-  }
-  const more = byId("domain-more");
-  more.replaceChildren();
-  if (!matching) more.append(`No domain matches “${state.filter}”.`);
-  if (taken < matching) {
-    more.append(`${taken} of ${matching} domains, those with most tokens. `);
-    element("button", { type: "button", text: `show all ${matching}` }, more).onclick = () => { state.all = true; drawDomains(); };
-  }
+  const [first] = runs();
+  if (!first) return;
+  entry(runColor(first), 1, "none", "asked: the probability that drew the step");
+  entry(runColor(first), 0.4, "none", "drawn: realised share of the samples");
+  if (runs().some((run) => run.controller)) entry(runColor(first), 1, "1 3", "controller in shadow");
+  entry("var(--faint)", 1, "1 4", "uniform");
+  if (first.natural) entry("var(--faint)", 1, "7 4", "natural: by tokens");
 }
 
 function draw() {
   drawLoss();
+  drawGrids();
   drawRivers();
-  drawDomains();
   drawPace();
   root.dataset.charts = document.querySelectorAll(".chart svg").length;
   root.dataset.lines = document.querySelectorAll(".chart svg path").length;
@@ -184,10 +195,10 @@ function buildControls() {
   const kinds = Object.entries({ probability: "asked", share: "drawn", controller: "shadow" });
   choice(byId("mixture-switch"), kinds.filter(([kind]) => data.runs.some((run) => run[kind])), "mixture", drawRivers);
   const head = byId("domain-switch");
-  choice(head, Object.entries(DOMAINS), "domain", drawDomains);
+  choice(head, Object.entries(DOMAINS), "domain", drawGrids);
   if (data.domains.length > 8) {
     const search = element("input", { type: "search", placeholder: "filter domains", "aria-label": "filter domains" });
-    search.oninput = () => { state.filter = search.value.trim().toLowerCase(); drawDomains(); };
+    search.oninput = () => { state.filter = search.value.trim().toLowerCase(); drawGrids(); };
     head.after(search);
   }
 }

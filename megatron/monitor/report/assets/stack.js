@@ -5,8 +5,8 @@ const MOST_BANDS = 14;
 // A hue for each domain, neighbours far apart, the same in every chart of the page.
 function domainColor(index, dark) {
   const hue = (255 + index * 137.508) % 360;
-  const light = (dark ? [0.72, 0.6, 0.8] : [0.66, 0.54, 0.76])[index % 3];
-  return `oklch(${light} ${dark ? 0.11 : 0.125} ${hue.toFixed(0)})`;
+  const light = (dark ? [0.66, 0.57, 0.74] : [0.74, 0.64, 0.82])[index % 3];
+  return `oklch(${light} ${dark ? 0.1 : 0.095} ${hue.toFixed(0)})`;
 }
 
 // Bands for the largest domains and one for all others: {name, color, y}.
@@ -49,7 +49,7 @@ function river(host, x, list, options) {
     labels.push({ name: b.name, y: py(low[points.length - 1] - last / 2), share: last });
   }
   for (const value of [0, 0.25, 0.5, 0.75, 1]) {
-    shape("text", { x: frame.left - 6, y: py(value) + 3.5, "text-anchor": "end", text: 100 * value + " %" }, svg);
+    shape("text", { x: frame.left - 6, y: py(value) + 3.5, "text-anchor": "end", text: 100 * value + "%" }, svg);
   }
   const room = Math.max(2, Math.floor((width - frame.left - frame.right) / 95));
   for (const value of ticks(x0, x1, room)) {
