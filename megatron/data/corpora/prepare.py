@@ -79,8 +79,9 @@ def prepare(request: Request, *, say: Say = print) -> None:
         texts = _texts(corpus, request, root / "raw", say)
         for name, files in texts.items():
             prefix = _prefix(corpus, request.data_dir, name)
-            tokenise(files, prefix, choice, workers=request.workers)
-            say(f"{corpus.name}: domain {name} is at {prefix}_text_document")
+            new = tokenise(files, prefix, choice, workers=request.workers, say=say)
+            state = "is at" if new else "was done before, at"
+            say(f"{corpus.name}: domain {name} {state} {prefix}_text_document")
         target = root / "data.yml"
         target.write_text(data_config(corpus, request.data_dir, choice), encoding="utf-8")
         say(f"{corpus.name}: done; train on it with: ./deepy.py train.py MODEL.yml {target}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron.data.ingest.pipeline import PreprocessSettings, preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +25,33 @@ class TokenizerChoice:
 
 
 def tokenise(
-    inputs: Sequence[Path], prefix: Path, choice: TokenizerChoice, *, workers: int = 1
-) -> None:
-    """Tokenise ``inputs`` into ``PREFIX_text_document.{bin,idx}``; nothing to do if they stand.
+    inputs: Sequence[Path],
+    prefix: Path,
+    choice: TokenizerChoice,
+    *,
+    workers: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Tokenise ``inputs`` into ``PREFIX_text_document.{bin,idx}``, each document ended by eod.
 
     Args:
         inputs: JSONL (plain, gz, zst), Parquet or text files, read in this order.
         prefix: path without ``_text_document``.
         choice: the tokenizer.
         workers: processes that tokenise.
+        say: receives the pipeline's lines.
+
+    Returns:
+        Whether there was anything to do.
     """
-    raise NotImplementedError
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    settings = PreprocessSettings(
+        inputs=tuple(str(path) for path in inputs),
+        output_prefix=str(prefix),
+        tokenizer_type=choice.kind,
+        vocab_file=None if choice.vocab_file is None else str(choice.vocab_file),
+        merge_file=None if choice.merge_file is None else str(choice.merge_file),
+        append_eod=True,
+        workers=workers,
+    )
+    return not preprocess(settings, say).already_done
