@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,29 @@ def byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
+class ByteWriting:
+    """How a byte-level vocabulary writes bytes as characters, both ways."""
+
+    def __init__(self) -> None:
+        """Make the tables."""
+        alphabet = byte_alphabet()
+        self._to_character = {byte: character for character, byte in alphabet.items()}
+        # Latin-1 carries bytes as characters; anything outside the alphabet must not pass.
+        self._to_byte = dict.fromkeys(range(256), "\uffff")
+        self._to_byte.update({ord(character): chr(byte) for character, byte in alphabet.items()})
+
+    def read(self, written: str) -> bytes:
+        """Return the bytes; raises KeyError for a character that stands for none."""
+        try:
+            return written.translate(self._to_byte).encode("latin-1")
+        except UnicodeEncodeError:
+            raise KeyError(written) from None
+
+    def write(self, token: bytes) -> str:
+        """Return bytes as the vocabulary writes them."""
+        return token.decode("latin-1").translate(self._to_character)
+
+
 def parse_byte_level(serialized: str) -> ByteLevelBPE:
     """Take a serialized ``tokenizers.Tokenizer`` apart.
 
@@ -89,14 +113,15 @@ def parse_byte_level(serialized: str) -> ByteLevelBPE:
     byte_ids = [0] * 256
     for character, byte in alphabet.items():
         byte_ids[byte] = vocabulary[character]
-    merges = _parse_merges(model["merges"], vocabulary, alphabet)
+    writing = ByteWriting()
+    merges = _parse_merges(model["merges"], vocabulary, writing)
     return ByteLevelBPE(
         patterns=patterns,
         add_prefix_space=add_prefix_space,
         normalizes=normalizes,
         byte_ids=tuple(byte_ids),
         merges=merges,
-        whole_words=_whole_words(vocabulary, alphabet) if model.get("ignore_merges") else {},
+        whole_words=_whole_words(vocabulary, writing) if model.get("ignore_merges") else {},
         added=_parse_added(content.get("added_tokens") or []),
         prefix=prefix,
         suffix=suffix,
@@ -178,7 +203,7 @@ def _parse_post_processor(
 
 
 def _parse_merges(
-    merges: Sequence[Any], vocabulary: Mapping[str, int], alphabet: Mapping[str, int]
+    merges: Sequence[Any], vocabulary: Mapping[str, int], writing: ByteWriting
 ) -> tuple[tuple[bytes, bytes, int], ...]:
     """Check the merges and return them as bytes, without those that can never happen.
 
@@ -196,7 +221,7 @@ def _parse_merges(
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         try:
-            parts = _to_bytes(left, alphabet), _to_bytes(right, alphabet)
+            parts = writing.read(left), writing.read(right)
             token = vocabulary[left + right]
         except KeyError as error:
             raise NotUnderstoodError(f"the merge {left!r} {right!r}: {error}") from error
@@ -213,16 +238,12 @@ def _parse_merges(
     return tuple(parsed)
 
 
-def _to_bytes(written: str, alphabet: Mapping[str, int]) -> bytes:
-    return bytes(alphabet[character] for character in written)
-
-
-def _whole_words(vocabulary: Mapping[str, int], alphabet: Mapping[str, int]) -> dict[bytes, int]:
-    return {
-        _to_bytes(word, alphabet): token
-        for word, token in vocabulary.items()
-        if all(character in alphabet for character in word)
-    }
+def _whole_words(vocabulary: Mapping[str, int], writing: ByteWriting) -> dict[bytes, int]:
+    words = {}
+    for word, token in vocabulary.items():
+        with suppress(KeyError):  # a name such as "<|begin|> x" that is no text
+            words[writing.read(word)] = token
+    return words
 
 
 def _parse_added(tokens: Sequence[Mapping[str, Any]]) -> tuple[AddedToken, ...]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron.tokenizer.bytelevel import AddedToken, ByteLevelBPE, byte_alphabet
+from megatron.tokenizer.bytelevel import AddedToken, ByteLevelBPE, ByteWriting
 from megatron.tokenizer.pattern import NotUnderstoodError, PatternSplitter
 
 if TYPE_CHECKING:
@@ -201,10 +201,10 @@ def _piece_encoder(
 
 def _tokenizers_piece_encoder(tokenizer: tokenizers.Tokenizer) -> PieceEncoder:
     model = tokenizer.model
-    characters = {byte: character for character, byte in byte_alphabet().items()}
+    write = ByteWriting().write
 
     def encode(piece: str) -> list[int]:
-        return [t.id for t in model.tokenize("".join(characters[b] for b in piece.encode()))]
+        return [token.id for token in model.tokenize(write(piece.encode()))]
 
     return encode
 
@@ -216,14 +216,10 @@ def _check_reachable(parts: ByteLevelBPE) -> None:
     """
     from tokenizers.models import BPE
 
-    characters = {byte: character for character, byte in byte_alphabet().items()}
-
-    def written(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    vocabulary = {characters[byte]: id_ for byte, id_ in enumerate(parts.byte_ids)}
-    vocabulary.update({written(left + right): id_ for left, right, id_ in parts.merges})
-    pairs = [(written(left), written(right)) for left, right, _ in parts.merges]
+    write = ByteWriting().write
+    vocabulary = {write(bytes((byte,))): id_ for byte, id_ in enumerate(parts.byte_ids)}
+    vocabulary.update({write(left + right): id_ for left, right, id_ in parts.merges})
+    pairs = [(write(left), write(right)) for left, right, _ in parts.merges]
     model = BPE(vocab=vocabulary, merges=pairs)
     for word, token in vocabulary.items():
         found = model.tokenize(word)
