@@ -51,6 +51,8 @@ class Comparison:
         groups: index of the group (same configuration but for the seed) of each run.
         labels: name of each group.
         baseline: index of the run that the others are compared with.
+        against: the run that each run is subtracted from, ``None`` for the baseline's group
+            and for runs without a partner.
         paired: group index → difference to the baseline's group.
     """
 
@@ -61,6 +63,7 @@ class Comparison:
     groups: tuple[int, ...]
     labels: tuple[str, ...]
     baseline: int
+    against: tuple[int | None, ...]
     paired: dict[int, Paired]
 
     def average(self, run: int) -> float:
@@ -147,6 +150,7 @@ def compare(runs: Sequence[RunData], wanted: str | None = None) -> Comparison | 
     if not domains:
         return None
     groups, labels = group_runs(runs)
+    against = partners(runs, groups, baseline)
     spread = max(v.tokens for v in at) - min(v.tokens for v in at)
     averages = [v.average(domains) for v in at]
     return Comparison(
@@ -157,7 +161,8 @@ def compare(runs: Sequence[RunData], wanted: str | None = None) -> Comparison | 
         groups=tuple(groups),
         labels=tuple(labels),
         baseline=baseline,
-        paired=_pairs(runs, groups, baseline, averages),
+        against=against,
+        paired=_paired_groups(groups, against, averages),
     )
 
 
@@ -165,30 +170,37 @@ def _trained(run: RunData) -> bool:
     return any(v.tokens > 0 for v in run.validations)
 
 
-def _pairs(
-    runs: Sequence[RunData], groups: Sequence[int], baseline: int, averages: Sequence[float]
-) -> dict[int, Paired]:
-    """Pair each group's runs with the baseline group's by seed.
+def partners(
+    runs: Sequence[RunData], groups: Sequence[int], baseline: int
+) -> tuple[int | None, ...]:
+    """Return for each run the run of the baseline's group that it is measured against.
 
-    Where a seed is missing, two single runs are paired as they are.
+    That is the one of the same seed; two groups of one run each are compared as
+    they are.  The baseline's own group has no partners.
     """
-    own = groups[baseline]
-    by_seed: dict[int, dict[object, float]] = {}
+    own = [i for i, group in enumerate(groups) if group == groups[baseline]]
+    result: list[int | None] = []
     for index, run in enumerate(runs):
-        key = run.seed if run.seed is not None else ("no seed", index)
-        by_seed.setdefault(groups[index], {})[key] = averages[index]
-    result = {}
-    for group, values in by_seed.items():
-        if group == own:
-            continue
-        common = [seed for seed in values if seed in by_seed[own]]
-        differences = [values[seed] - by_seed[own][seed] for seed in common]
-        if not common and len(values) == len(by_seed[own]) == 1:
-            differences = [*values.values()]
-            differences[0] -= next(iter(by_seed[own].values()))
-        if differences:
-            result[group] = paired(differences)
-    return result
+        same = [i for i in own if run.seed is not None and runs[i].seed == run.seed]
+        if index in own:
+            result.append(None)
+        elif same:
+            result.append(same[0])
+        else:
+            lonely = len(own) == 1 and groups.count(groups[index]) == 1
+            result.append(baseline if lonely else None)
+    return tuple(result)
+
+
+def _paired_groups(
+    groups: Sequence[int], against: Sequence[int | None], averages: Sequence[float]
+) -> dict[int, Paired]:
+    differences: dict[int, list[float]] = {}
+    for index, partner in enumerate(against):
+        if partner is not None:
+            difference = averages[index] - averages[partner]
+            differences.setdefault(groups[index], []).append(difference)
+    return {group: paired(values) for group, values in differences.items()}
 
 
 def paired(differences: Sequence[float]) -> Paired:
@@ -203,18 +215,22 @@ def paired(differences: Sequence[float]) -> Paired:
     return Paired(differences=tuple(differences), mean=mean, half_width=half)
 
 
-def comparison_sentences(comparison: Comparison) -> list[str]:
-    """Say in words which runs did better than the baseline, and how sure that is."""
-    base = comparison.baseline
-    name = comparison.labels[comparison.groups[base]]
+def verdicts(comparison: Comparison) -> list[str]:
+    """Say which groups of runs did better than the baseline, the best first."""
+    level = comparison.average(comparison.baseline)
+    order = sorted(comparison.paired.items(), key=lambda item: item[1].mean)
+    return [_verdict(comparison, group, result, level) for group, result in order]
+
+
+def conditions(comparison: Comparison) -> list[str]:
+    """Say what was compared, and how far the verdicts can be trusted."""
+    name = comparison.labels[comparison.groups[comparison.baseline]]
     sentences = [
         f"Compared at {short(comparison.tokens)} tokens on {len(comparison.domains)} domains, "
-        f"with {name} as the baseline."
+        f"with {name} as the baseline; held-out losses, mean of domains."
     ]
-    level = comparison.average(base)
-    for group, result in sorted(comparison.paired.items(), key=lambda item: item[1].mean):
-        sentences.append(_verdict(comparison, group, result, level))
-    missing = set(comparison.groups) - set(comparison.paired) - {comparison.groups[base]}
+    missing = set(comparison.groups) - set(comparison.paired)
+    missing -= {comparison.groups[comparison.baseline]}
     if missing:
         names = ", ".join(comparison.labels[group] for group in sorted(missing))
         sentences.append(f"{names}: no seed in common with the baseline, so no paired difference.")
@@ -225,28 +241,34 @@ def comparison_sentences(comparison: Comparison) -> list[str]:
         )
     if any(len(result.differences) == 1 for result in comparison.paired.values()):
         sentences.append(
-            "One run each says nothing about chance: another seed moves these figures by an "
-            "unknown amount. Give runs with other seeds to get an interval."
+            "One run each says nothing about chance: another seed would move these figures by an "
+            "unknown amount. Give the report runs with other seeds as well to get an interval."
         )
     return sentences
 
 
 def _verdict(comparison: Comparison, group: int, result: Paired, level: float) -> str:
     name, count = comparison.labels[group], len(result.differences)
-    text = (
-        f"{name}: mean held-out loss {signed(result.mean)} nats per token "
-        f"({percent(result.mean / level)})"
-    )
+    against = comparison.labels[comparison.groups[comparison.baseline]]
+    text = f"{signed(result.mean)} nats per token ({percent(result.mean / level)})"
     if count > 1:
         low, high = result.mean - result.half_width, result.mean + result.half_width
-        text += f", 95 % interval {signed(low)} to {signed(high)} over {count} seeds"
+        interval = f"{text}, 95% interval {signed(low)} to {signed(high)} over {count} seeds"
         if low <= 0 <= high:
-            return f"{text}: no difference that these seeds can show."
-        return f"{text}: {'better' if result.mean < 0 else 'worse'} than the baseline."
-    run = comparison.groups.index(group)
-    base = comparison.at[comparison.baseline].loss
+            return f"{name} and {against} cannot be told apart with these seeds: {interval}."
+        return f"{name} is {'better' if high < 0 else 'worse'} than {against}: {interval}."
+    run = next(
+        i
+        for i, partner in enumerate(comparison.against)
+        if comparison.groups[i] == group and partner is not None
+    )
+    base = comparison.at[comparison.against[run] or 0].loss
     lower = sum(comparison.at[run].loss[d] < base[d] for d in comparison.domains)
-    return f"{text}; lower on {lower} of {len(comparison.domains)} domains."
+    side = "lower" if result.mean < 0 else "higher"
+    return (
+        f"With one run each, {name} ended {side} than {against}: {text}; lower on {lower} of "
+        f"{len(comparison.domains)} domains."
+    )
 
 
 def signed(value: float) -> str:

@@ -14,9 +14,10 @@ from megatron.errors import RunError
 from megatron.monitor.report.compare import (
     Comparison,
     compare,
-    comparison_sentences,
+    conditions,
     group_runs,
     signed,
+    verdicts,
 )
 from megatron.monitor.report.load import RunData, load_runs
 from megatron.monitor.report.payload import MOST_VALIDATIONS, domain_order, payload
@@ -71,9 +72,9 @@ def page(runs: Sequence[RunData], comparison: Comparison | None) -> str:
         "STYLE": asset("page.css"),
         "HEAD": head(runs, comparison, title),
         "COMPARISON": comparison_table(runs, comparison) if comparison is not None else "",
-        "TABLES": "\n".join(run_table(run, len(runs) == 1) for run in runs),
+        "TABLES": "\n".join(run_table(run, i, len(runs)) for i, run in enumerate(runs)),
         "NOTES": notes(runs),
-        "DATA": payload(runs, groups),
+        "DATA": payload(runs, groups, comparison.against if comparison is not None else None),
         "SCRIPT": "\n".join(asset(name) for name in ASSETS),
     }
     # One pass from left to right: a domain called {{DATA}} stays what it is.
@@ -104,62 +105,72 @@ def head(runs: Sequence[RunData], comparison: Comparison | None, title: str) -> 
             for name, value in tiles(run)
         )
         lines.append(f'<dl class="tiles">{figures}</dl>')
-        sentences = run_sentences(run, domain_rows(run))
-        sentences.append(
-            "One run cannot say whether its mixing helped. To know, give the report a run with "
-            "the same budget and static weights as well: tools/report.py RUN BASELINE."
-        )
+        main, *rest = run_sentences(run, domain_rows(run))
+        lines.append(verdict([main], [*rest, ALONE]))
     elif comparison is not None:
-        sentences = comparison_sentences(comparison)
+        lines.append(verdict(verdicts(comparison), conditions(comparison)))
     else:
-        sentences = [
-            "These runs cannot be compared yet: each needs held-out losses measured in training, "
-            "on at least one common domain."
-        ]
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    lines.append(f'<ul class="verdict">{items}</ul>')
+        lines.append(verdict([], [INCOMPARABLE]))
     return "\n".join(lines)
+
+
+ALONE = (
+    "One run cannot say whether its mixing helped. To know, give the report a run with the same "
+    "budget and static weights as well: tools/report.py RUN BASELINE."
+)
+INCOMPARABLE = (
+    "These runs cannot be compared yet: each needs held-out losses measured in training, on at "
+    "least one common domain."
+)
+
+
+def verdict(main: Sequence[str], rest: Sequence[str]) -> str:
+    """Return the sentences at the head, the main ones large."""
+    items = [f'<li class="main">{escape(sentence)}</li>' for sentence in main]
+    items += [f"<li>{escape(sentence)}</li>" for sentence in rest]
+    return f'<ul class="verdict">{"".join(items)}</ul>'
 
 
 def comparison_table(runs: Sequence[RunData], comparison: Comparison) -> str:
     """Return the table of held-out losses at equal tokens, a column for each run."""
     base = comparison.baseline
-    spread = max(
-        abs(v.loss[name] - comparison.at[base].loss[name])
-        for v in comparison.at
-        for name in comparison.domains
-    )
-    order = [d for d in domain_order(runs) if d in comparison.domains]
+    partner = [base if i is None else i for i in comparison.against]
+    losses = {
+        name: [v.loss[name] for v in comparison.at]
+        for name in domain_order(runs)
+        if name in comparison.domains
+    }
+    spread = max(abs(row[i] - row[partner[i]]) for row in losses.values() for i in range(len(runs)))
     heads = "".join(
         f'<th scope="col" data-run="{i}"><i class="key"></i>{escape(run.name)}'
-        + ("<small>baseline</small>" if i == base else f"<small>{progress(run)}</small>")
-        + "</th>"
+        f"<small>{'baseline' if i == base else progress(run)}</small></th>"
         for i, run in enumerate(runs)
     )
-    rows = [
-        _comparison_row(name, [v.loss[name] for v in comparison.at], base, spread) for name in order
-    ]
+    rows = [_comparison_row(name, row, partner, spread) for name, row in losses.items()]
     averages = [comparison.average(i) for i in range(len(runs))]
-    mean = _comparison_row("mean of domains", averages, base, spread)
-    at = "".join(f"<td>{v.step:,} · {short(v.tokens)}</td>" for v in comparison.at)
+    mean = _comparison_row("mean of domains", averages, partner, spread)
+    at = "".join(f"<td>step {v.step:,}, {short(v.tokens)} tokens</td>" for v in comparison.at)
+    pairing = " of the same seed" if len(set(partner)) > 1 else ""
     return (
         '<section id="comparison"><h2>Held-out loss at equal tokens</h2>'
-        "<p>Nats per token; below each figure the difference to the baseline. Blue is lower "
-        "(better), red is higher.</p>"
+        f'<p class="hint">Nats per token, with the difference to the baseline{pairing}: blue is '
+        "lower (better), red is higher.</p>"
         '<div class="scroll"><table class="sortable compare"><thead><tr>'
         f'<th scope="col">domain</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        f'<tfoot>{mean}<tr class="faint"><th scope="row">measured at step · tokens</th>{at}</tr>'
+        f'<tfoot>{mean}<tr class="faint"><th scope="row">measured at</th>{at}</tr>'
         "</tfoot></table></div></section>"
     )
 
 
-def _comparison_row(name: str, losses: Sequence[float], base: int, spread: float) -> str:
+def _comparison_row(
+    name: str, losses: Sequence[float], partner: Sequence[int], spread: float
+) -> str:
     cells = []
     for index, loss in enumerate(losses):
-        difference = loss - losses[base]
-        shade = _shade(difference, spread) if index != base else ""
-        under = "" if index == base else f"<small>{signed(difference)}</small>"
-        cells.append(f'<td data-value="{loss!r}"{shade}>{loss:.4f}{under}</td>')
+        difference = loss - losses[partner[index]]
+        beside = "" if partner[index] == index else f"<small>{signed(difference)}</small>"
+        shade = _shade(difference, spread)
+        cells.append(f'<td data-value="{loss!r}"{shade}>{loss:.4f}{beside}</td>')
     return f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
 
 
@@ -185,8 +196,8 @@ COLUMNS = (
 )
 
 
-def run_table(run: RunData, alone: bool) -> str:
-    """Return the table of domains of one run."""
+def run_table(run: RunData, index: int, count: int) -> str:
+    """Return the table of domains of one run; with several, the first is open."""
     rows = domain_rows(run)
     most = max((row.tokens for row in rows), default=1.0) or 1.0
     order = {name: i for i, name in enumerate(domain_order([run]))}
@@ -199,11 +210,12 @@ def run_table(run: RunData, alone: bool) -> str:
         f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody><tfoot>{_total_row(run, rows)}</tfoot></table></div>"
     )
-    if alone:
+    if count == 1:
         return table
     words = "".join(f"<li>{escape(sentence)}</li>" for sentence in run_sentences(run, rows))
     return (
-        f"<details><summary><b>{escape(run.name)}</b> {escape(run.method)} · "
+        f"<details{' open' if index == 0 else ''}>"
+        f"<summary><b>{escape(run.name)}</b> {escape(run.method)} · "
         f"{escape(progress(run))}</summary><ul>{words}</ul>{table}</details>"
     )
 

@@ -15,12 +15,23 @@ from megatron.monitor.report.load import RunData
 MOST_VALIDATIONS = 400
 
 
-def payload(runs: Sequence[RunData], groups: Sequence[int]) -> str:
-    """Return the page's data as JSON that is safe inside a script element."""
+def payload(
+    runs: Sequence[RunData],
+    groups: Sequence[int],
+    against: Sequence[int | None] | None = None,
+) -> str:
+    """Return the page's data as JSON that is safe inside a script element.
+
+    Args:
+        runs: the runs.
+        groups: index of the group of each.
+        against: the run that each is subtracted from, if they are compared.
+    """
     domains = domain_order(runs)
     data = {
         "domains": domains,
         "runs": [_run(run, group, domains) for run, group in zip(runs, groups, strict=True)],
+        "against": list(against) if against is not None else [None] * len(runs),
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")

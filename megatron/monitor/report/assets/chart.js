@@ -1,7 +1,7 @@
 // Lines over steps or tokens, with bands, points and reference lines.
 
 // series: {name, color, x, y, low?, high?, width?, dash?, points?, faint?}
-// options: {height, title, xName, xFormat, yFormat, zero?, log?, marks?: [{y, name, dash}], from?, to?, small?}
+// options: {height, title, xName, xFormat, yFormat, zero?, log?, marks?: [{y, name, dash}], span?, from?, to?, small?}
 function lineChart(host, series, options) {
   host.replaceChildren();
   const seen = visible(series, options.from ?? -Infinity);
@@ -58,6 +58,7 @@ function yRange(series, marks, options) {
       }
     }
   }
+  for (const value of options.span ?? []) { low = Math.min(low, value); high = Math.max(high, value); }
   for (const mark of marks) { low = Math.min(low, mark.y); high = Math.max(high, mark.y); }
   const log = Boolean(options.log) && low > 0;
   if (options.zero && !log) { low = Math.min(0, low); return { low, high: high > low ? high + (high - low) * 0.06 : low + 1, log }; }

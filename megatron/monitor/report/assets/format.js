@@ -40,6 +40,7 @@ const percent = (value) => {
   const part = 100 * value;
   return part.toFixed(Math.abs(part) < 1 ? 2 : 1) + "%";
 };
+const signed = (value) => (value > 0 ? "+" : "") + value.toFixed(4).replace("-", "−");
 const plain = (value) => Math.round(value).toLocaleString("en");
 const precise = (value) => trim(value.toPrecision(3));
 
@@ -49,7 +50,7 @@ function tickLabels(values, format) {
   const unit = format === percent ? 100 : 1;
   const step = Math.min(...values.slice(1).map((v, i) => Math.abs(v - values[i])), Infinity) * unit;
   const digits = Number.isFinite(step) ? Math.min(5, Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (isWhole(step) ? 0 : 1))) : 2;
-  return values.map((v) => (unit * v).toFixed(digits) + (unit === 100 ? "%" : ""));
+  return values.map((v) => (unit * v).toFixed(digits).replace("-", "−") + (unit === 100 ? "%" : ""));
 }
 
 // Whether the step is one digit (0.2, 5), not two (0.25).

@@ -39,8 +39,35 @@ function chart(id, series, options) {
 function drawLoss() {
   chart("chart-valid", runs().map((run) => lineOf(run, run.valid, run.valid.mean, { points: true, width: 2 })),
     { title: "Mean held-out loss", yFormat: loss, log: state.log });
+  chart("chart-difference", runs().flatMap((run) => difference(run, (other) => other.valid.mean)),
+    { title: "Difference of the mean held-out loss", yFormat: loss, tipFormat: signed, marks: [ZERO], optional: true });
   chart("chart-train", runs().map((run) => lineOf(run, run, run.loss, run.width > 1 ? { low: run.low, high: run.high } : { width: 1.25 })),
     { title: "Training loss", yFormat: loss, log: state.log });
+}
+
+const ZERO = { y: 0, name: "baseline", dash: "4 3" };
+
+// The run's held-out loss minus that of the run it is compared with, at equal tokens.
+function difference(run, pick) {
+  const other = data.runs[data.against[data.runs.indexOf(run)]];
+  const own = pick(run), base = other && pick(other);
+  if (!other || !own || !base) return [];
+  const y = own.map((value, i) => {
+    const level = between(other.valid.tokens, base, run.valid.tokens[i]);
+    return known(value) && known(level) ? value - level : null;
+  });
+  return [lineOf(run, run.valid, y, { points: true, width: 2 })];
+}
+
+// The value at x of the line through the points, null outside.
+function between(xs, ys, x) {
+  if (!xs.length || x < xs[0] || x > xs[xs.length - 1] * 1.0001) return null;
+  let i = nearest(xs, x);
+  if (xs[i] === x || xs.length === 1) return ys[i];
+  if (xs[i] > x) i -= 1;
+  if (i >= xs.length - 1) return ys[i];
+  const part = (x - xs[i]) / (xs[i + 1] - xs[i]);
+  return known(ys[i]) && known(ys[i + 1]) ? ys[i] + part * (ys[i + 1] - ys[i]) : null;
 }
 
 function drawPace() {
@@ -54,28 +81,40 @@ function drawRivers() {
   const host = byId("rivers");
   host.replaceChildren();
   const options = axisOptions();
-  for (const run of runs()) {
-    const shares = run[state.mixture];
-    if (!shares) continue;
+  // All frames before any chart: a chart measures its frame.
+  const frames = runs().filter((run) => run[state.mixture]).map((run) => {
     const figure = element("figure", {}, host);
     const caption = element("figcaption", {}, figure);
     caption.append(element("i", { class: "key", style: `--c:${runColor(run)}` }), run.name);
     element("span", { text: MIXTURES[state.mixture] }, caption);
-    const start = options.from === undefined ? 0 : Math.min(run.steps.length - 1, run[state.axis].findIndex((v) => v >= options.from));
-    const cut = (list) => (list ? list.slice(Math.max(0, start)) : list);
-    river(element("div", { class: "chart" }, figure), cut(run[state.axis]), bands(shares.map(cut), data.domains, dark()),
-      { height: 290, title: `Mixture of ${run.name}`, ...options });
+    return [run, element("div", { class: "chart" }, figure)];
+  });
+  for (const [run, frame] of frames) {
+    // Drawn shares are averaged over the same stretches as in the small charts.
+    const drawn = state.mixture === "share";
+    const x = drawn ? coarse(run, run.steps).x : run[state.axis];
+    const found = options.from === undefined ? 0 : x.findIndex((v) => v >= options.from);
+    const start = found < 0 ? x.length - 1 : found;
+    const shares = run[state.mixture].map((list) => (drawn ? coarse(run, list).y : list)?.slice(start));
+    river(frame, x.slice(start), bands(shares, data.domains, dark()),
+      { height: data.domains.length > 14 ? 320 : 260, title: `Mixture of ${run.name}`, ...options });
   }
 }
 
 const MIXTURES = { probability: "sampling probability", share: "share of the samples drawn", controller: "what the controller in shadow would have drawn" };
-const DOMAINS = { valid: "held-out", train: "training", epochs: "epochs" };
+const compared = data.against.some((other) => other !== null);
+const DOMAINS = { ...(compared ? { difference: "difference to baseline" } : {}), valid: "held-out", train: "training", epochs: "epochs" };
 
 // What a small chart of one domain shows, by kind: its curves, lines to compare with, and format.
 const KINDS = {
   valid: {
     title: "Held-out loss", format: loss, head: (run) => run.valid.loss,
     series: (run, k) => [lineOf(run, run.valid, run.valid.loss[k], { points: true })],
+  },
+  difference: {
+    title: "Difference of the held-out loss", format: loss, tip: signed, head: () => [],
+    series: (run, k) => difference(run, (other) => other.valid.loss[k]),
+    marks: () => [ZERO],
   },
   train: {
     title: "Training loss", format: loss, head: (run) => run.train,
@@ -88,7 +127,7 @@ const KINDS = {
   share: {
     title: "Probability and share", format: percent, zero: true, head: (run) => run.probability,
     series: (run, k) => [
-      lineOf(run, run, run.share[k], { name: `${run.name}, drawn`, width: 1, faint: 0.4, dash: null }),
+      { ...coarse(run, run.share[k]), name: `${run.name}, drawn`, color: runColor(run), width: 1.25, faint: 0.45 },
       lineOf(run, run, run.probability[k], { name: `${run.name}, asked` }),
       lineOf(run, run, run.controller?.[k], { name: `${run.name}, shadow`, width: 1, dash: "1 3" }),
     ],
@@ -99,12 +138,26 @@ const KINDS = {
   },
 };
 
+// Shares are counts of a few samples: averaged until what is left is more than chance.
+function coarse(run, list) {
+  const x = run[state.axis];
+  const size = Math.ceil(x.length / 60);
+  if (!list || size < 2) return { x, y: list ?? null };
+  const result = { x: [], y: [] };
+  for (let i = 0; i < x.length; i += size) {
+    const part = list.slice(i, i + size).filter(known);
+    result.x.push(x[Math.min(i + size, x.length) - 1]);
+    result.y.push(part.length ? part.reduce((a, b) => a + b, 0) / part.length : null);
+  }
+  return result;
+}
+
 // One small chart for each domain that matches the filter, in `id`-grid.
 function drawGrid(id, kind) {
   const grid = byId(`${id}-grid`);
   grid.replaceChildren();
-  const { title, format, zero, head, series, marks } = KINDS[kind];
-  const options = { small: true, height: 138, ...axisOptions(), yFormat: format, zero, log: state.log && !zero };
+  const { title, format, tip: tipFormat, zero, head, series, marks } = KINDS[kind];
+  const options = { small: true, height: 138, ...axisOptions(), yFormat: format, tipFormat, zero, log: state.log && !zero };
   const matching = data.domains.map((name, k) => [name, k]).filter(([name]) => name.toLowerCase().includes(state.filter));
   const taken = state.all ? matching : matching.slice(0, FEW);
   const [first, ...others] = runs();
@@ -115,9 +168,11 @@ function drawGrid(id, kind) {
     element("b", { text: name, title: name }, caption);
     return [element("span", {}, caption), element("div", { class: "chart" }, figure)];
   });
+  const lines = taken.map(([, k]) => runs().flatMap((run) => series(run, k)));
+  // Differences are drawn to one scale, or a trifle would look like a triumph.
+  if (kind === "difference") options.span = lines.flat().flatMap((line) => visible([line], options.from ?? -Infinity)[0]?.y ?? []).filter(known);
   taken.forEach(([name, k], i) => {
-    const lines = runs().flatMap((run) => series(run, k));
-    lineChart(hosts[i][1], lines, { ...options, marks: first && marks ? marks(first, k) : [], title: `${title} of ${name}` });
+    lineChart(hosts[i][1], lines[i], { ...options, marks: first && marks ? marks(first, k) : [], title: `${title} of ${name}` });
     const ends = ((first && head(first)[k]) ?? []).filter(known);
     if (ends.length && !others.length) hosts[i][0].textContent = `${format(ends[0])} → ${format(ends[ends.length - 1])}`;
   });
@@ -147,7 +202,7 @@ function drawGrids() {
   const [first] = runs();
   if (!first) return;
   entry(runColor(first), 1, "none", "asked: the probability that drew the step");
-  entry(runColor(first), 0.4, "none", "drawn: realised share of the samples");
+  entry(runColor(first), 0.4, "none", `drawn: share of the samples, mean of ${plain(first.width * Math.ceil(first.steps.length / 60))} steps`);
   if (runs().some((run) => run.controller)) entry(runColor(first), 1, "1 3", "controller in shadow");
   entry("var(--faint)", 1, "1 4", "uniform");
   if (first.natural) entry("var(--faint)", 1, "7 4", "natural: by tokens");
@@ -232,7 +287,8 @@ function sortable(table) {
 const wantsDark = matchMedia("(prefers-color-scheme: dark)");
 setTheme(/theme=(dark|light)/.exec(location.hash)?.[1] ?? (wantsDark.matches ? "dark" : "light"));
 wantsDark.addEventListener("change", () => { setTheme(wantsDark.matches ? "dark" : "light"); draw(); });
-if (data.runs.every((run) => run.valid.steps.length === 0)) state.domain = "train";
+if (compared) state.domain = "difference";
+else if (data.runs.every((run) => run.valid.steps.length === 0)) state.domain = "train";
 for (const cell of document.querySelectorAll("th[data-run]")) {
   cell.querySelector(".key").style.setProperty("--c", runColor(data.runs[cell.dataset.run]));
 }

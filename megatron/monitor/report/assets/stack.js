@@ -1,6 +1,9 @@
 // The mixture as a river: shares of the domains stacked over steps or tokens.
 
-const MOST_BANDS = 14;
+// More bands than this are hair lines: then the largest are shown and the rest is one band.
+const MOST_BANDS = 24;
+const KEPT_BANDS = 15;
+const LINE = 12.5;
 
 // A hue for each domain, neighbours far apart, the same in every chart of the page.
 function domainColor(index, dark) {
@@ -13,7 +16,7 @@ function domainColor(index, dark) {
 function bands(shares, names, dark) {
   const totals = shares.map((list) => (list ? list.reduce((a, b) => a + (b ?? 0), 0) : -1));
   const order = names.map((_, k) => k).filter((k) => totals[k] >= 0);
-  const kept = new Set([...order].sort((a, b) => totals[b] - totals[a]).slice(0, order.length > MOST_BANDS ? MOST_BANDS - 1 : MOST_BANDS));
+  const kept = new Set([...order].sort((a, b) => totals[b] - totals[a]).slice(0, order.length > MOST_BANDS ? KEPT_BANDS : MOST_BANDS));
   const result = order.filter((k) => kept.has(k)).map((k) => ({ name: names[k], color: domainColor(k, dark), y: shares[k] }));
   const rest = order.filter((k) => !kept.has(k));
   if (rest.length) {
@@ -61,12 +64,12 @@ function river(host, x, list, options) {
 
 // Names at the right edge, pushed apart; the thinnest go without when there is no room.
 function riverLabels(svg, labels, left, top, bottom) {
-  const most = Math.floor((bottom - top) / 12.5);
+  const most = Math.floor((bottom - top + 8) / LINE);
   const shown = [...labels].sort((a, b) => b.share - a.share).slice(0, most).sort((a, b) => b.y - a.y);
   let limit = bottom + 5;
-  for (const label of shown) { label.at = Math.min(label.y + 4, limit); limit = label.at - 12.5; }
+  for (const label of shown) { label.at = Math.min(label.y + 4, limit); limit = label.at - LINE; }
   let floor = top + 6;
-  for (const label of [...shown].reverse()) { label.at = Math.max(label.at, floor); floor = label.at + 12.5; }
+  for (const label of [...shown].reverse()) { label.at = Math.max(label.at, floor); floor = label.at + LINE; }
   for (const label of shown) {
     const name = label.name.length > 17 ? label.name.slice(0, 16) + "…" : label.name;
     shape("text", { class: "name", x: left, y: label.at, text: name }, svg);
