@@ -9,29 +9,24 @@ ever read whole.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import mmap
 import os
-import stat
 import struct
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.index_format import (
-    HEADER_BYTES,
     POINTER_BYTES,
     SIZE_BYTES,
-    IndexHeader,
-    parse_header,
 )
+from megatron.data.opening import map_index, open_file
 from megatron.data.sidecar import Sidecar, read_sidecar, sidecar_path
-from megatron.errors import DataError, did_you_mean
+from megatron.errors import DataError
 
 _SAMPLED_DOCUMENTS = 33
 _FINGERPRINT_BLOCKS = 64
@@ -59,10 +54,10 @@ class TokenReader:
         """
         self.prefix = os.fspath(prefix)
         self._idx_path, self._bin_path = self.prefix + ".idx", self.prefix + ".bin"
-        self._fd, self._bin_bytes = _open_file(self._bin_path, self.prefix)
+        self._fd, self._bin_bytes = open_file(self._bin_path, self.prefix)
         self._close = weakref.finalize(self, os.close, self._fd)
         try:
-            self._index, self._header = _map_index(self._idx_path, self.prefix)
+            self._index, self._header = map_index(self._idx_path, self.prefix)
             self.dtype: np.dtype[Any] = self._header.dtype
             self._itemsize = self.dtype.itemsize
             # A one- or two-byte signed type has an unsigned twin of the same size: only the
@@ -347,65 +342,6 @@ class TokenReader:
             f"{self._idx_path} ({self.dtype.name}) asks for {expected}; "
             "copy or preprocess both again"
         )
-
-
-def _open_file(path: str, prefix: str) -> tuple[int, int]:
-    """Open a regular file; return its descriptor and size."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.EMFILE and _raise_descriptor_limit():
-            return _open_file(path, prefix)
-        raise DataError(_cannot_open(path, prefix, error)) from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise DataError(f"{path}: {kind}; give the prefix of a .bin/.idx pair")
-    return descriptor, status.st_size
-
-
-def _map_index(path: str, prefix: str) -> tuple[mmap.mmap, IndexHeader]:
-    descriptor, size = _open_file(path, prefix)
-    try:
-        header = parse_header(os.pread(descriptor, HEADER_BYTES, 0), path)
-        index = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    finally:
-        os.close(descriptor)
-    if hasattr(mmap, "MADV_RANDOM"):
-        index.madvise(mmap.MADV_RANDOM)
-    return index, header
-
-
-def _raise_descriptor_limit() -> bool:
-    """Raise the soft limit of open files to the hard one; tell whether that gained anything."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard:
-        return False
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return True
-
-
-def _cannot_open(path: str, prefix: str, error: OSError) -> str:
-    if error.errno == errno.EMFILE:
-        return f"{path}: too many open files; raise the limit (ulimit -n) for this many prefixes"
-    if error.errno != errno.ENOENT:
-        return f"{path}: cannot be opened: {error.strerror}"
-    stem, suffix = os.path.splitext(prefix)
-    if suffix in (".bin", ".idx"):
-        return f"{path}: no such file; give the prefix without {suffix}: {stem}"
-    folder = Path(prefix).parent
-    if not folder.is_dir():
-        return f"{path}: no such file: the folder {folder} does not exist"
-    prefixes = [str(found)[: -len(".idx")] for found in sorted(folder.glob("*.idx"))]
-    return (
-        f"{path}: no such file{did_you_mean(prefix, prefixes)} "
-        f"(write it with tools/preprocess_data.py, or correct the prefix)"
-    )
 
 
 def _hash_spread(digest: hashlib._Hash, size: int, read: Callable[[int, int], bytes]) -> None:
