@@ -81,7 +81,7 @@ def group_runs(runs: Sequence[RunData]) -> tuple[list[int], list[str]]:
     order = list(dict.fromkeys(keys))
     groups = [order.index(key) for key in keys]
     members = [[run for run, g in zip(runs, groups, strict=True) if g == i] for i in set(groups)]
-    methods = [group[0].method for group in members]
+    methods = [group[0].mixing for group in members]
     labels = []
     for group, method in zip(members, methods, strict=True):
         if len(group) == 1:

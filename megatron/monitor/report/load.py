@@ -82,6 +82,15 @@ class RunData:
         """The last step recorded."""
         return int(self.ledger.steps[-1])
 
+    @property
+    def mixing(self) -> str:
+        """The mixing method in words, with the kind of weights for static ones."""
+        block = self.config.get("mixing")
+        weights = block.get("weights") if isinstance(block, dict) else None
+        if self.method == "static" and isinstance(weights, str):
+            return f"static, {weights}"
+        return self.method
+
     def natural_weights(self) -> FloatArray | None:
         """Return the shares that token counts alone would give, ``[K]``, if they can be known.
 

@@ -134,7 +134,12 @@ def verdict(main: Sequence[str], rest: Sequence[str]) -> str:
 def comparison_table(runs: Sequence[RunData], comparison: Comparison) -> str:
     """Return the table of held-out losses at equal tokens, a column for each run."""
     base = comparison.baseline
-    partner = [base if i is None else i for i in comparison.against]
+    own = comparison.groups[base]
+    # A run without a partner is compared with the baseline; the baseline's own group with nothing.
+    partner = [
+        i if comparison.groups[i] == own else base if other is None else other
+        for i, other in enumerate(comparison.against)
+    ]
     losses = {
         name: [v.loss[name] for v in comparison.at]
         for name in domain_order(runs)
@@ -143,14 +148,14 @@ def comparison_table(runs: Sequence[RunData], comparison: Comparison) -> str:
     spread = max(abs(row[i] - row[partner[i]]) for row in losses.values() for i in range(len(runs)))
     heads = "".join(
         f'<th scope="col" data-run="{i}"><i class="key"></i>{escape(run.name)}'
-        f"<small>{'baseline' if i == base else progress(run)}</small></th>"
+        f"<small>{'baseline' if comparison.groups[i] == own else progress(run)}</small></th>"
         for i, run in enumerate(runs)
     )
     rows = [_comparison_row(name, row, partner, spread) for name, row in losses.items()]
     averages = [comparison.average(i) for i in range(len(runs))]
     mean = _comparison_row("mean of domains", averages, partner, spread)
     at = "".join(f"<td>step {v.step:,}, {short(v.tokens)} tokens</td>" for v in comparison.at)
-    pairing = " of the same seed" if len(set(partner)) > 1 else ""
+    pairing = " of the same seed" if comparison.groups.count(own) > 1 else ""
     return (
         '<section id="comparison"><h2>Held-out loss at equal tokens</h2>'
         f'<p class="hint">Nats per token, with the difference to the baseline{pairing}: blue is '
@@ -215,7 +220,7 @@ def run_table(run: RunData, index: int, count: int) -> str:
     words = "".join(f"<li>{escape(sentence)}</li>" for sentence in run_sentences(run, rows))
     return (
         f"<details{' open' if index == 0 else ''}>"
-        f"<summary><b>{escape(run.name)}</b> {escape(run.method)} · "
+        f"<summary><b>{escape(run.name)}</b> {escape(run.mixing)} · "
         f"{escape(progress(run))}</summary><ul>{words}</ul>{table}</details>"
     )
 

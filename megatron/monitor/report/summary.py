@@ -161,8 +161,8 @@ def tiles(run: RunData) -> list[tuple[str, str]]:
     parameters = run.info.get("parameters")
     if isinstance(parameters, int | float) and parameters > 0:
         result.insert(0, ("parameters", short(float(parameters))))
-    if run.method:
-        result.insert(0, ("mixing", run.method))
+    if run.mixing:
+        result.insert(0, ("mixing", run.mixing))
     rate = run.metrics.get("tokens_per_second")
     if rate is not None:
         known = rate[rate == rate]

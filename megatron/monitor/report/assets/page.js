@@ -31,18 +31,28 @@ function axisOptions() {
   };
 }
 
-function chart(id, series, options) {
-  const drawn = lineChart(byId(id), series, { height: 250, ...axisOptions(), ...options });
-  byId(id).closest("figure").hidden = !drawn && options.optional === true;
+// Charts that stand side by side: those with nothing to show go first, for the others to be
+// measured in the room that is left.
+function charts(list) {
+  const axis = axisOptions();
+  for (const [id, series, options] of list) {
+    byId(id).closest("figure").hidden = Boolean(options.optional) && !visible(series, -Infinity).length;
+  }
+  for (const [id, series, options] of list) {
+    if (!byId(id).closest("figure").hidden) lineChart(byId(id), series, { height: 250, ...axis, ...options });
+    else byId(id).replaceChildren();
+  }
 }
 
 function drawLoss() {
-  chart("chart-valid", runs().map((run) => lineOf(run, run.valid, run.valid.mean, { points: true, width: 2 })),
-    { title: "Mean held-out loss", yFormat: loss, log: state.log });
-  chart("chart-difference", runs().flatMap((run) => difference(run, (other) => other.valid.mean)),
-    { title: "Difference of the mean held-out loss", yFormat: loss, tipFormat: signed, marks: [ZERO], optional: true });
-  chart("chart-train", runs().map((run) => lineOf(run, run, run.loss, run.width > 1 ? { low: run.low, high: run.high } : { width: 1.25 })),
-    { title: "Training loss", yFormat: loss, log: state.log });
+  charts([
+    ["chart-valid", runs().map((run) => lineOf(run, run.valid, run.valid.mean, { points: true, width: 2 })),
+      { title: "Mean held-out loss", yFormat: loss, log: state.log }],
+    ["chart-difference", runs().flatMap((run) => difference(run, (other) => other.valid.mean)),
+      { title: "Difference of the mean held-out loss", yFormat: loss, tipFormat: signed, marks: [ZERO], optional: true }],
+    ["chart-train", runs().map((run) => lineOf(run, run, run.loss, run.width > 1 ? { low: run.low, high: run.high } : { width: 1.25 })),
+      { title: "Training loss", yFormat: loss, log: state.log }],
+  ]);
 }
 
 const ZERO = { y: 0, name: "baseline", dash: "4 3" };
@@ -72,9 +82,11 @@ function between(xs, ys, x) {
 
 function drawPace() {
   const of = (name) => runs().map((run) => lineOf(run, run.metrics, run.metrics[name], { width: 1.5 }));
-  chart("chart-rate", of("tokens_per_second"), { title: "Tokens per second", yFormat: count, zero: true, optional: true });
-  chart("chart-lr", of("learning_rate"), { title: "Learning rate", yFormat: precise, zero: true, optional: true });
-  byId("machine").hidden = byId("chart-rate").closest("figure").hidden && byId("chart-lr").closest("figure").hidden;
+  byId("machine").hidden = !data.runs.some((run) => run.metrics.tokens_per_second || run.metrics.learning_rate);
+  charts([
+    ["chart-rate", of("tokens_per_second"), { title: "Tokens per second", yFormat: count, zero: true, optional: true }],
+    ["chart-lr", of("learning_rate"), { title: "Learning rate", yFormat: precise, zero: true, optional: true }],
+  ]);
 }
 
 function drawRivers() {
