@@ -23,7 +23,7 @@ def read_hostfile(path: str | None, environ: Mapping[str, str]) -> int | None:
     Raises:
         ConfigError: it cannot be read, a line is malformed, or it names several hosts.
     """
-    named = path or environ.get("DLTS_HOSTFILE")
+    named = path or environ.get("DLTS_HOSTFILE") or None
     file = Path(named or DEFAULT_HOSTFILE)
     if named is None and not file.is_file():
         return None
