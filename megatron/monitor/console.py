@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
@@ -94,14 +96,11 @@ class ConsoleSink:
 def choose_view(stream: TextIO, total_steps: int | None, live: bool | None) -> View:
     """Return the live view on a terminal that can show it, plain lines otherwise."""
     if live is None:
-        live = stream.isatty()
-    if live:
-        try:
-            from megatron.monitor.live import LiveView
+        live = stream.isatty() and os.environ.get("TERM") != "dumb"
+    if live and importlib.util.find_spec("rich") is not None:
+        from megatron.monitor.live import LiveView
 
-            return LiveView(stream, total_steps)
-        except ImportError:
-            pass
+        return LiveView(stream, total_steps)
     return PlainView(stream, total_steps)
 
 

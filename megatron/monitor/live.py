@@ -22,7 +22,7 @@ REFRESH_SECONDS = 0.5
 BAR = 24
 # A loss shown live is a mean over about this many steps: long enough that rare
 # domains have a number, short enough to move.
-MEMORY = 50
+MEMORY = 20
 
 
 class LiveView:

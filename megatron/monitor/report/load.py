@@ -88,7 +88,7 @@ class RunData:
         block = self.config.get("mixing")
         weights = block.get("weights") if isinstance(block, dict) else None
         if self.method == "static" and isinstance(weights, str):
-            return f"static, {weights}"
+            return f"static {weights}"
         return self.method
 
     def natural_weights(self) -> FloatArray | None:

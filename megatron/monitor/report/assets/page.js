@@ -254,7 +254,7 @@ function buildControls() {
   });
   const group = (names, key) => choice(element("span", { class: "switch" }, bar), names, key, draw);
   group([["steps", "steps"], ["tokens", "tokens"]], "axis");
-  group([[0, "whole run"], [0.1, "from 10 %"], [0.5, "from 50 %"]], "from");
+  group([[0, "whole run"], [0.1, "from 10%"], [0.5, "from 50%"]], "from");
   group([[false, "linear"], [true, "log loss"]], "log");
   const theme = element("button", { type: "button", title: "light or dark", "aria-label": "light or dark", text: "◐" }, bar);
   theme.onclick = () => { setTheme(dark() ? "light" : "dark"); draw(); };
