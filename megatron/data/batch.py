@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.reader import TokenReader
 from megatron.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 #: NumPy arrays, or pinned torch tensors from a loader with ``pin_memory``;
 #: ``torch.as_tensor`` takes both without a copy.
 Array: TypeAlias = "NDArray[Any] | torch.Tensor"
+
+#: A window: the reader and the token at which it starts.
+Place: TypeAlias = tuple[TokenReader, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,8 +47,31 @@ class MicroBatch:
     sample_weight: Array
 
 
+def read_windows(places: Sequence[Place], seq_length: int) -> NDArray[Any]:
+    """Read windows of S+1 tokens.
+
+    Args:
+        places: n readers, each with the token at which the window starts.
+        seq_length: S.
+
+    Returns:
+        [n, S+1] tokens, in the narrowest type that holds those of all readers.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    dtypes = {reader.dtype for reader, _ in places}
+    windows = np.empty((len(places), seq_length + 1), dtype=np.result_type(*dtypes, np.uint8))
+    for row, (reader, start) in zip(windows, places, strict=True):
+        if row.dtype == reader.dtype:
+            reader.read_into(row, start)
+        else:
+            row[:] = reader.read(start, start + seq_length + 1)
+    return windows
+
+
 def make_micro_batch(
-    windows: Sequence[NDArray[Any]],
+    windows: NDArray[Any],
     *,
     seq_length: int,
     domain_ids: NDArray[np.int64],
@@ -55,8 +82,8 @@ def make_micro_batch(
     """Put windows together.
 
     Args:
-        windows: at most B arrays of S+1 token ids; missing rows at the end are padding, all
-            masked and of weight 0.
+        windows: [n, S+1] token ids, n ≤ B; rows missing at the end are padding, all masked and
+            of weight 0.
         seq_length: S.
         domain_ids: [B] domains.
         sample_weight: [B] weights; of the padding, ignored.
@@ -70,9 +97,8 @@ def make_micro_batch(
     mask, mask_array = _allocate(shape, np.float32, pin_memory)
     ids, ids_array = _allocate((rows,), np.int64, pin_memory)
     weight, weight_array = _allocate((rows,), np.float32, pin_memory)
-    for row, window in enumerate(windows):
-        tokens_array[row], targets_array[row] = window[:-1], window[1:]
     used = len(windows)
+    tokens_array[:used], targets_array[:used] = windows[:, :-1], windows[:, 1:]
     tokens_array[used:] = targets_array[used:] = 0
     mask_array[:used], mask_array[used:] = 1.0, 0.0
     if masked_token is not None:
@@ -85,12 +111,10 @@ def make_micro_batch(
     )
 
 
-def unmasked_tokens(windows: Sequence[NDArray[Any]], masked_token: int) -> NDArray[np.int64]:
+def unmasked_tokens(windows: NDArray[Any], masked_token: int) -> NDArray[np.int64]:
     """Return per window the number of tokens that :func:`make_micro_batch` leaves unmasked."""
-    counts = [
-        window.size - 1 - int(np.count_nonzero(window[:-1] == masked_token)) for window in windows
-    ]
-    return np.array(counts, dtype=np.int64)
+    counts: NDArray[np.int64] = np.count_nonzero(windows[:, :-1] != masked_token, axis=1)
+    return counts
 
 
 def sample_weights(
@@ -120,22 +144,27 @@ def sample_weights(
     return weights
 
 
-def check_token_ids(
-    windows: Sequence[NDArray[Any]], names: Sequence[str], vocab_size: int | None
-) -> None:
+def check_token_ids(windows: NDArray[Any], names: Sequence[str], vocab_size: int | None) -> None:
     """Refuse ids that have no row in the embedding, which on a device would be a bare assertion.
+
+    Args:
+        windows: [n, S+1] token ids.
+        names: of the n windows' domains.
+        vocab_size: ids lie below it; ``None`` checks for negative ones only.
 
     Raises:
         DataError: naming the domain, the id and the vocabulary.
     """
-    for window, name in zip(windows, names, strict=True):
-        high, low = int(window.max()), 0 if window.dtype.kind == "u" else int(window.min())
-        if low < 0 or (vocab_size is not None and high >= vocab_size):
-            raise DataError(
-                f"domain '{name}': token id {low if low < 0 else high} is outside the vocabulary "
-                f"of {vocab_size} tokens; its files were made with another tokenizer, or are "
-                "damaged (tools/inspect_dataset.py --verify)"
-            )
+    wrong = windows < 0 if windows.dtype.kind == "i" and windows.min() < 0 else None
+    if wrong is None and vocab_size is not None and windows.max() >= vocab_size:
+        wrong = windows >= vocab_size
+    if wrong is not None:
+        row, column = np.argwhere(wrong)[0].tolist()
+        raise DataError(
+            f"domain '{names[row]}': token id {windows[row, column]} is outside the vocabulary "
+            f"of {vocab_size} tokens; its files were made with another tokenizer, or are "
+            "damaged (tools/inspect_dataset.py --verify)"
+        )
 
 
 def _allocate(shape: tuple[int, ...], dtype: type[Any], pin_memory: bool) -> tuple[Array, Any]:

@@ -103,11 +103,14 @@ class Domain:
     def locate(self, epoch: int, index: int) -> tuple[TokenReader, int]:
         """Return the reader and the token at which the ``index``-th sample of an epoch starts."""
         this = self.epoch(epoch)
-        return self.window_at(epoch, permute_one(index, this.windows.count, this.key))
+        return self._place(this, permute_one(index, this.windows.count, this.key))
 
     def window_at(self, epoch: int, window: int) -> tuple[TokenReader, int]:
         """Return the reader and the token at which a window (in order of the stream) starts."""
-        segment, start = self.epoch(epoch).windows.locate(window)
+        return self._place(self.epoch(epoch), window)
+
+    def _place(self, epoch: Epoch, window: int) -> tuple[TokenReader, int]:
+        segment, start = epoch.windows.locate(window)
         source = self.sources[segment]
         return source.reader, source.documents.start + start
 

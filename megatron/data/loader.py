@@ -13,19 +13,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron.data.batch import (
     MicroBatch,
+    Place,
     check_token_ids,
     make_micro_batch,
+    read_windows,
     sample_weights,
     unmasked_tokens,
 )
 from megatron.data.domain import Domain
 from megatron.data.permutation import permute
 from megatron.data.plan import Plan
-from megatron.data.reader import TokenReader
 from megatron.data.sampler import Sampler
 from megatron.errors import RunError
 
-Place = tuple[TokenReader, int]
 T = TypeVar("T")
 
 # Micro-batches put together before they are asked for: enough to hide a slow read, few enough
@@ -150,15 +150,15 @@ class Loader:
             reader.will_need(start, start + self.seq_length + 1)
         return places
 
-    def _read(self, places: Sequence[Place], domain: NDArray[Any]) -> list[NDArray[Any]]:
-        windows = [reader.read(start, start + self.seq_length + 1) for reader, start in places]
+    def _read(self, places: Sequence[Place], domain: NDArray[Any]) -> NDArray[Any]:
+        windows = read_windows(places, self.seq_length)
         names = [self.domains[place].name for place in domain.tolist()]
         check_token_ids(windows, names, self._vocab_size)
         return windows
 
     def _assemble(
         self,
-        windows: Sequence[NDArray[Any]],
+        windows: NDArray[Any],
         domain: NDArray[Any],
         weight: NDArray[np.float64],
     ) -> MicroBatch:
@@ -219,7 +219,7 @@ class _Step:
 
         return micro_batches()
 
-    def _count(self) -> tuple[list[list[NDArray[Any]]], NDArray[np.int64]]:
+    def _count(self) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
         token = self._loader._masked_token
         assert token is not None
         counts = np.zeros(len(self._loader.domains), dtype=np.int64)
@@ -228,7 +228,7 @@ class _Step:
             np.add.at(counts, domain, unmasked_tokens(rows, token))
         return windows, counts
 
-    def _windows(self, micro: int) -> list[NDArray[Any]]:
+    def _windows(self, micro: int) -> NDArray[Any]:
         rows = self._loader.micro_batch
         places = self._places()[micro * rows : (micro + 1) * rows]
         return self._loader._read(places, self._domain[micro])
@@ -274,10 +274,12 @@ def locate(
     size = np.array([epochs[key].windows.count for key in keys], dtype=np.int64)
     shuffle = np.array([epochs[key].key for key in keys], dtype=np.uint64)
     windows = permute(sample, size, shuffle).tolist()
-    return [
-        domains[place].window_at(number, window)
-        for (place, number), window in zip(keys, windows, strict=True)
-    ]
+    places: list[Place] = []
+    for key, window in zip(keys, windows, strict=True):
+        segment, start = epochs[key].windows.locate(window)
+        source = domains[key[0]].sources[segment]
+        places.append((source.reader, source.documents.start + start))
+    return places
 
 
 def _check_cuda() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.batch import MicroBatch, check_token_ids, make_micro_batch
+from megatron.data.batch import MicroBatch, check_token_ids, make_micro_batch, read_windows
 from megatron.data.domain import Domain
 from megatron.data.permutation import hash_key, permute
 
@@ -75,10 +75,11 @@ class ValidationSet:
     def _micro_batch(self, windows: Sequence[int], rows: int) -> MicroBatch:
         length = self.domain.seq_length
         places = [self.domain.window_at(0, window) for window in windows]
-        tokens = [reader.read(start, start + length + 1) for reader, start in places]
-        check_token_ids(tokens, [self.domain.name] * len(tokens), self._vocab_size)
+        read = read_windows(places, length)
+        if places:
+            check_token_ids(read, [self.domain.name] * len(places), self._vocab_size)
         return make_micro_batch(
-            tokens,
+            read,
             seq_length=length,
             domain_ids=np.full(rows, self.domain_id, dtype=np.int64),
             sample_weight=np.ones(rows),

@@ -86,7 +86,7 @@ def flip(content: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     dtype=st.sampled_from(["uint8", "int8", "int16", "uint16", "int32", "int64"]),
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=12),

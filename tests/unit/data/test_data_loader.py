@@ -242,14 +242,14 @@ def test_reading_begins_before_the_first_micro_batch_is_asked_for(
 ) -> None:
     told, begun = [], threading.Event()
     monkeypatch.setattr(TokenReader, "will_need", lambda self, start, stop: told.append(start))
-    real = TokenReader.read
+    real = TokenReader.read_into
 
-    def reading(self: TokenReader, start: int, stop: int) -> np.ndarray:
+    def reading(self: TokenReader, out: np.ndarray, start: int) -> None:
         assert len(told) == 12  # of every window the kernel was told before any was read
         begun.set()
-        return real(self, start, stop)
+        real(self, out, start)
 
-    monkeypatch.setattr(TokenReader, "read", reading)
+    monkeypatch.setattr(TokenReader, "read_into", reading)
     loader = single(domains, micro_batch=2, accumulation=6)
     step = loader.load(make_plan(domains, 12))
     assert begun.wait(20)
@@ -342,7 +342,7 @@ def test_the_data_package_needs_neither_torch_nor_threads_to_import() -> None:
 
 def test_padding_rows_count_for_nothing() -> None:
     batch = make_micro_batch(
-        [np.arange(5)],
+        np.arange(5)[None],
         seq_length=4,
         domain_ids=np.zeros(3, dtype=np.int64),
         sample_weight=np.ones(3),
