@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from megatron.data.ingest.overlap import overlap  # noqa: E402
-from megatron.data.ingest.verify import verify_dataset  # noqa: E402
-from megatron.data.reader import TokenReader  # noqa: E402
-from megatron.errors import EXIT_BAD_INPUT, DataError, run_command  # noqa: E402
-from megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer  # noqa: E402
+from megatron.data.ingest.overlap import overlap
+from megatron.data.ingest.verify import verify_dataset
+from megatron.data.reader import TokenReader
+from megatron.errors import EXIT_BAD_INPUT, DataError, run_command
+from megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 
 _SIZES_LOOKED_AT = 1_000_000
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.ingest.merging import find_prefixes, merge_datasets  # noqa: E402
-from megatron.data.reader import TokenReader  # noqa: E402
-from megatron.errors import run_command  # noqa: E402
+from megatron.data.ingest.merging import find_prefixes, merge_datasets
+from megatron.data.reader import TokenReader
+from megatron.errors import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

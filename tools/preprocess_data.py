@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.ingest.pipeline import Outcome, PreprocessSettings, preprocess  # noqa: E402
-from megatron.data.sidecar import read_sidecar  # noqa: E402
-from megatron.errors import run_command  # noqa: E402
-from megatron.tokenizer import TOKENIZER_TYPES  # noqa: E402
+from megatron.data.ingest.pipeline import Outcome, PreprocessSettings, preprocess
+from megatron.data.sidecar import read_sidecar
+from megatron.errors import run_command
+from megatron.tokenizer import TOKENIZER_TYPES
 
 EXIT_TERMINATED = 143
 

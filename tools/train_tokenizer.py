@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.ingest.pipeline import read_texts  # noqa: E402
-from megatron.errors import ConfigError, run_command  # noqa: E402
-from megatron.tokenizer.train import NORMALIZERS, train_byte_level_bpe  # noqa: E402
+from megatron.data.ingest.pipeline import read_texts
+from megatron.errors import ConfigError, run_command
+from megatron.tokenizer.train import NORMALIZERS, train_byte_level_bpe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -42,6 +42,7 @@ class ByteLevelBPE:
         normalizes: whether text that is not ASCII goes through a Unicode normal form first.
         byte_ids: id of each of the 256 bytes.
         merges: for each merge, in order of rank: the two parts and the id they become.
+        dropped_merges: number of merges left out because they can never happen.
         whole_words: pieces that are one token before any merge (``ignore_merges``).
         added: tokens found by name.
         prefix, suffix: ids put around every document.
@@ -52,6 +53,7 @@ class ByteLevelBPE:
     normalizes: bool
     byte_ids: tuple[int, ...]
     merges: tuple[tuple[bytes, bytes, int], ...]
+    dropped_merges: int
     whole_words: Mapping[bytes, int]
     added: tuple[AddedToken, ...]
     prefix: tuple[int, ...]
@@ -121,6 +123,7 @@ def parse_byte_level(serialized: str) -> ByteLevelBPE:
         normalizes=normalizes,
         byte_ids=tuple(byte_ids),
         merges=merges,
+        dropped_merges=len(model["merges"]) - len(merges),
         whole_words=_whole_words(vocabulary, writing) if model.get("ignore_merges") else {},
         added=_parse_added(content.get("added_tokens") or []),
         prefix=prefix,
@@ -215,26 +218,28 @@ def _parse_merges(
     Some files list several merges for one token, one behind the other; those whose halves
     rank higher than the token are the ones that can never happen.
     """
-    made: dict[bytes, int] = {bytes((byte,)): -1 for byte in range(256)}
-    parsed = []
-    last = b""
+    # Every half is a byte or a token made before, so its bytes are known when it comes up.
+    spelled = {writing.write(bytes((byte,))): bytes((byte,)) for byte in range(256)}
+    ranks = dict.fromkeys(spelled, -1)
+    parsed: list[tuple[bytes, bytes, int]] = []
+    last, usable = "", True
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        try:
-            parts = writing.read(left), writing.read(right)
-            token = vocabulary[left + right]
-        except KeyError as error:
-            raise NotUnderstoodError(f"the merge {left!r} {right!r}: {error}") from error
-        whole = parts[0] + parts[1]
-        if whole in made and whole != last:
-            raise NotUnderstoodError(f"{left + right!r} is made by merges of different rank")
-        last = whole
-        made.setdefault(whole, rank)
-        if all(made.get(part, rank) < made[whole] for part in parts):
-            parsed.append((*parts, token))
-    lost = made.keys() - {left + right for left, right, _ in parsed}
-    if len(lost) != 256:
-        raise NotUnderstoodError("a token whose merges all come before their halves")
+        whole = left + right
+        if whole not in vocabulary:
+            raise NotUnderstoodError(f"the merge {left!r} {right!r} makes no token")
+        if whole != last:
+            if not usable or whole in ranks:
+                raise NotUnderstoodError(f"the merges of {(whole if usable else last)!r}")
+            last, usable = whole, False
+            ranks[whole] = rank
+        own = ranks[whole]
+        if ranks.get(left, own) < own and ranks.get(right, own) < own:
+            parsed.append((spelled[left], spelled[right], vocabulary[whole]))
+            spelled[whole] = spelled[left] + spelled[right]
+            usable = True
+    if not usable:
+        raise NotUnderstoodError(f"the merges of {last!r} come before its halves")
     return tuple(parsed)
 
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from megatron.tokenizer.bytelevel import AddedToken, ByteLevelBPE, ByteWriting
 from megatron.tokenizer.pattern import NotUnderstoodError, PatternSplitter
+from megatron.tokenizer.unicode_classes import ASCII_END, TIERS, tier_of
+from megatron.tokenizer.verify import EncodeRaw, first_difference, probe_texts
 
 if TYPE_CHECKING:
     import tokenizers
@@ -52,20 +54,23 @@ class FastEncoder:
         self,
         parts: ByteLevelBPE,
         tokenizer: tokenizers.Tokenizer,
+        reference: EncodeRaw,
         *,
         cache_pieces: int = _CACHE_PIECES,
     ) -> None:
-        """Prepare the encoder.
+        """Prepare the encoder, and compare it with ``reference`` on ASCII texts.
 
         Args:
             parts: what the tokenizer is made of.
             tokenizer: the same, as an object: its normalizer is used, and its model where
                 tiktoken is not installed.
+            reference: what the ids have to equal.
             cache_pieces: pieces remembered at most, per token type.
 
         Raises:
-            NotUnderstoodError: a pattern, or a token that encoding does not reach.
+            NotUnderstoodError: a pattern, a token that encoding does not reach, or a difference.
         """
+        self._reference = reference
         self._parts = parts
         self._normalize = tokenizer.normalizer.normalize_str if parts.normalizes else None
         self._splitters = [PatternSplitter(pattern) for pattern in parts.patterns]
@@ -77,11 +82,22 @@ class FastEncoder:
         self._early, self._late = _NameFinder(early), _NameFinder(late)
         if self._normalize and any(self._normalize(t.content) != t.content for t in late):
             raise NotUnderstoodError("an added token that the normalizer changes")
+        self._probes = probe_texts(parts)
+        self._verified: set[int] = set()
+        self._open_tier(ASCII_END)
+
+    @property
+    def verified_texts(self) -> int:
+        """Number of texts on which this encoder was compared with its reference so far."""
+        return sum(tier_of(text) in self._verified for text in self._probes)
 
     def encode_raw(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[bytes]:
         """Return each text's ids as bytes of ``dtype`` (little-endian).
 
+        The first text of a tier of characters makes its patterns and compares them first.
+
         Raises:
+            NotUnderstoodError: that comparison failed; nothing was encoded wrongly.
             UnicodeEncodeError: a text holds a lone surrogate.
         """
         cache = self._caches.get(dtype.str)
@@ -89,6 +105,27 @@ class FastEncoder:
             cache = _PieceCache(self._piece, dtype, self._cache_pieces)
             self._caches[dtype.str] = cache
         return [self._encode_text(text, cache, dtype) for text in texts]
+
+    def _open_tier(self, tier: int) -> None:
+        """Compare with the reference on texts of a tier, and of those below it."""
+        dtype = np.dtype("<i4")
+        for lower in TIERS:
+            # A normalizer may lead from any tier to any other.
+            if lower in self._verified or (lower > tier and not self._normalize):
+                continue
+            if lower > tier == ASCII_END:
+                continue
+            for splitter in self._splitters:
+                splitter.of_tier(lower)
+            self._verified.add(lower)
+            texts = [text for text in self._probes if tier_of(text) == lower]
+            different = first_difference(
+                texts,
+                lambda batch: self.encode_raw(batch, dtype),
+                lambda batch: self._reference(batch, dtype),
+            )
+            if different is not None:
+                raise NotUnderstoodError(f"the fast encoder differs on {different!r}")
 
     def _encode_text(self, text: str, cache: _PieceCache, dtype: np.dtype[Any]) -> bytes:
         parts = self._parts
@@ -100,9 +137,11 @@ class FastEncoder:
             and not self._early.may_occur(text)
             and not self._late.may_occur(text)
         ):
-            return b"".join(map(cache.__getitem__, self._splitters[0].for_text(text)(text)))
+            return b"".join(map(cache.__getitem__, self._splitters[0].ascii(text)))
         if not text.isascii():
             text.encode("utf-8")  # refuses lone surrogates
+            if (tier := tier_of(text)) not in self._verified:
+                self._open_tier(tier)
         out = [_stored(parts.prefix, dtype)]
         for segment, token in self._segments(text):
             if token is None:
@@ -195,7 +234,7 @@ def _piece_encoder(
             return [word]
         return [ids[rank] for rank in merger.encode_ordinary(piece)]
 
-    _check_reachable(parts)
+    _check_reachable(parts, tokenizer)
     return encode, "tiktoken"
 
 
@@ -209,7 +248,7 @@ def _tokenizers_piece_encoder(tokenizer: tokenizers.Tokenizer) -> PieceEncoder:
     return encode
 
 
-def _check_reachable(parts: ByteLevelBPE) -> None:
+def _check_reachable(parts: ByteLevelBPE, tokenizer: tokenizers.Tokenizer) -> None:
     """Check that the text of every token encodes to that token (see ``_parse_merges``).
 
     True in any vocabulary that was trained, not in one that was edited.
@@ -219,8 +258,11 @@ def _check_reachable(parts: ByteLevelBPE) -> None:
     write = ByteWriting().write
     vocabulary = {write(bytes((byte,))): id_ for byte, id_ in enumerate(parts.byte_ids)}
     vocabulary.update({write(left + right): id_ for left, right, id_ in parts.merges})
-    pairs = [(write(left), write(right)) for left, right, _ in parts.merges]
-    model = BPE(vocab=vocabulary, merges=pairs)
+    # A model that takes whole words unmerged, or has the dropped merges, would prove nothing.
+    model: Any = tokenizer.model
+    if parts.whole_words or parts.dropped_merges:
+        pairs = [(write(left), write(right)) for left, right, _ in parts.merges]
+        model = BPE(vocab=vocabulary, merges=pairs)
     for word, token in vocabulary.items():
         found = model.tokenize(word)
         if len(found) != 1 or found[0].id != token:

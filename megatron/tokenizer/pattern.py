@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 from megatron.tokenizer.unicode_classes import (
     ASCII_END,
-    BMP_END,
     Ranges,
     UnknownClassError,
     class_ranges,
     clip,
+    tier_of,
 )
 
 Splitter = Callable[[str], list[str]]
@@ -35,7 +35,6 @@ _ESCAPED_LITERAL = re.compile(r"\\[rntfv]|\\[^A-Za-z0-9\s]")
 _GROUP_START = re.compile(r"\((?:\?:|\?i:|\?!|\?=|(?!\?))")
 _QUANTIFIER = re.compile(r"(?:[?*+]|\{\d+(?:,\d*)?\}|\{,\d+\})")
 _LITERAL = re.compile(r"[^\\()\[\]{}|?*+.^$]")
-_WHOLE = 0x110000
 
 
 class NotUnderstoodError(ValueError):
@@ -45,8 +44,8 @@ class NotUnderstoodError(ValueError):
 class PatternSplitter:
     """Splits as ``Split(Regex(pattern), "isolated")`` of ``tokenizers`` does.
 
-    Text in ASCII, in the basic plane and beyond each have a pattern of their own: a smaller
-    character class is a faster one.
+    Text in ASCII, in the basic plane and beyond each have a pattern of their own (a smaller
+    character class is a faster one), made when first needed.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -55,21 +54,28 @@ class PatternSplitter:
         Raises:
             NotUnderstoodError: naming the construct.
         """
-        if pattern == GPT2_PATTERN:
-            pattern = _GPT2_FAST
-        try:
-            sources = [translate(pattern, end) for end in (ASCII_END, BMP_END, _WHOLE)]
-            self._ascii, self._bmp, self._whole = map(_finder, sources)
-        except (re.error, UnknownClassError) as error:
-            raise NotUnderstoodError(f"pattern {pattern!r}: {error}") from error
+        self._pattern = _GPT2_FAST if pattern == GPT2_PATTERN else pattern
+        self._by_tier: dict[int, Splitter] = {}
+        self.ascii = self.of_tier(ASCII_END)
+
+    def of_tier(self, tier: int) -> Splitter:
+        """Return the function that splits texts of a tier.
+
+        Raises:
+            NotUnderstoodError: naming the construct.
+        """
+        splitter = self._by_tier.get(tier)
+        if splitter is None:
+            try:
+                splitter = _finder(translate(self._pattern, tier))
+            except (re.error, UnknownClassError) as error:
+                raise NotUnderstoodError(f"pattern {self._pattern!r}: {error}") from error
+            self._by_tier[tier] = splitter
+        return splitter
 
     def for_text(self, text: str) -> Splitter:
         """Return the function that splits ``text`` (and any text no richer in characters)."""
-        if text.isascii():
-            return self._ascii
-        if len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text):
-            return self._bmp
-        return self._whole
+        return self.ascii if text.isascii() else self.of_tier(tier_of(text))
 
 
 def translate(pattern: str, end: int) -> str:
@@ -88,8 +94,8 @@ def translate(pattern: str, end: int) -> str:
 
 def _next_token(pattern: str, at: int, end: int) -> tuple[str, int]:
     if match := _ESCAPED_CLASS.match(pattern, at):
-        ranges, negated = _named_class(match.group())
-        return _bracket(clip(ranges, end), negated), match.end()
+        ranges, negated = _named_class(match.group(), end)
+        return _bracket(ranges, negated), match.end()
     if match := _ESCAPED_LITERAL.match(pattern, at):
         return match.group(), match.end()
     if match := _GROUP_START.match(pattern, at):
@@ -123,7 +129,7 @@ def _translate_bracket(pattern: str, start: int, end: int) -> tuple[str, int]:
         if pattern[at] == "[" or pattern.startswith("&&", at):
             raise NotUnderstoodError(f"{pattern!r}: set operation at position {at}")
         if match := _ESCAPED_CLASS.match(pattern, at):
-            named, complement = _named_class(match.group())
+            named, complement = _named_class(match.group(), end)
             if complement:
                 raise NotUnderstoodError(f"{pattern!r}: '{match.group()}' inside brackets")
             ranges.extend(named)
@@ -149,12 +155,12 @@ def _bracket_character(pattern: str, at: int) -> tuple[int, int]:
     return ord(pattern[at]), at + 1
 
 
-def _named_class(escape: str) -> tuple[Ranges, bool]:
+def _named_class(escape: str, end: int) -> tuple[Ranges, bool]:
     r"""Return the ranges of an escape and whether it means their complement (``\S``, ``\P``)."""
     negated = escape[1] in "SDP"
     if negated:
         escape = escape[0] + escape[1].lower() + escape[2:]
-    return class_ranges(escape), negated
+    return class_ranges(escape, end), negated
 
 
 def _bracket(ranges: Ranges, negated: bool) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from megatron.tokenizer.bytelevel import ByteLevelBPE
 
 Encode = Callable[[Sequence[str]], list[bytes]]
+EncodeRaw = Callable[[Sequence[str], np.dtype[Any]], list[bytes]]
 
 _HAND_MADE = (
     "", " ", "  ", "\n", "\r\n", "\t\t x", "a", " a", "a ", "a  b   c", "  leading", "trailing   ",
