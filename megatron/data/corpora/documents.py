@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,3 +137,28 @@ def write_jsonl(path: Path, documents: Iterable[Document]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+def cut_documents(path: Path, target: Path, end: str) -> Path:
+    """Write a text file that holds many documents as JSON lines, and return ``target``.
+
+    Args:
+        path: UTF-8 text; bytes that are not (a file cut off in mid-character) are replaced.
+        target: the file to write; one that is there is taken as it is.
+        end: what ends a document; it stays with the document.
+    """
+    if not target.exists():
+        write_jsonl(target, _cut(path, end))
+    return target
+
+
+def _cut(path: Path, end: str) -> Iterator[Document]:
+    held, number = "", 0
+    with path.open(encoding="utf-8", errors="replace", newline="") as stream:
+        while block := stream.read(BLOCK):
+            *whole, held = (held + block).split(end)
+            for text in whole:
+                yield Document(text=text + end, source=f"{path.name} {number}")
+                number += 1
+    if held.strip():
+        yield Document(text=held, source=f"{path.name} {number}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.data.corpora import hub, quickstart
+from megatron.data.corpora.documents import cut_documents
 from megatron.data.corpora.download import fetch, unpack
 from megatron.data.corpora.public import Corpus, Files, Hub, find
 from megatron.data.corpora.tokenise import TokenizerChoice, tokenise
@@ -127,21 +128,17 @@ def _files(source: Files, request: Request, raw: Path, say: Say) -> list[Path]:
         expected = hashes[number] if hashes else None
         archive = fetch(url, raw, sha256=expected, say=say)
         found += unpack(archive, raw / f"{archive.name}.unpacked")
+    if source.document_end is not None:
+        return [
+            cut_documents(path, raw / f"{path.name}.jsonl", source.document_end) for path in found
+        ]
     texts = [path for path in found if path.name.endswith(_TEXT_ENDINGS)]
-    # An archive may hold its text under a bare name, as enwik8 does.
-    texts = texts or [_named_as_text(path) for path in found if not path.suffix]
     if not texts:
         raise DataError(
             f"{', '.join(urls)} holds no file of a kind that can be read "
             f"({' '.join(_TEXT_ENDINGS)})"
         )
     return texts
-
-
-def _named_as_text(path: Path) -> Path:
-    named = path.with_name(path.name + ".txt")
-    path.rename(named)
-    return named
 
 
 def _tokenizer(request: Request, say: Say) -> TokenizerChoice:

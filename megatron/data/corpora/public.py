@@ -39,10 +39,12 @@ class Files:
     Attributes:
         urls: addresses of the files: JSON lines, text, or archives of such.
         sha256: their hashes, where known, in the same order.
+        document_end: what ends a document in a file that holds many as plain text.
     """
 
     urls: tuple[str, ...]
     sha256: tuple[str, ...] = ()
+    document_end: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,7 @@ def _catalogue() -> dict[str, Corpus]:
         ),
         Corpus(
             name="enwik8",
-            source=Files(urls=("http://mattmahoney.net/dc/enwik8.zip",)),
+            source=Files(urls=("http://mattmahoney.net/dc/enwik8.zip",), document_end="</page>\n"),
             about="the first 100 MB of Wikipedia",
         ),
         _pile_set("arxiv", "ArXiv"),

@@ -179,16 +179,18 @@ def test_a_corpus_of_files(tmp_path, tokenizer_file, capsys):
     assert "do not apply" in capsys.readouterr().err
 
 
-def test_an_archive_of_text_without_an_ending(tmp_path, tokenizer_file):
+def test_an_archive_of_one_text_is_cut_into_documents(tmp_path, tokenizer_file):
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "enwik8.zip", "w") as packed:
-        packed.writestr("enwik8", "an encyclopaedia\n")
+        packed.writestr("enwik8", b"<page>one</page>\n<page>two</page>\n<page>caf\xc3")
     arguments = ["enwik8", "-t", "HFTokenizer", "-v", tokenizer_file, "-d", tmp_path / "data"]
-    for _ in range(2):  # the second call finds the file under its new name
+    for _ in range(2):
         assert run(*arguments, "--source", tmp_path / "enwik8.zip") == 0
     with TokenReader(tmp_path / "data" / "enwik8" / "enwik8_text_document") as reader:
-        assert reader.num_documents == 1
+        assert reader.num_documents == 3
+    raw = tmp_path / "data" / "enwik8" / "raw" / "enwik8.jsonl"
+    assert texts(raw) == ["<page>one</page>\n", "<page>two</page>\n", "<page>caf\ufffd"]
 
 
 def test_gpt2_is_fetched_when_no_tokenizer_is_given(tmp_path, monkeypatch):

@@ -94,6 +94,25 @@ def test_jsonl_holds_what_was_written(tmp_path):
     assert not list(path.parent.glob("*.tmp"))
 
 
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(st.lists(st.text(alphabet="ab<\n", max_size=9), max_size=6), st.integers(1, 5))
+def test_cut_documents_put_together_are_the_file(parts, block):
+    import tempfile
+    from pathlib import Path
+    from unittest.mock import patch
+
+    from megatron.data.corpora import documents as module
+
+    text = "<end>".join(parts)
+    with tempfile.TemporaryDirectory() as folder, patch.object(module, "BLOCK", block):
+        (Path(folder) / "a").write_text(text, newline="")
+        target = module.cut_documents(Path(folder) / "a", Path(folder) / "a.jsonl", "<end>")
+        found = [json.loads(line)["text"] for line in target.read_text().splitlines()]
+    assert "".join(found).rstrip() == text.rstrip()
+    assert all(document.endswith("<end>") for document in found[:-1])
+    assert all(document.count("<end>") <= 1 for document in found)
+
+
 @pytest.fixture(scope="module")
 def few_sources():
     files = [item for item in library.source_files() if item[0] in {"json/decoder.py", "heapq.py"}]

@@ -1,0 +1,51 @@
+"""The ready configurations: each is read without a complaint, with the files it goes with."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from support.source import ROOT
+
+import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
+from megatron.config import load_config
+
+CONFIGS = ROOT / "configs"
+
+
+def names(folder: str) -> list[str]:
+    return [f"{folder}/{path.stem}" for path in sorted((CONFIGS / folder).glob("*.yml"))]
+
+
+def load(*files: str):
+    return load_config(list(files), conf_dir=str(CONFIGS))
+
+
+def test_the_quickstart_trains_a_small_neox_on_two_ranks():
+    config = load("local/quickstart", "mixing/odm")
+    assert config.mixing.method == "odm"
+    assert config.launch.num_gpus == 2
+    assert not config.ignored
+    assert config.training.eval_interval <= config.training.train_iters
+    assert config.training.train_iters % config.training.eval_interval == 0
+    assert len(config.domains) >= 5
+
+
+@pytest.mark.parametrize(
+    ("local", "mixing"), itertools.product(names("local"), names("mixing")), ids="+".join
+)
+def test_every_local_configuration_goes_with_every_mixture(local, mixing):
+    assert not load(local, mixing).ignored
+
+
+@pytest.mark.parametrize("parallel", names("parallel"))
+def test_every_layout_goes_with_the_quickstart(parallel):
+    config = load("local/quickstart", "mixing/odm", parallel)
+    assert f"zero{config.zero.stage}" == parallel.partition("/")[2] or config.precision == "bf16"
+
+
+@pytest.mark.parametrize("data", names("data"))
+def test_every_corpus_goes_with_a_ready_model(data):
+    config = load("models/160m", data, "mixing/odm")
+    assert config.domains
+    assert config.tokenizer.vocab_file
