@@ -105,10 +105,24 @@ class Bandit(Mixer):
         return {"estimate": self._by_name(self._estimate), "exploration_rate": self._epsilon}
 
 
-def smooth(estimate: FloatArray, reward: FloatArray, seen: BoolArray, alpha: float) -> FloatArray:
-    """Return alpha * estimate + (1 - alpha) * reward where ``seen``, else the estimate, [K]."""
-    moved = saturate(alpha * estimate + (1.0 - alpha) * reward)
-    return np.where(seen, moved, estimate)
+class SmoothingBandit(Bandit):
+    """A bandit whose estimate is a smoothed reward."""
+
+    def __init__(
+        self,
+        *,
+        domains: Sequence[str],
+        weights: FloatArray,
+        options: SmoothingOptions,
+        context: RunContext,
+    ) -> None:
+        super().__init__(domains=domains, weights=weights, options=options, context=context)
+        self._alpha = options.smoothing_factor
+
+    def _smooth(self, reward: FloatArray, seen: BoolArray) -> FloatArray:
+        """Return alpha * estimate + (1 - alpha) * reward where ``seen``, else the estimate, [K]."""
+        moved = saturate(self._alpha * self._estimate + (1.0 - self._alpha) * reward)
+        return np.where(seen, moved, self._estimate)
 
 
 def importance_weighted(loss: FloatArray, drawn_by: FloatArray) -> FloatArray:

@@ -46,10 +46,11 @@ class Ema(Mixer):
         *,
         domains: Sequence[str],
         weights: FloatArray,
-        options: CommonOptions,
+        options: EmaOptions,
         context: RunContext,
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
+        self._normalisation = options.normalisation
         self._mean: FloatArray = weights.copy()
 
     def _update(self, step: int, window: Window) -> FloatArray | None:
@@ -62,8 +63,7 @@ class Ema(Mixer):
         return weights
 
     def _distribution(self, mean: FloatArray) -> FloatArray | None:
-        assert isinstance(self._options, EmaOptions)
-        if self._options.normalisation == "softmax":
+        if self._normalisation == "softmax":
             return softmax(mean)
         positive = np.maximum(mean, 0.0)  # a loss below 0 (none is a cross-entropy) earns nothing
         return normalise(positive) if positive.any() else None

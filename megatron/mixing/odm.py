@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.mixing.bandit import (
-    Bandit,
+    SmoothingBandit,
     SmoothingOptions,
     exponential_weights,
     importance_weighted,
-    smooth,
 )
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.window import Window
@@ -20,7 +19,7 @@ class OdmOptions(SmoothingOptions):
     """Options of ``odm``."""
 
 
-class Odm(Bandit):
+class Odm(SmoothingBandit):
     """Exponential weights on smoothed, importance-weighted losses.
 
     For each domain seen: R <- alpha R + (1 - alpha) L / p, with p the probability that
@@ -36,8 +35,7 @@ class Odm(Bandit):
         if not seen.any():
             return None
         reward = importance_weighted(window.mean_loss, window.sampling_weights)
-        assert isinstance(self._options, OdmOptions)
-        return smooth(self._estimate, reward, seen, self._options.smoothing_factor)
+        return self._smooth(reward, seen)
 
     def _rule(self, estimate: FloatArray, previous: float, epsilon: float) -> FloatArray:
         return exponential_weights(estimate, previous, epsilon)

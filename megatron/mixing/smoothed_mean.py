@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.mixing.bandit import Bandit, SmoothingOptions, perplexity, smooth
+from megatron.mixing.bandit import SmoothingBandit, SmoothingOptions, perplexity
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.simplex import explore, normalise
 from megatron.mixing.window import Window
@@ -15,7 +15,7 @@ class SmoothedMeanOptions(SmoothingOptions):
     """Options of ``smoothed_mean``."""
 
 
-class SmoothedMean(Bandit):
+class SmoothedMean(SmoothingBandit):
     """Sampling in proportion to a smoothed perplexity, above a floor that falls.
 
     For each domain seen: R <- alpha R + (1 - alpha) exp(L), not divided by p; then
@@ -28,9 +28,7 @@ class SmoothedMean(Bandit):
     method = "smoothed_mean"
 
     def _learn(self, window: Window) -> FloatArray | None:
-        assert isinstance(self._options, SmoothedMeanOptions)
-        reward = perplexity(window.mean_loss)
-        return smooth(self._estimate, reward, window.present, self._options.smoothing_factor)
+        return self._smooth(perplexity(window.mean_loss), window.present)
 
     def _rule(self, estimate: FloatArray, previous: float, epsilon: float) -> FloatArray | None:
         return explore(normalise(estimate), epsilon) if estimate.any() else None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.mixing.bandit import (
-    Bandit,
+    SmoothingBandit,
     SmoothingOptions,
     exponential_weights,
     perplexity,
-    smooth,
 )
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.window import Window
@@ -20,7 +19,7 @@ class SmoothedMeanExpOptions(SmoothingOptions):
     """Options of ``smoothed_mean_exp``."""
 
 
-class SmoothedMeanExp(Bandit):
+class SmoothedMeanExp(SmoothingBandit):
     """Exponential weights on a smoothed perplexity.
 
     R as in ``smoothed_mean``, for each domain seen; then
@@ -32,9 +31,7 @@ class SmoothedMeanExp(Bandit):
     method = "smoothed_mean_exp"
 
     def _learn(self, window: Window) -> FloatArray | None:
-        assert isinstance(self._options, SmoothedMeanExpOptions)
-        reward = perplexity(window.mean_loss)
-        return smooth(self._estimate, reward, window.present, self._options.smoothing_factor)
+        return self._smooth(perplexity(window.mean_loss), window.present)
 
     def _rule(self, estimate: FloatArray, previous: float, epsilon: float) -> FloatArray | None:
         return exponential_weights(estimate, previous, epsilon) if estimate.any() else None
