@@ -50,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(folder: Path, start: int, stop: int, *, die: bool = False, slow: float = 1.0) -> None:
-    """Train from ``start`` to ``stop``: validate at 0, every 5 steps and on resume; save every 5."""
+    """Train from ``start`` to ``stop``; validate on start and every 5 steps, save as often."""
     sink = JsonlSink(folder, log_interval=2, audit=True)
     sink.start(start or None, {"domains": list(DOMAINS)})
     sink.validation(validation(start, seconds=slow))
