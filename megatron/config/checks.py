@@ -97,7 +97,7 @@ def _check_bounds(config: Config, draft: Draft) -> None:
     names = list(config.domains)
     for key, missing in (("floor", 0.0), ("ceiling", 1.0)):
         node = draft.options.get(key)
-        if node is None:
+        if node is None or key not in config.mixing.options:
             continue
         value = config.mixing.options[key]
         if isinstance(value, dict):

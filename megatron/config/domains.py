@@ -218,9 +218,11 @@ def map_weights(draft: Draft) -> None:
             )
         elif isinstance(domain.value, dict):
             present = domain.value.get("weight")
-            if present is not None and present.mark.override != node.mark.override:
+            if present is None or present.value is None:
+                pass
+            elif present.mark.override != node.mark.override:
                 node = present if present.mark.override else node
-            elif present is not None and not present.same_as(node):
+            elif not present.same_as(node):
                 draft.problems.add(
                     node, f"contradicts {present.name}: {present.value} in {present.mark}"
                 )

@@ -69,7 +69,8 @@ def _typed(draft: Draft, files: list[str]) -> Config | None:
         data.setdefault("mixing", {})["options"] = options
     for name, node in draft.groups.get("", {}).items():
         data[name] = node.plain()
-    data["ignored"] = _ignored(draft, data.pop(IGNORED_KEY, None))
+    data.pop(IGNORED_KEY, None)
+    data["ignored"] = _ignored(draft)
     if data.get("precision", "fp32") != "fp16":
         data.pop("fp16", None)
     try:
@@ -79,11 +80,15 @@ def _typed(draft: Draft, files: list[str]) -> Config | None:
         return None
 
 
-def _ignored(draft: Draft, earlier: Any) -> tuple[str, ...]:
+def _ignored(draft: Draft) -> tuple[str, ...]:
+    """Return the keys without effect: those that a resolved configuration names, and ours."""
+    node = draft.get("", IGNORED_KEY)
+    earlier = node.plain() if node is not None else []
+    if node is not None and not isinstance(earlier, list):
+        draft.problems.add(node, "should be a list of texts")
+        earlier = []
     lines = [f"{name}: {reason}" for name, reason in draft.ignored.items()]
-    if isinstance(earlier, list):
-        lines = [*map(str, earlier), *lines]
-    return tuple(dict.fromkeys(lines))
+    return tuple(dict.fromkeys([*map(str, earlier), *lines]))
 
 
 def _mixing_options(draft: Draft) -> tuple[dict[str, Any], bool]:

@@ -88,10 +88,17 @@ def _domain(node: Node, problems: Problems) -> Node:
 
 
 def merge(base: Tree, layer: Tree, problems: Problems) -> None:
-    """Merge a layer into ``base``, blocks key by key; overrides win, contradictions do not."""
+    """Merge a layer into ``base``, block by block.
+
+    An override wins, and with ``null`` takes away what the files say; between files the same key
+    with another value is a problem.
+    """
     for key, node in layer.items():
         if key not in base:
             base[key] = node
+            continue
+        if node.mark.override and node.value is None:
+            del base[key]
             continue
         present = base[key]
         if isinstance(present.value, dict) and isinstance(node.value, dict):

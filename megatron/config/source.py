@@ -1,12 +1,13 @@
 """YAML with places: reads a file, or the value of ``--set``, into :class:`Node` trees.
 
 Beside YAML's own errors, a key written twice is one; ``1e-4`` is a number, ``2024-01-01``,
-``010``, ``12:30`` and ``.nan`` are texts, and keys are always texts, so that a domain may be
-called ``no`` or ``2023``.
+``010``, ``12:30``, ``.inf`` and ``1e999`` are texts, and keys are always texts, so that a
+domain may be called ``no`` or ``2023``.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,8 @@ _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
 _HEX = re.compile(r"[-+]?0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?")
-_LIMITS = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf")}
 _STANDARD = "tag:yaml.org,2002:"
-_MAX_NODES = 200_000
+_MAX_NODES = 50_000
 _MAX_DIGITS = 4000
 _SCALARS = frozenset({"str", "int", "float", "bool", "null"})
 
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def scalar(text: str) -> bool | int | float | str | None:
-    """Read an unquoted scalar."""
+    """Read an unquoted scalar; no setting is infinite or not a number, so such are texts."""
     if text in _NULLS:
         return None
     if text.lower() in _BOOLS and text in (text.lower(), text.upper(), text.capitalize()):
@@ -47,8 +47,9 @@ def scalar(text: str) -> bool | int | float | str | None:
         if _HEX.fullmatch(text):
             return int(text, 16)
         if _FLOAT.fullmatch(text) and not (text.isdigit() and text[0] == "0"):
-            return float(text.replace("_", ""))
-    return _LIMITS.get(text.lower(), text)
+            number = float(text.replace("_", ""))
+            return number if math.isfinite(number) else text
+    return text
 
 
 class _Builder:

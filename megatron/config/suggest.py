@@ -36,17 +36,13 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     far the one that shares the longest stretches wins, then the one listed first.
     """
     name = name.lower()
-    limit = max(1, len(name) // 3)
-    best: tuple[float, float] | None = None
-    found = None
-    for candidate in known:
-        distance = edit_distance(name, candidate.lower(), limit)
-        if distance > limit:
-            continue
-        rank = (distance, -SequenceMatcher(None, name, candidate.lower()).ratio())
-        if best is None or rank < best:
-            best, found = rank, candidate
-    return found
+    candidates = list(known)
+    longest = max(1, len(name) // 3)
+    for limit in range(1, longest + 1):
+        near = [c for c in candidates if edit_distance(name, c.lower(), limit) <= limit]
+        if near:
+            return max(near, key=lambda c: SequenceMatcher(None, name, c.lower()).ratio())
+    return None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

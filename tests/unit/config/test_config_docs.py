@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron.config import load_config
+from megatron.config.canonical import known_keys
+from megatron.config.reference import reference
+from megatron.config.schema import json_schema
+from megatron.config.source import read_file
+from megatron.model.accounting import parameter_count
+from megatron.registry import mixing_methods
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = sorted(ROOT.glob("configs/**/*.yml"))
+MODELS = sorted(ROOT.glob("configs/models/*.yml"))
+
+
+@pytest.fixture(scope="module")
+def validator():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json_schema()
+    jsonschema.Draft7Validator.check_schema(schema)
+    return jsonschema.Draft7Validator(schema)
+
+
+def test_committed_documents_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "tools/generate_docs.py", "--check"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_reference_names_every_key_and_option():
+    text = reference()
+    block_keys = {"optimizer", "bf16", "fp16", "zero_optimization", "domains", "mixing",
+                  "deepspeed_extra_args"}  # fmt: skip
+    for key in known_keys():
+        assert f"`{key}`" in text or (key in block_keys and f"`{key}: {{" in text), key
+    for name in mixing_methods:
+        assert f"#### `method: {name}`" in text
+
+
+def test_every_setting_is_described():
+    for line in reference().splitlines():
+        if line.startswith("| `"):
+            assert line.rstrip(" |").count("|") >= 1
+            assert not line.endswith("|  |"), line
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ready_configurations_fit_the_schema(validator, path):
+    tree = {key: node.plain() for key, node in read_file(path).items()}
+    assert [error.message for error in validator.iter_errors(tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("num-layers: 3", True),
+        ("num_layers: 3", True),
+        ("num_layers: 1.5", False),
+        ("num-layers: x", False),
+        ("numlayers: 3", False),
+        ("moe_num_experts: 1", True),
+        ("moe_num_experts: 8", False),
+        ("autotuning: {enabled: false}", True),
+        ("partition_activations: true", True),
+        ("mixing: {method: odm, smoothing-factor: 0.5}", True),
+        ("mixing: {method: static, smoothing_factor: 0.5}", False),
+        ("mixing: {method: odm, smoothing_factor: x}", False),
+        ("mixing: {method: odd}", False),
+        ("mixing: {weights: {a: 1}}", True),
+        ("domains: {a: {train: x, weight: 1}}", True),
+        ("domains: {a: {trian: x}}", False),
+        ("on_nonfinite: skip(3)", True),
+        ("on_nonfinite: skip", False),
+        ("zero_optimization: {stage: 4}", False),
+        ("optimizer: {type: Adam, params: {lr: 0.1, betas: [0.9, 0.95]}}", True),
+        ("optimizer: {type: Adam, params: {betas: [0.9, 1.0]}}", False),
+    ],
+)
+def test_schema_accepts_and_refuses(validator, text, valid):
+    assert validator.is_valid(yaml.safe_load(text)) is valid
+
+
+def test_resolved_configuration_fits_the_schema(validator, load):
+    text = load("mixing: {method: odm, floor: 0.1}\nfp16: {enabled: true}\n").resolved_yaml()
+    assert [error.message for error in validator.iter_errors(yaml.safe_load(text))] == []
+
+
+def test_schema_is_json_and_committed():
+    committed = json.loads((ROOT / "docs/schema.json").read_text())
+    assert committed["properties"].keys() == set(known_keys()) | {"keys_without_effect"}
+
+
+PARAMETERS = {
+    "19M": 18_915_328,
+    "49M": 49_236_480,
+    "125M": 85_056_000,
+    "160m": 85_056_000,
+    "410m": 302_311_424,
+    "1B": 805_736_448,
+    "1-4B": 1_208_602_624,
+}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_ready_models_have_the_published_sizes(path):
+    """Without embeddings: Pythia's figures (arXiv 2304.01373, table 1), NeoX's 19M and 49M."""
+    config = load_config([str(path)], overrides=["domains={a: {train: x}}", "vocab_size=50257"])
+    model = config.model
+    embeddings = 2 * model.padded_vocab_size(1) * model.hidden_size
+    assert parameter_count(model) - embeddings == PARAMETERS[path.stem]
+
+
+def test_ready_models_combine_with_every_data_and_mixing(load):
+    for part in ("data", "mixing", "parallel"):
+        others = sorted(ROOT.glob(f"configs/{part}/*.yml"))
+        assert others
+        for other in others:
+            extra = [] if part == "data" else ["domains={a: {train: x, weight: 1}}"]
+            for model in MODELS if part == "parallel" else MODELS[:1]:
+                config = load_config([str(model), str(other)], overrides=extra)
+                assert config.model.seq_length == 2048

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron.config.data import split_shares
+from megatron.config.domains import names_of, parent_names
+from megatron.errors import ConfigError
+
+
+def own(load, text, *overrides):
+    return load(text, *overrides, without=["domains"])
+
+
+def test_single_path(load):
+    config = own(load, "data_path: data/enwik8/enwik8_text_document\nsplit: 90/5/5\n")
+    assert list(config.domains) == ["enwik8"]
+    assert config.domains["enwik8"].weight == 1.0
+    assert config.domains["enwik8"].uses_split
+    assert config.split == "90/5/5"
+
+
+def test_lists_with_weights(load):
+    config = own(
+        load,
+        "train-data-paths: [d/a_text_document, d/b_text_document]\ntrain-data-weights: [1., 2]\n"
+        "valid-data-paths: [v/b_text_document, v/a_text_document]\nvalid-data-weights: [1, 1]\n"
+        "test-data-paths: [t/x, t/y]\n",
+    )
+    a, b = config.domains["a"], config.domains["b"]
+    assert (a.train, a.valid, a.test, a.weight) == (
+        ("d/a_text_document",), ("v/a_text_document",), ("t/x",), 1.0)  # fmt: skip
+    assert (b.valid, b.weight) == (("v/b_text_document",), 2.0)
+    assert not a.uses_split
+    assert a.prefixes("valid") == ("v/a_text_document",)
+    assert config.ignored[0].startswith("valid-data-weights: validation is measured")
+
+
+def test_default_weight_is_one_each(load):
+    config = own(load, "train_data_paths: [d/a, d/b]\n")
+    assert [domain.weight for domain in config.domains.values()] == [1.0, 1.0]
+
+
+def test_named_data_takes_the_folder(load):
+    config = own(
+        load,
+        "train_data_paths: [p/Pile-CC/train, p/ArXiv/train]\nuse_named_train_datasets: true\n"
+        "valid_data_paths: [q/ArXiv/val]\nuse_named_eval_datasets: true\n",
+    )
+    assert list(config.domains) == ["Pile-CC", "ArXiv"]
+    assert config.domains["ArXiv"].valid == ("q/ArXiv/val",)
+    assert config.domains["Pile-CC"].valid is None
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["x/code_text_document", "y/prose_text_document"], ["code", "prose"]),
+        (["code/train_text_document", "prose/train_text_document"], ["code", "prose"]),
+        (["a/x/train", "b/x/train"], ["x_train", "x_train"]),
+        (["a/x_train_document", "b/y_train_document"], ["x", "y"]),
+        (["a", "b"], ["a", "b"]),
+        (["_document"], ["_document"]),
+    ],
+)
+def test_names_of_paths(paths, names):
+    assert names_of(paths) == names
+
+
+def test_parent_names():
+    assert parent_names(["x/y/z", "z"]) == ["y", "z"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data_path: a\ntrain_data_paths: [b]\n", "contradicts data_path"),
+        ("data_path: a\ndomains: {b: {train: c}}\n", "contradicts the domains block"),
+        ("valid_data_paths: [b]\n", "needs train_data_paths"),
+        ("data_path: [a, b]\n", "path of one data set"),
+        ("train_data_paths: [1, b]\n", "train_data_paths[0]: 1: should be a path"),
+        ("train_data_paths: []\n", "at least one path"),
+        ("train_data_paths: [a, b]\ntrain_data_weights: [1]\n", "1 weights for 2"),
+        ("train_data_paths: [a, b]\ntrain_data_weights: [1, x]\n", "train_data_weights[1]: 'x'"),
+        ("train_data_paths: [a, b]\ntrain_data_weights: [0, 0]\n", "every weight is 0"),
+        ("train_data_paths: [a, b, c]\nvalid_data_paths: [x, y]\n", "cannot be matched"),
+        ("train_data_paths: [x/a/train, y/a/train]\n", "the same domain name 'a_train'"),
+        ("data_path: a\nweight_by_num_documents: 3\n", "should be true or false"),
+    ],
+)
+def test_problems_have_a_place(load, text, said):
+    with pytest.raises(ConfigError) as error:
+        own(load, text)
+    assert said in str(error.value)
+    assert "a.yml:" in str(error.value)
+
+
+def test_weights_by_documents(load):
+    config = own(
+        load,
+        "train_data_paths: [d/a, d/b]\nweight_by_num_documents: true\nweighted_sampler_alpha: 1\n",
+    )
+    assert config.mixing.weights == "documents"
+    assert config.mixing.weights_alpha == 1.0
+    assert own(load, "data_path: a\nweighted_sampler_alpha: 0.3\n").ignored
+
+
+def test_sampling_keys_of_the_fork(load):
+    config = load(
+        "data_sampling_method: smoothed_mean\ndata-sampling-warmup-steps: 10\n"
+        "data_sampling_update_frequency: 5\ndata_sampling_smoothing_factor: 0.5\n"
+        "mixed_minibatches: true\n"
+    )
+    mixing = config.mixing
+    assert (mixing.method, mixing.unit, mixing.draw) == (
+        "smoothed_mean", "micro_batch", "multinomial")  # fmt: skip
+    options = mixing.options
+    assert (options["warmup_steps"], options["update_every"], options["pool"]) == (10, 5, False)
+    assert options["smoothing_factor"] == 0.5
+
+
+def test_fork_keys_with_other_units_and_methods(load):
+    assert load("data_sampling_method: exp3\nmixed_batches: true\n").mixing.unit == "sample"
+    config = load("data_sampling_method: exp3\ndata_sampling_smoothing_factor: 0.5\n"
+                  "data_sampling_update_frequency: 0\n")  # fmt: skip
+    assert config.mixing.unit == "step"
+    assert config.mixing.options["update_every"] == 1
+    assert config.ignored[0].startswith("data_sampling_smoothing_factor: the method 'exp3'")
+    config = load("data_sampling_warmup_steps: 10\nmixed_batches: false\n")
+    assert config.mixing.method == "static"
+    assert len(config.ignored) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data_sampling_method: naive_validation\n",
+        "data_sampling_method: exp3\nmixing: {method: odm}\n",
+        "data_sampling_method: exp3\nmixed_batches: 3\n",
+        "data_sampling_method: exp3\ndata_sampling_warmup_steps: -1\n",
+        "data_sampling_method: exp3\nvalidation_based_reward: true\n",
+        "data_sampling_method: [exp3]\n",
+    ],
+)
+def test_fork_keys_that_cannot_be_mapped(load, text):
+    with pytest.raises(ConfigError):
+        load(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("969, 30, 1", (0.969, 0.03, 0.001)),
+        ("1/1/2", (0.25, 0.25, 0.5)),
+        ("5", (1.0, 0.0, 0.0)),
+        ("9,1", (0.9, 0.1, 0.0)),
+    ],
+)
+def test_split_shares(text, shares):
+    assert split_shares(text) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("text", ["", " ", "a", "1,2,3,4", "-1,1,1", "0,1,1", "nan,1,1", "inf,1"])
+def test_bad_splits(text):
+    with pytest.raises(ValueError, match=r"split|share"):
+        split_shares(text)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron.config.canonical import FIELDS, accepted_keys, known_keys
+from megatron.config.neox import REFUSED, WITHOUT_EFFECT
+from megatron.errors import ConfigError
+
+KEYS: dict[str, dict] = json.loads((Path(__file__).parent / "neox_keys.json").read_text())
+
+# Defaults of theirs that differ from what is done here: writing them out is refused.
+REFUSED_DEFAULTS = {"pos_emb"}
+# Defaults that need another key beside them, or that the base configuration contradicts.
+NEEDS_MORE = {"tokenizer_type", "optimizer_type"}
+
+
+def test_lists_are_whole():
+    assert len(KEYS["gpt-neox"]) == 318
+    assert len(KEYS["online-data-mixing"]) == 208
+
+
+@pytest.mark.parametrize("system", KEYS)
+def test_every_key_is_classified_once(system):
+    kinds = {key: [] for key in KEYS[system]}
+    for name, keys in (
+        ("accepted", accepted_keys()),
+        ("refused", REFUSED),
+        ("without effect", WITHOUT_EFFECT),
+    ):
+        for key in keys:
+            if key in kinds:
+                kinds[key].append(name)
+    assert {key: found for key, found in kinds.items() if len(found) != 1} == {}
+
+
+def test_no_name_is_known_twice():
+    keys = known_keys()
+    assert len(keys) == len(set(keys))
+
+
+def test_their_defaults_are_never_an_error(load):
+    pairs = {
+        f"{key}: {json.dumps(value)}\n"
+        for keys in KEYS.values()
+        for key, value in keys.items()
+        if value is not None and key not in REFUSED_DEFAULTS | NEEDS_MORE
+    }
+    assert len(pairs) > 190
+    for text in sorted(pairs):
+        load(text)
+
+
+def test_their_other_defaults(load):
+    with pytest.raises(ConfigError, match="pos_emb: 'learned': refused"):
+        load("pos_emb: learned\n")
+    assert load("optimizer_type: adam\n", "optimizer.type=null").optimizer.type == "adamw"
+    config = load("tokenizer_type: GPT2BPETokenizer\nvocab_file: v\nmerge_file: m\n")
+    assert config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
+
+
+def test_refusals_name_key_and_alternative(load):
+    values = {"opt_pos_emb_offset": "2", "deepspeed": "false"}
+    text = "".join(
+        f"{key.replace('_', '-')}: {values.get(key, '{enabled: true, x: 7}')}\n" for key in REFUSED
+    )
+    for start in range(0, len(REFUSED), 25):  # no message lists more than 30 problems
+        keys = list(REFUSED)[start : start + 25]
+        lines = "".join(text.splitlines(keepends=True)[start : start + 25])
+        with pytest.raises(ConfigError) as error:
+            load(lines)
+        for number, key in enumerate(keys, start=11):
+            assert f"a.yml:{number}: {key.replace('_', '-')}: " in str(error.value)
+            assert f"refused: {REFUSED[key].instead}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["false", "null", "{}", "[]", "{enabled: false}", '""'])
+def test_refused_keys_may_be_switched_off(load, value):
+    assert load("".join(f"{key}: {value}\n" for key in REFUSED if key != "deepspeed")) == load()
+    assert load("deepspeed: true\n") == load()
+
+
+def test_keys_without_effect_are_listed(load):
+    config = load("".join(f"{key}: 3\n" for key in WITHOUT_EFFECT))
+    assert config.ignored == tuple(f"{key}: {why}" for key, why in WITHOUT_EFFECT.items())
+    assert load("".join(f"{key}: null\n" for key in WITHOUT_EFFECT)).ignored == ()
+
+
+PYTHIA = """\
+{
+  "pipe-parallel-size": 1,
+  "model-parallel-size": 1,
+  "num-layers": 12,
+  "hidden-size": 768,
+  "num-attention-heads": 12,
+  "seq-length": 2048,
+  "max-position-embeddings": 2048,
+  "pos-emb": "rotary",
+  "rotary-pct": 0.25,
+  "no-weight-tying": true,
+  "gpt-j-residual": true,
+  "output-layer-parallelism": "column",
+  "attention-config": [[["flash"], 12]],
+  "scaled-upper-triang-masked-softmax-fusion": true,
+  "bias-gelu-fusion": true,
+  "init_method": "small_init",
+  "output_layer_init_method": "wang_init",
+  "optimizer": {"type": "Adam", "params": {"lr": 0.0006, "betas": [0.9, 0.95], "eps": 1.0e-8}},
+  "min_lr": 0.00006,
+  "zero_optimization": {
+    "stage": 1,
+    "allgather_partitions": True,
+    "allgather_bucket_size": 500000000,
+    "overlap_comm": True,
+    "reduce_scatter": True,
+    "reduce_bucket_size": 500000000,
+    "contiguous_gradients": True,
+    "cpu_offload": False
+  },
+  "train_micro_batch_size_per_gpu": 32,
+  "data-impl": "mmap",
+  "num_workers": 1,
+  "checkpoint-activations": true,
+  "partition-activations": true,
+  "synchronize-each-layer": true,
+  "gradient_clipping": 1.0,
+  "weight-decay": 0.1,
+  "hidden-dropout": 0,
+  "attention-dropout": 0,
+  "fp16": {
+    "fp16": true, "enabled": true, "loss_scale": 0, "loss_scale_window": 1000,
+    "initial_scale_power": 12, "hysteresis": 2, "min_loss_scale": 1
+  },
+  "train-iters": 143000,
+  "lr-decay-iters": 143000,
+  "distributed-backend": "nccl",
+  "lr-decay-style": "cosine",
+  "warmup": 0.01,
+  "checkpoint-factor": 1000,
+  "extra-save-iters": [0, 1, 2, 4, 8],
+  "eval-interval": 40000,
+  "eval-iters": 10,
+  "log-interval": 10,
+  "steps_per_print": 10,
+  "wall_clock_breakdown": true,
+  "tokenizer-type": "HFTokenizer",
+}
+"""
+
+
+def test_a_whole_file_of_theirs(files):
+    paths = """\
+data-path: "data/pile/pile_text_document"
+vocab-file: tokenizer.json
+save: checkpoints
+load: checkpoints
+tensorboard-dir: tensorboard
+log-dir: logs
+use_wandb: null
+"""
+    config = files.load(PYTHIA, paths)
+    assert config.model.activation == "gelu_tanh"
+    assert config.precision == "fp16"
+    assert config.fp16.initial_scale_power == 12
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.type == "adamw"
+    assert config.checkpoint.save_interval == 1000
+    assert config.checkpoint.save_dir == "checkpoints"
+    assert config.zero.options["overlap_comm"] is True
+    assert config.domains["pile"].train == ("data/pile/pile_text_document",)
+    assert [line.split(":")[0] for line in config.ignored] == [
+        "output-layer-parallelism",
+        "attention-config",
+        "scaled-upper-triang-masked-softmax-fusion",
+        "num_workers",
+        "partition-activations",
+        "synchronize-each-layer",
+        "distributed-backend",
+        "steps_per_print",
+        "wall_clock_breakdown",
+    ]
+
+
+def test_optimizer_forms(load):
+    drop = "optimizer=null"
+    flat = load("optimizer_type: Adam\nlr: 1e-3\nweight_decay: 0.2\nclip-grad: 3\n", drop)
+    block = load("", drop, "optimizer={type: Adam, params: {lr: 1e-3, weight_decay: 0.2, "
+                 "max_grad_norm: 3}}")  # fmt: skip
+    assert flat.optimizer == block.optimizer
+    assert flat.optimizer.gradient_clipping == 3
+    assert load("", "optimizer.params.adam_w_mode=false").optimizer.type == "adam"
+    assert load("", "optimizer.type=adam").optimizer.type == "adamw"
+    for text in ("amsgrad=true", "bias_correction=false", "momentum=0.9"):
+        with pytest.raises(ConfigError, match=text.split("=")[0]):
+            load("", f"optimizer.params.{text}")
+    for name in ("OneBitAdam", "CPU_Adam", "CPU_torch_Adam", "SM3", "madgrad_wd", "sgd", "lion"):
+        with pytest.raises(ConfigError, match="is not offered; use Adam or AdamW"):
+            load("", f"optimizer.type={name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("", "fp32"),
+        ("precision: BFloat16\n", "bf16"),
+        ("fp16: {enabled: true}\n", "fp16"),
+        ("fp16: {enabled: false}\nbf16: {enabled: true}\n", "bf16"),
+        ("fp16: {enabled: true, type: bfloat16}\n", "bf16"),
+        ("fp16: {enabled: true}\nprecision: fp16\n", "fp16"),
+        ("bf16: {bf16: true, enabled: true, loss_scale: 0, hysteresis: 2}\n", "bf16"),
+    ],
+)
+def test_precision(load, text, precision):
+    assert load(text).precision == precision
+
+
+def test_zero_forms(load):
+    flat = load("zero_stage: 2\nzero_reduce_bucket_size: 1e6\nzero_reduce_scatter: false\n")
+    block = load("zero_optimization: {stage: 2, reduce_bucket_size: 1000000, "
+                 "reduce_scatter: false, offload_optimizer: {device: none}}\n")  # fmt: skip
+    assert flat == block
+    with pytest.raises(ConfigError, match="offload_param"):
+        load("zero_optimization: {offload_param: {device: cpu}}\n")
+
+
+@pytest.mark.parametrize("value", ["[[[flash], 2]]", "[[[global, flash], all]]", "[flash, global]"])
+def test_attention_of_one_kind_is_accepted(load, value):
+    assert load(f"attention_config: {value}\n").ignored[0].startswith("attention_config")
+
+
+def test_norm_biases(load):
+    assert load("use_bias_in_norms: true\n") == load()
+    with pytest.raises(ConfigError, match="layernorm has a bias"):
+        load("use_bias_in_norms: false\n")
+    assert load("norm: rmsnorm\nuse_bias_in_norms: false\n") == load("norm: rmsnorm\n")
+
+
+def test_fields_keep_their_names():
+    assert {"num_layers", "train_iters", "log_interval", "warmup", "hostfile"} <= FIELDS.keys()
