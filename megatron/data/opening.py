@@ -57,10 +57,11 @@ def _raise_descriptor_limit() -> bool:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # some systems allow less than they state
         return False
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return True
+    return bool(soft != hard)
 
 
 def _cannot_open(path: str, prefix: str, error: OSError) -> str:

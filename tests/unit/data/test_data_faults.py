@@ -86,17 +86,22 @@ def flip(content: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    dtype=st.sampled_from(["uint8", "int8", "int16", "uint16", "int32", "int64"]),
-    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=12),
-    header=st.lists(st.integers(0, 34 * 8 - 1), max_size=4),
-    cut=st.one_of(st.none(), st.integers(0, 400)),
-    which=st.sampled_from([".idx", ".bin"]),
-    high=st.booleans(),
-)
-def test_random_damage_reads_right_or_is_refused(
-    tmp_path_factory: pytest.TempPathFactory,
+@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_random_damage_reads_right_or_is_refused(tmp_path: Path, examples: int) -> None:
+    check = given(
+        prefix=st.just(str(tmp_path / "a")),
+        dtype=st.sampled_from(["uint8", "int8", "int16", "uint16", "int32", "int64"]),
+        lengths=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+        header=st.lists(st.integers(0, 34 * 8 - 1), max_size=4),
+        cut=st.one_of(st.none(), st.integers(0, 400)),
+        which=st.sampled_from([".idx", ".bin"]),
+        high=st.booleans(),
+    )(check_random_damage)
+    settings(max_examples=examples, deadline=None, derandomize=True)(check)()
+
+
+def check_random_damage(
+    prefix: str,
     dtype: str,
     lengths: list[int],
     header: list[int],
@@ -105,7 +110,6 @@ def test_random_damage_reads_right_or_is_refused(
     high: bool,
 ) -> None:
     """Several header bits at once and a cut; tokens of the type's upper half included."""
-    prefix = str(tmp_path_factory.mktemp("damage") / "a")
     top = np.iinfo(dtype).max
     tokens = [(top - place if high else place % 100) for place in range(sum(lengths))]
     with TokenWriter(prefix, dtype) as writer:

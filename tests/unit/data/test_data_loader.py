@@ -302,6 +302,29 @@ def test_pinned_memory_without_a_device_is_refused(domains: list[Domain]) -> Non
         single(domains, micro_batch=12, pin_memory=True)
 
 
+def test_pinned_batches_are_tensors_of_the_same_numbers(
+    domains: list[Domain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no device, with ordinary memory in the place of pinned memory."""
+    torch = pytest.importorskip("torch")
+    real = torch.empty
+
+    def ordinary(*arguments: object, pin_memory: bool, **options: object) -> object:
+        assert pin_memory
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", ordinary)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plan = make_plan(domains, 12)
+    options = {"micro_batch": 2, "accumulation": 6, "eod_mask_loss": True, "eod_id": EOD}
+    plain = single(domains, **options).load(plan)
+    pinned = single(domains, pin_memory=True, **options).load(plan)
+    for one, other in zip(plain, pinned, strict=True):
+        for name in vars(one):
+            assert isinstance(getattr(other, name), torch.Tensor)
+            assert (getattr(other, name).numpy() == getattr(one, name)).all()
+
+
 @pytest.mark.gpu
 def test_pinned_batches_copy_asynchronously_and_are_equal(domains: list[Domain]) -> None:
     torch = pytest.importorskip("torch")

@@ -65,11 +65,15 @@ def weight_sequence(data: st.DataObject, domains: int, steps: int) -> NDArray[np
     return np.eye(domains)[random.integers(0, domains, steps)]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data())
+@pytest.mark.parametrize("examples", [100, pytest.param(3000, marks=pytest.mark.slow)])
 def test_the_ordered_ids_are_the_same_on_every_layout_and_after_every_restore(
-    data: st.DataObject,
+    examples: int,
 ) -> None:
+    check = given(data=st.data())(check_layouts_and_restores)
+    settings(max_examples=examples, deadline=None, derandomize=True)(check)()
+
+
+def check_layouts_and_restores(data: st.DataObject) -> None:
     """Data-parallel sizes 1–16, micro-batch, accumulation, stop points, weights, drawn kinds.
 
     One sampler runs through; others are torn down after steps of Hypothesis's choice, their
