@@ -100,6 +100,8 @@ def read_optimizer(draft: Draft, node: Node) -> None:
     if decoupled is not None and decoupled.value is not None:
         if not isinstance(decoupled.value, bool):
             draft.problems.add(decoupled, "should be true or false")
+        elif decoupled.value is False and kind is not None and str(kind.value).lower() == "adamw":
+            draft.problems.add(decoupled, "contradicts type: AdamW; use type: Adam")
         elif decoupled.value is False:
             _coupled(draft, decoupled)
 

@@ -80,6 +80,11 @@ class Config(Group):
         return self.checkpoint.run_dir
 
     @property
+    def log_dir(self) -> str:
+        """Folder of the ranks' output files."""
+        return self.logging.log_dir or f"{self.run_dir}/logs"
+
+    @property
     def save_timeout(self) -> float:
         """Seconds that a stopped run may take to save."""
         return self.checkpoint.save_timeout

@@ -112,6 +112,12 @@ class ModelConfig(Group):
     """Number of blocks that are recomputed as one."""
 
     @property
+    def context_length(self) -> int:
+        """``seq_length``, which a loaded group always has."""
+        assert self.seq_length is not None
+        return self.seq_length
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP's activation is gated."""
         return self.activation in GATED

@@ -37,6 +37,7 @@ def test_defaults_and_attributes(load):
     assert config.run_dir == "runs/default"
     assert config.checkpoint.save_dir == "runs/default/checkpoints"
     assert config.checkpoint.load_dir == "runs/default/checkpoints"
+    assert config.log_dir == "runs/default/logs"
     assert config.zero_stage == 1
     assert config.ignored == ()
 

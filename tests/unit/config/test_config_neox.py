@@ -190,7 +190,10 @@ def test_optimizer_forms(load):
                  "max_grad_norm: 3}}")  # fmt: skip
     assert flat.optimizer == block.optimizer
     assert flat.optimizer.gradient_clipping == 3
-    assert load("", "optimizer.params.adam_w_mode=false").optimizer.type == "adam"
+    coupled = load("", "optimizer.params.adam_w_mode=false", "optimizer.type=Adam")
+    assert coupled.optimizer.type == "adam"
+    with pytest.raises(ConfigError, match="contradicts type: AdamW"):
+        load("", "optimizer.params.adam_w_mode=false")
     assert load("", "optimizer.type=adam").optimizer.type == "adamw"
     for text in ("amsgrad=true", "bias_correction=false", "momentum=0.9"):
         with pytest.raises(ConfigError, match=text.split("=")[0]):

@@ -88,7 +88,7 @@ def test_anchors_and_merge_keys(tmp_path):
         (b"? [1, 2]\n: 3\n", "key must be"),
         (b"ok: 1\n\xff\xfe: 2\n", ":2: not UTF-8"),
         (b"a: \x00\n", "not valid YAML"),
-        (b"[" * 3000, "nested too deeply"),
+        (b"[" * 1500, "nested too deeply"),
         (b"a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
          b"c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\n"
          b"e: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e,*e,*e]\n",
