@@ -168,7 +168,11 @@ def disk_errors(path: Path, *, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRNOS:
             raise
-        raise _explain(Path(error.filename or path), error.errno, error, needed) from error
+        # shutil.rmtree leaves names relative to a folder that it holds open.
+        named = Path(os.fsdecode(error.filename)) if error.filename else path
+        raise _explain(
+            named if named.is_absolute() else path, error.errno, error, needed
+        ) from error
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _TORCH_WRITE_FAILURES):
             raise
