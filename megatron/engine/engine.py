@@ -74,7 +74,7 @@ class TrainEngine:
     @property
     def loss_scale(self) -> float:
         """The current loss scale (1 in fp32 and bf16)."""
-        return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
 
     def train_step(
         self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]], *, lr: float
@@ -131,8 +131,13 @@ class TrainEngine:
         )
         return list(self._writer.written)
 
-    def load(self, directory: Path, tag: str) -> Mapping[str, Any]:
-        """Load a checkpoint that :meth:`save` (or the conversion) wrote; return its client state.
+    def load(self, directory: Path, tag: str, *, weights_only: bool = False) -> None:
+        """Load a checkpoint that :meth:`save` (or the conversion) wrote.
+
+        Args:
+            directory: folder of the checkpoint's folder.
+            tag: name of the checkpoint's folder.
+            weights_only: leave the optimizer as it was initialised.
 
         Raises:
             CheckpointError: DeepSpeed found nothing it could load.
@@ -141,13 +146,16 @@ class TrainEngine:
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        path, client_state = self._engine.load_checkpoint(
-            str(directory), tag=tag, load_lr_scheduler_states=False
+        path, _ = self._engine.load_checkpoint(
+            str(directory),
+            tag=tag,
+            load_optimizer_states=not weights_only,
+            load_lr_scheduler_states=False,
+            load_module_only=weights_only,
         )
         if path is None:
             raise CheckpointError(f"DeepSpeed could not load the checkpoint {directory / tag}")
         self._separate_groups(hyperparameters)
-        return client_state or {}
 
     def _separate_groups(self, hyperparameters: list[dict[str, Any]]) -> None:
         """Undo two slips of DeepSpeed's universal load under ZeRO-3 (0.19.8).

@@ -26,5 +26,5 @@ def build_optimizer(
         betas: coefficients of the running means.
         eps: added to the denominator.
     """
-    optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind]
-    return optimizer([dict(group) for group in groups], lr=lr, betas=betas, eps=eps, fused=True)
+    make: type[torch.optim.Adam] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind]
+    return make([dict(group) for group in groups], lr=lr, betas=betas, eps=eps, fused=True)

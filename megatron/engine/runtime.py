@@ -56,8 +56,7 @@ class Runtime:
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded, group=self.host_group)
         return [
-            _from_bytes(part[: int(size.item())])
-            for part, size in zip(parts, sizes, strict=True)
+            _from_bytes(part[: int(size.item())]) for part, size in zip(parts, sizes, strict=True)
         ]
 
     def broadcast(self, value: Any) -> Any:

@@ -1,8 +1,8 @@
 """The ledger: per-domain sums of a step, accumulated on the device, reduced once.
 
 The model's loss function hands over per-sample sums of every micro-batch; the ledger adds
-them into K slots by multiplying with a one-hot [K, B] matrix (a fixed order of additions,
-never atomics, so that a GPU gives the same bits every time).  At the end of the step one
+them into K slots through a [K, B] matrix that says which sample is whose (a fixed order of
+additions, never atomics, so that a GPU gives the same bits every time).  At the end of the step one
 all-reduce of a single float64 buffer [2K + 4] tells every rank the same.
 """
 
@@ -96,13 +96,13 @@ class Ledger:
         """
         if not self._contributes:
             return
-        one_hot_KB = (self._index[:, None] == domain_ids[None, :]).to(torch.float64)
-        # A sample that is not finite must spoil its own domain only: 0 · NaN is NaN, so the
-        # others' products are masked, not multiplied.
-        losses_KB = torch.where(one_hot_KB > 0, loss_sum.to(torch.float64)[None, :], 0.0)
-        counts_KB = one_hot_KB * token_count.to(torch.float64)[None, :]
-        self._buffer[: self._domains] += losses_KB.sum(dim=1)
-        self._buffer[self._domains : 2 * self._domains] += counts_KB.sum(dim=1)
+        belongs = self._index[:, None] == domain_ids[None, :]  # [K, B]
+        # Selected, not multiplied by 0 and 1: 0 · NaN is NaN, and a sample that is not finite
+        # must spoil its own domain only.
+        losses = torch.where(belongs, loss_sum.to(torch.float64)[None, :], 0.0)
+        counts = torch.where(belongs, token_count.to(torch.float64)[None, :], 0.0)
+        self._buffer[: self._domains] += losses.sum(dim=1)
+        self._buffer[self._domains : 2 * self._domains] += counts.sum(dim=1)
 
     def reduce(self, *, skipped: bool = False, stop: bool = False) -> StepTotals:
         """Sum over all ranks, bring the result to the host, and start afresh.

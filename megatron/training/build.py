@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron.config import Config, deepspeed_config, resolve_batch
@@ -67,7 +69,7 @@ class Parts:
     validation: Validation
     test: Validation
     learning_rate: Callable[[int], float]
-    samples_seen: Callable[[], Sequence[int]]
+    samples_seen: Callable[[], npt.NDArray[np.int64]]
 
 
 def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
@@ -81,9 +83,33 @@ def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
     }
 
 
-def run_facts() -> dict[str, object]:
-    """Return what else can move the last bits of a result."""
+_NOT_ARCHITECTURE = {
+    "hidden_dropout",
+    "attention_dropout",
+    "init_method",
+    "init_method_std",
+    "output_layer_init_method",
+    "checkpoint_activations",
+    "checkpoint_num_layers",
+    "seq_length",
+    "max_position_embeddings",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "expansion_factor",
+    "mlp_multiple_of",
+}
+
+
+def model_facts(config: Config) -> dict[str, object]:
+    """Return what a checkpoint's model must agree in with the configuration's."""
+    facts = config.model.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)
+    return {**facts, "padded_vocab_size": config.model.padded_vocab_size()}
+
+
+def run_facts(config: Config) -> dict[str, object]:
+    """Return what the manifest says beside the layout; some of it can move the last bits."""
     return {
+        "model": model_facts(config),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
@@ -112,8 +138,15 @@ def build(
     """
     layout = Layout(world_size=runtime.world_size)
     topology = Topology.create(layout, runtime.rank)
-    batch = Batch(**dict(zip(("micro", "accumulation", "total"),
-                             resolve_batch(config.batch, layout.data_size), strict=True)))
+    batch = Batch(
+        **dict(
+            zip(
+                ("micro", "accumulation", "total"),
+                resolve_batch(config.batch, layout.data_size),
+                strict=True,
+            )
+        )
+    )
     count = len(domains.names)
     ledger = Ledger(count, runtime.device)
     observer = LossObserver(ledger)
@@ -124,7 +157,7 @@ def build(
     )
     loader = Loader(
         domains.train,
-        seq_length=config.model.seq_length,
+        seq_length=config.model.context_length,
         micro_batch=batch.micro,
         accumulation=batch.accumulation,
         data_rank=topology.data_rank,
@@ -190,7 +223,7 @@ def _build_engine(
         seed=config.training.seed,
         loss_fn=DomainLoss(topology=topology, observe=observer),
     )
-    settings = deepspeed_config(
+    settings: dict[str, Any] = deepspeed_config(
         config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
     )
     if universal:
@@ -224,7 +257,7 @@ def _build_planner(
         weights=start_weights,
         context=RunContext(
             total_steps=config.training.train_iters,
-            tokens_per_step=batch.total * config.model.seq_length,
+            tokens_per_step=batch.total * config.model.context_length,
         ),
         **mixing.options,
     )

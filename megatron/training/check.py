@@ -17,7 +17,7 @@ from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.errors import RunError
 from megatron.mixing import RunContext, build_mixer
 from megatron.training.domains import OpenDomains, open_domains, start_weights
-from megatron.training.summary import complete, estimate, startup_report
+from megatron.training.summary import check_device, complete, estimate, startup_report
 
 
 def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], None] = print) -> int:
@@ -38,7 +38,7 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     domains = open_domains(
         config.domains,
         split=config.split,
-        seq_length=config.model.seq_length,
+        seq_length=config.model.context_length,
         seed=config.training.seed,
         epoch_offset=config.training.epoch_offset,
     )
@@ -47,6 +47,7 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
         weights = start_weights(config.mixing, config.domains, domains)
         micro, accumulation, total = resolve_batch(config.batch, world_size)
         _check_mixing(config, domains, weights, total)
+        check_device(config.precision, on_cpu=gpus == 0)
         deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=world_size)
         startup_report(config, domains, weights, world_size, say)
         _check_read(domains)
@@ -59,9 +60,7 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     return 0
 
 
-def _check_mixing(
-    config: Config, domains: OpenDomains, weights: np.ndarray, total: int
-) -> None:
+def _check_mixing(config: Config, domains: OpenDomains, weights: np.ndarray, total: int) -> None:
     """Build the mixer and let it decide once: its own checks are the run's."""
     mixer = build_mixer(
         config.mixing.method,
@@ -69,7 +68,7 @@ def _check_mixing(
         weights=weights,
         context=RunContext(
             total_steps=config.training.train_iters,
-            tokens_per_step=total * config.model.seq_length,
+            tokens_per_step=total * config.model.context_length,
         ),
         **config.mixing.options,
     )

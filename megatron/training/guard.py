@@ -67,7 +67,7 @@ class NonFiniteGuard:
         if bad.size == 0:
             return f"step {plan.step}: the gradient is not finite{row}, every loss is{remedy}"
         named = []
-        for domain in bad:
+        for domain in bad.tolist():
             slots = np.flatnonzero(plan.domain == domain)
             samples = ", ".join(
                 f"[epoch {plan.epoch[slot]}, sample {plan.sample[slot]}]"

@@ -36,7 +36,13 @@ class Recorder(Protocol):
     """Takes note of what happened; does nothing on ranks other than the first."""
 
     def step(
-        self, planned: Planned, totals: StepTotals, outcome: StepOutcome, *, lr: float, skipped: bool
+        self,
+        planned: Planned,
+        totals: StepTotals,
+        outcome: StepOutcome,
+        *,
+        lr: float,
+        skipped: bool,
     ) -> None:
         """Record one step."""
         ...
@@ -113,9 +119,7 @@ class Loop:
     def _step(self, planned: Planned, batches: Iterator[MicroBatch]) -> bool:
         """Do one step; return whether some rank was asked to stop."""
         lr = self.learning_rate(planned.step)
-        outcome = self.engine.train_step(
-            planned.step, all_to_device(batches, self.device), lr=lr
-        )
+        outcome = self.engine.train_step(planned.step, all_to_device(batches, self.device), lr=lr)
         totals = self.ledger.reduce(skipped=outcome.skipped, stop=self.stop_requested())
         skipped = self.guard.check(planned.plan, totals)
         if not skipped:

@@ -28,52 +28,59 @@ class Source:
             its universal form.
         universal: whether they are in the universal format.
         manifest: the checkpoint's manifest.
+        weights_only: whether a new run begins with its weights (``finetune``).
     """
 
     checkpoint: Path
     engine_files: Path
     universal: bool
     manifest: Manifest
+    weights_only: bool
 
 
 def find_checkpoint(
-    runtime: Runtime, stores: list[CheckpointStore], say: Callable[[str], None]
-) -> tuple[CheckpointStore, Path, Manifest] | None:
-    """Return the newest valid checkpoint of the first store that has one, agreed by all ranks.
+    runtime: Runtime, store: CheckpointStore, say: Callable[[str], None]
+) -> tuple[Path, Manifest] | None:
+    """Return the newest valid checkpoint of a store, agreed by all ranks.
 
     Rank 0 looks (every byte is verified) and tells the others.
     """
     found: Any = None
-    if runtime.rank == 0:
-        for index, store in enumerate(stores):
-            if newest := store.newest_valid(report=say):
-                path, manifest = newest
-                found = [index, str(path), manifest.to_bytes().decode()]
-                break
+    if runtime.rank == 0 and (newest := store.newest_valid(report=say)) is not None:
+        path, manifest = newest
+        found = [str(path), manifest.to_bytes().decode()]
     found = runtime.broadcast(found)
     if found is None:
         return None
-    index, path, manifest = found
-    return stores[index], Path(path), Manifest.from_bytes(manifest.encode())
+    return Path(found[0]), Manifest.from_bytes(found[1].encode())
 
 
 def prepare_source(
     runtime: Runtime,
-    found: tuple[CheckpointStore, Path, Manifest],
+    store: CheckpointStore,
+    found: tuple[Path, Manifest],
     *,
     layout: Mapping[str, Any],
+    weights_only: bool,
     say: Callable[[str], None],
 ) -> Source:
     """Vet the checkpoint's files and convert them if they were written in another layout.
+
+    Weights alone are whole in every checkpoint of ZeRO 1 and 2, whatever its layout.
 
     Raises:
         CheckpointError: a file holds more than tensors and plain values, or the layouts
             cannot be converted into each other.
     """
-    store, path, manifest = found
-    universal = dict(manifest.layout) != dict(layout)
+    path, manifest = found
+    universal = dict(manifest.layout) != dict(layout) and not weights_only
     if universal:
         check_convertible(manifest.layout, layout)
+    if weights_only and 3 in (manifest.layout["zero_stage"], layout["zero_stage"]):
+        raise CheckpointError(
+            f"finetune: taking the weights alone of {path} is not offered under ZeRO stage 3; set "
+            "zero_optimization.stage to 2 or less (for the checkpoint as well)"
+        )
     problem = None
     engine_files = store.path(manifest.step, UNIVERSAL) if universal else path
     if runtime.rank == 0:
@@ -87,7 +94,11 @@ def prepare_source(
     if problem is not None:
         raise CheckpointError(problem)
     return Source(
-        checkpoint=path, engine_files=engine_files, universal=universal, manifest=manifest
+        checkpoint=path,
+        engine_files=engine_files,
+        universal=universal,
+        manifest=manifest,
+        weights_only=weights_only,
     )
 
 
@@ -102,9 +113,7 @@ def _convert_once(
             return
         shutil.rmtree(target)
     say(f"the layout has changed since {path.name}: converting it to the universal format")
-    temporary = store.begin(
-        manifest.step, kind=UNIVERSAL, bytes_needed=2 * manifest.total_bytes
-    )
+    temporary = store.begin(manifest.step, kind=UNIVERSAL, bytes_needed=2 * manifest.total_bytes)
     convert_to_universal(path, temporary)
     # DeepSpeed notes the newest conversion in a file beside the folder; the store's own
     # manifests say which are complete.
@@ -118,6 +127,25 @@ def _convert_once(
         extra={"source": source_hash},
         kind=UNIVERSAL,
     )
+
+
+def check_same_model(manifest: Manifest, model: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another architecture, before DeepSpeed trips over its shapes.
+
+    Raises:
+        CheckpointError: naming every key that differs, with both values.
+    """
+    saved = manifest.extra.get("model", {})
+    changed = [
+        f"{key} (checkpoint {saved[key]!r}, configuration {value!r})"
+        for key, value in model.items()
+        if key in saved and saved[key] != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} is of another model: {', '.join(changed)}; "
+            "set these keys to the checkpoint's values, or start in another run_dir"
+        )
 
 
 def check_same_data(

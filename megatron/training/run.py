@@ -13,13 +13,24 @@ from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError
 from megatron.launch.stop import StopFlag
 from megatron.parallel.layout import Layout
-from megatron.training.build import Parts, build, layout_facts, run_facts
+from megatron.training.build import Parts, build, layout_facts, model_facts, run_facts
 from megatron.training.domains import open_domains, start_weights
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
-from megatron.training.restore import Source, check_same_data, find_checkpoint, prepare_source
+from megatron.training.restore import (
+    Source,
+    check_same_data,
+    check_same_model,
+    find_checkpoint,
+    prepare_source,
+)
 from megatron.training.saving import Saver
-from megatron.training.summary import checkpoint_bytes, complete, startup_report
+from megatron.training.summary import (
+    check_device,
+    checkpoint_bytes,
+    complete,
+    startup_report,
+)
 
 EXIT_DONE = 0
 
@@ -37,11 +48,12 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
     domains = open_domains(
         config.domains,
         split=config.split,
-        seq_length=config.model.seq_length,
+        seq_length=config.model.context_length,
         seed=config.training.seed,
         epoch_offset=config.training.epoch_offset,
     )
     config = complete(config, domains)
+    check_device(config.precision, on_cpu=runtime.device.type == "cpu")
     weights = start_weights(config.mixing, config.domains, domains)
     store = CheckpointStore(
         config.checkpoint.save_dir, keep_last=config.checkpoint.keep_last_n_checkpoints
@@ -50,16 +62,18 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
         store.sweep()
     source = _find_source(config, runtime, store, say)
     last = config.training.train_iters
-    if source is not None and source.manifest.step >= last and not config.checkpoint.finetune:
+    if source is not None and not source.weights_only and source.manifest.step >= last:
         say(
             f"nothing to do: the run in {config.checkpoint.run_dir} is complete "
             f"({source.manifest.step} of {last} steps); raise train_iters to go on"
         )
         return EXIT_DONE
     if source is not None:
-        check_same_data(
-            source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
-        )
+        check_same_model(source.manifest, model_facts(config))
+        if not source.weights_only:
+            check_same_data(
+                source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
+            )
     parts = build(
         config,
         runtime,
@@ -84,7 +98,7 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
             layout=layout_facts(config, Layout(world_size=runtime.world_size)),
             config_hash=config.hash(),
             fingerprints=domains.fingerprints,
-            facts=run_facts(),
+            facts=run_facts(config),
             padded_vocab_size=config.model.padded_vocab_size(),
             bytes_needed=checkpoint_bytes(config),
         ),
@@ -145,32 +159,35 @@ def _find_source(
     config: Config, runtime: Runtime, store: CheckpointStore, say: Callable[[str], None]
 ) -> Source | None:
     """Return what to start from: the run's own newest checkpoint, else that of ``load``."""
-    stores = [store]
-    if Path(config.checkpoint.load_dir) != store.directory:
-        stores.append(CheckpointStore(config.checkpoint.load_dir))
-    found = find_checkpoint(runtime, stores, say)
-    if found is None:
-        if config.checkpoint.load is not None:
+    layout = layout_facts(config, Layout(world_size=runtime.world_size))
+    found, weights_only = find_checkpoint(runtime, store, say), False
+    if found is None and config.checkpoint.load is not None:
+        store, weights_only = CheckpointStore(config.checkpoint.load), config.checkpoint.finetune
+        found = find_checkpoint(runtime, store, say)
+        if found is None:
             raise CheckpointError(
                 f"load names {config.checkpoint.load}, which holds no valid checkpoint; correct "
                 "it, or leave it out to start from new weights"
             )
+    if found is None:
         return None
-    layout = layout_facts(config, Layout(world_size=runtime.world_size))
-    return prepare_source(runtime, found, layout=layout, say=say)
+    return prepare_source(runtime, store, found, layout=layout, weights_only=weights_only, say=say)
 
 
-def _restore(
-    config: Config, parts: Parts, source: Source, say: Callable[[str], None]
-) -> int:
+def _restore(config: Config, parts: Parts, source: Source, say: Callable[[str], None]) -> int:
     """Load weights, optimizer, data and mixing state; return the step they are of."""
-    manifest = source.manifest
-    parts.engine.load(source.engine_files.parent, source.engine_files.name)
+    manifest, files = source.manifest, source.engine_files
+    parts.engine.load(files.parent, files.name, weights_only=source.weights_only)
+    if source.weights_only:
+        say(f"starting from the weights of {source.checkpoint}, and from step 0")
+        return 0
     bundle = read_bundle(source.checkpoint)
     parts.planner.load_state_dict(bundle["planner"])
     parts.guard.load_state_dict(bundle["guard"])
-    say(f"going on after step {manifest.step} from {source.checkpoint}")
-    before, now = manifest.extra.get("threads"), run_facts()["threads"]
+    say(f"loaded {source.checkpoint}")
+    if manifest.config_hash != config.hash():
+        say("note: the configuration is not the one that the checkpoint was written with")
+    before, now = manifest.extra.get("threads"), run_facts(config)["threads"]
     if before != now:
         say(
             f"note: the checkpoint was written with {before} threads per rank and this process "

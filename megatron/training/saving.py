@@ -65,7 +65,10 @@ class Saver:
         written = self.engine.save(
             temporary.parent,
             temporary.name,
-            {"iteration": step, "universal_checkpoint_info": universal_info(self.padded_vocab_size)},
+            {
+                "iteration": step,
+                "universal_checkpoint_info": universal_info(self.padded_vocab_size),
+            },
         )
         if first:
             written.append(

@@ -72,9 +72,19 @@ def complete(config: Config, domains: OpenDomains) -> Config:
             f"{source} has {size} token ids, but the data was tokenised with {from_data}; use the "
             "data's tokenizer, or set vocab_size to at least that"
         )
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"vocab_size": size})}
-    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def check_device(precision: str, *, on_cpu: bool) -> None:
+    """Refuse what the device cannot compute.
+
+    Raises:
+        ConfigError: fp16 on a CPU, which DeepSpeed does not run.
+    """
+    if precision == "fp16" and on_cpu:
+        raise ConfigError(
+            "precision is fp16, which DeepSpeed does not run on a CPU; use bf16 or fp32 there"
+        )
 
 
 def estimate(config: Config, data_size: int) -> Estimate:
@@ -87,7 +97,7 @@ def estimate(config: Config, data_size: int) -> Estimate:
     optimizer = parameters * 12 / data_size
     weights = parameters * width / (data_size if stage == 3 else 1)
     gradients = parameters * width / (data_size if stage >= 2 else 1)
-    tokens = micro * model.seq_length
+    tokens = micro * model.context_length
     per_block = 34 * model.hidden_size * width / 2
     if model.checkpoint_activations:
         blocks = per_block * model.checkpoint_num_layers + 2 * width * model.hidden_size * (
@@ -98,7 +108,7 @@ def estimate(config: Config, data_size: int) -> Estimate:
     return Estimate(
         parameters=parameters,
         flops_per_token=per_token,
-        total_flops=per_token * config.training.train_iters * total * model.seq_length,
+        total_flops=per_token * config.training.train_iters * total * model.context_length,
         state_bytes=optimizer + weights + gradients,
         activation_bytes=blocks * tokens,
         checkpoint_bytes=checkpoint_bytes(config),
@@ -120,10 +130,10 @@ def startup_report(
     """Say what will be trained on what: batch arithmetic, sizes, tokens and epochs per domain."""
     micro, accumulation, total = resolve_batch(config.batch, data_size)
     sizes, model = estimate(config, data_size), config.model
-    iters, tokens = config.training.train_iters, total * model.seq_length
+    iters, tokens = config.training.train_iters, total * model.context_length
     say(
         f"batch: {micro} per rank × {accumulation} accumulated × {data_size} data ranks = {total} "
-        f"samples of {model.seq_length} tokens = {tokens:,} tokens per step; {iters:,} steps = "
+        f"samples of {model.context_length} tokens = {tokens:,} tokens per step; {iters:,} steps = "
         f"{short(float(tokens * iters))} tokens"
     )
     say(

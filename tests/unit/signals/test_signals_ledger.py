@@ -32,9 +32,7 @@ def test_sums_by_domain_over_micro_batches() -> None:
 
 def test_a_sample_that_is_not_finite_spoils_its_own_domain_only() -> None:
     ledger = Ledger(3, torch.device("cpu"))
-    ledger.add(
-        torch.tensor([1.0, float("nan"), 3.0]), torch.ones(3), torch.tensor([0, 1, 2])
-    )
+    ledger.add(torch.tensor([1.0, float("nan"), 3.0]), torch.ones(3), torch.tensor([0, 1, 2]))
     totals = ledger.reduce(skipped=True)
     assert not totals.finite
     assert totals.skipped
