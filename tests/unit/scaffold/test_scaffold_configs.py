@@ -32,7 +32,7 @@ def test_the_quickstart_trains_a_small_neox_on_two_ranks():
 
 
 @pytest.mark.parametrize(
-    ("local", "mixing"), itertools.product(names("local"), names("mixing")), ids="+".join
+    ("local", "mixing"), list(itertools.product(names("local"), names("mixing"))), ids="+".join
 )
 def test_every_local_configuration_goes_with_every_mixture(local, mixing):
     assert not load(local, mixing).ignored
