@@ -79,8 +79,10 @@ class JsonlSink:
                 mixture.last_step or 0,
                 resume_step,
             )
-        if info:
-            self._write_info(info)
+        # The configuration has a file of its own, and counts so far are in the ledger.
+        facts = {key: info[key] for key in info if key not in ("config", "samples_seen")}
+        if facts:
+            self._write_info(facts)
 
     def step(self, record: StepRecord) -> None:
         """Write the ledger's line, and the metrics' line on a logged step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -57,7 +58,8 @@ def write_report(
         temporary.write_text(page(runs, comparison), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunError(f"{path}: the report cannot be written: {error.strerror}") from error
     return path
 
