@@ -10,6 +10,10 @@ import sys
 import pytest
 from support.source import ROOT, tracked_files
 
+import deepy
+import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
+from megatron.config import load_config
+
 DOCUMENTS = [path for path in tracked_files() if path.suffix == ".md"]
 TEXTS = [
     path
@@ -72,6 +76,26 @@ def test_every_script_and_flag_in_a_document_exists(script, flags):
         assert shown.returncode == 0, shown.stderr
         for flag in flags:
             assert flag in shown.stdout, f"{script} has no {flag}"
+
+
+def deepy_commands() -> list[list[str]]:
+    return [
+        words[1:]
+        for document in DOCUMENTS
+        for words in commands((ROOT / document).read_text())
+        if words[0] == "./deepy.py" and "train.py" in words and "-d" in words
+    ]
+
+
+@pytest.mark.parametrize("arguments", deepy_commands(), ids=" ".join)
+def test_every_run_in_a_document_has_a_configuration_that_is_read(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parsed = deepy.parse_arguments(arguments)
+    load_config(parsed.conf_file, conf_dir=parsed.conf_dir, overrides=parsed.overrides)
+
+
+def test_some_runs_are_documented():
+    assert len(deepy_commands()) >= 3
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
