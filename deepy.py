@@ -187,7 +187,9 @@ def main(argv: list[str]) -> int:
 
     from megatron.launch.lock import RunLock
     from megatron.launch.supervise import supervise
+    from megatron.training.check import preflight
 
+    preflight(config, world_size=plan.ranks, gpus=plan.gpus).domains.close()
     run_dir = Path(config.checkpoint.run_dir)
     log_dir = Path(config.logging.log_dir) if config.logging.log_dir else run_dir / "logs"
     with RunLock(run_dir):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-import deepspeed
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -112,7 +112,7 @@ def run_facts(config: Config) -> dict[str, object]:
         "model": model_facts(config),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processors": os.cpu_count(),

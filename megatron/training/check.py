@@ -1,6 +1,7 @@
 """``deepy.py --check``: open everything the run would, compute what it would take, start nothing.
 
-No torch is imported, so the answer comes in a second or two.
+No torch is imported, so the answer comes in a second or two.  A launch does the first part of
+it too, before any rank is started.
 """
 
 from __future__ import annotations
@@ -8,20 +9,76 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config, deepspeed_config, resolve_batch
-from megatron.errors import RunError
+from megatron.data.domain import Domain
+from megatron.data.ingest.overlap import Overlap, Span, overlap
+from megatron.errors import NeomixError, RunError
 from megatron.mixing import RunContext, build_mixer
 from megatron.training.domains import OpenDomains, open_domains, start_weights
 from megatron.training.summary import check_device, complete, estimate, startup_report
 
+FloatArray = npt.NDArray[np.float64]
+
+_FEW_WINDOWS = 10
+_LOOKED_AT = 5_000
+_SCANNED_TOKENS = 50_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What a check has opened and worked out.
+
+    Attributes:
+        config: the configuration, complete.
+        domains: the opened data; the caller closes it.
+        weights: start weights of the mixture [K].
+    """
+
+    config: Config
+    domains: OpenDomains
+    weights: FloatArray
+
+
+def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
+    """Do what every rank would do first, so that what cannot start fails at once and once.
+
+    Args:
+        config: the loaded configuration.
+        world_size: ranks of the job.
+        gpus: GPUs of this node; 0 means a CPU run.
+
+    Raises:
+        NeomixError: the first thing that the run would stop at.
+    """
+    micro, accumulation, total = resolve_batch(config.batch, world_size)
+    check_device(config.precision, on_cpu=gpus == 0)
+    deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=world_size)
+    domains = open_domains(
+        config.domains,
+        split=config.split,
+        seq_length=config.model.context_length,
+        seed=config.training.seed,
+        epoch_offset=config.training.epoch_offset,
+    )
+    try:
+        config = complete(config, domains)
+        weights = start_weights(config.mixing, config.domains, domains)
+        _check_mixing(config, domains, weights, total)
+    except NeomixError:
+        domains.close()
+        raise
+    return Checked(config=config, domains=domains, weights=weights)
+
 
 def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], None] = print) -> int:
-    """Check a configuration as a run of ``world_size`` ranks would find it.
+    """Check a configuration as a run of ``world_size`` ranks would find it, and report.
 
     Args:
         config: the loaded configuration.
@@ -35,32 +92,21 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     Raises:
         NeomixError: the first thing that the run would stop at.
     """
-    domains = open_domains(
-        config.domains,
-        split=config.split,
-        seq_length=config.model.context_length,
-        seed=config.training.seed,
-        epoch_offset=config.training.epoch_offset,
-    )
+    checked = preflight(config, world_size=world_size, gpus=gpus)
+    config, domains = checked.config, checked.domains
     try:
-        config = complete(config, domains)
-        weights = start_weights(config.mixing, config.domains, domains)
-        micro, accumulation, total = resolve_batch(config.batch, world_size)
-        _check_mixing(config, domains, weights, total)
-        check_device(config.precision, on_cpu=gpus == 0)
-        deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=world_size)
-        startup_report(config, domains, weights, world_size, say)
+        startup_report(config, domains, checked.weights, world_size, say)
         _check_read(domains)
         _check_disk(config, say)
         _report_checkpoint(config, say)
-        _warn(config, domains, world_size, gpus, say)
+        _warn(config, domains, gpus, say)
     finally:
         domains.close()
     say("check: everything the run needs is there")
     return 0
 
 
-def _check_mixing(config: Config, domains: OpenDomains, weights: np.ndarray, total: int) -> None:
+def _check_mixing(config: Config, domains: OpenDomains, weights: FloatArray, total: int) -> None:
     """Build the mixer and let it decide once: its own checks are the run's."""
     mixer = build_mixer(
         config.mixing.method,
@@ -115,7 +161,6 @@ def _report_checkpoint(config: Config, say: Callable[[str], None]) -> None:
 def _warn(
     config: Config,
     domains: OpenDomains,
-    world_size: int,
     gpus: int,
     say: Callable[[str], None],
 ) -> None:
@@ -124,18 +169,42 @@ def _warn(
             "advice: on GPUs, mixing.lag: 1 lets the next batch be read while a step runs; a "
             "decision then trails its losses by one step"
         )
-    for name, train, valid in zip(domains.names, domains.train, domains.valid, strict=True):
-        shared = _shared_prefixes(config, name)
-        if valid is not None and shared:
-            say(f"warning: domain '{name}' validates on training data: {', '.join(shared)}")
-        windows = train.num_windows(0)
-        if windows < 10:
-            say(f"warning: domain '{name}' has only {windows} windows; it will repeat often")
+    for domain in domains.train:
+        windows = domain.num_windows(0)
+        if windows < _FEW_WINDOWS:
+            say(f"warning: domain '{domain.name}' has only {windows} windows; it repeats often")
+    _warn_of_overlap(domains, say)
 
 
-def _shared_prefixes(config: Config, name: str) -> list[str]:
-    domain = config.domains[name]
-    if domain.uses_split:
+def _warn_of_overlap(domains: OpenDomains, say: Callable[[str], None]) -> None:
+    """Say which validation data is found in the training data, of whatever domain.
+
+    All validation parts are looked for at once; only where something is found is each part
+    looked at by itself.  Both sides are sampled when large, so that a check stays short.
+    """
+    train = [span for domain in domains.train for span in _spans(domain)]
+    parts = {name: _spans(part) for name, part in zip(domains.names, domains.valid, strict=True)}
+
+    def found(spans: list[Span]) -> Overlap:
+        return overlap(train, spans, max_documents=_LOOKED_AT, max_scan_tokens=_SCANNED_TOKENS)
+
+    everything = [span for spans in parts.values() for span in spans]
+    if not everything or not found(everything).similar:
+        return
+    for name, spans in parts.items():
+        result = found(spans) if spans else None
+        if result is not None and result.similar:
+            say(
+                f"warning: domain '{name}' validates on what is trained on: "
+                f"{result.similar:,} of {result.documents:,} validation documents looked at are "
+                f"in the training data ({result.exact:,} of them exactly); its validation loss "
+                "says little (tools/inspect_dataset.py --overlap looks at all of it)"
+            )
+
+
+def _spans(domain: Domain | None) -> list[Span]:
+    if domain is None:
         return []
-    train = {prefix for other in config.domains.values() for prefix in other.train}
-    return sorted(train & {*(domain.valid or ()), *(domain.test or ())})
+    return [
+        (source.reader, source.documents.first, source.documents.last) for source in domain.sources
+    ]
