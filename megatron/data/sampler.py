@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.random import Philox
 from numpy.typing import ArrayLike, NDArray
 
 from megatron.data.apportion import ExhaustedError, draw_multinomial, to_uniform
@@ -226,7 +227,7 @@ class Sampler:
         fresh_quota: int | None,
     ) -> Ints:
         """Return the domain of every unit of the step, in order."""
-        philox = np.random.Philox(key=np.array([self._key, step], dtype=np.uint64))
+        philox = Philox(key=np.array([self._key, step], dtype=np.uint64))
         order = philox.random_raw(units)
         ties = philox.random_raw(max(weights.size, units))
         if self._draw == "multinomial" and fresh_quota is None and not self._quota.in_block:
