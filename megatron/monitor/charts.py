@@ -108,6 +108,8 @@ def step_scalars(record: StepRecord, interval: Interval, samples_seen: FloatArra
         if vector is not None:
             scalars.update(by_domain(name, record.domains, vector.tolist()))
     for name, value in record.estimates.items():
+        if name in ("step", "weights"):  # known under other names
+            continue
         scalars.update(estimate(f"train/_{name}", record.domains, value))
     return finite(scalars)
 

@@ -24,6 +24,10 @@ T_QUANTILE = (
 )  # fmt: skip
 
 
+# Half of the last digit that the report shows: what is smaller is called equal.
+EQUAL = 5e-5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Paired:
     """Differences of the mean held-out loss between two groups, seed by seed.
@@ -263,7 +267,12 @@ def _verdict(comparison: Comparison, group: int, result: Paired, level: float) -
         if comparison.groups[i] == group and partner is not None
     )
     base = comparison.at[comparison.against[run] or 0].loss
-    lower = sum(comparison.at[run].loss[d] < base[d] for d in comparison.domains)
+    lower = sum(comparison.at[run].loss[d] < base[d] - EQUAL for d in comparison.domains)
+    if abs(result.mean) < EQUAL:
+        return (
+            f"With one run each, {name} and {against} ended alike: {text}; lower on {lower} of "
+            f"{len(comparison.domains)} domains."
+        )
     side = "lower" if result.mean < 0 else "higher"
     return (
         f"With one run each, {name} ended {side} than {against}: {text}; lower on {lower} of "

@@ -354,3 +354,15 @@ def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "blocked").touch()
     with pytest.raises(RunError, match="the report cannot be written"):
         write_report([folder], tmp_path / "blocked" / "r.html")
+
+
+def test_a_trifle_is_not_a_difference(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="static", gain=1e-6)]
+    result = compare(load(*folders))
+    assert result is not None
+    assert verdicts(result)[0].startswith("With one run each, a and b ended alike: +0.0000")
+    assert "lower on 0 of 3" in verdicts(result)[0]
+    page = write_report(folders).read_text()
+    table = page[page.index('id="comparison"') : page.index("</table>")]
+    assert 'class="less"' not in table
+    assert 'class="more"' not in table
