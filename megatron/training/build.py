@@ -34,6 +34,7 @@ from megatron.parallel.layout import Layout
 from megatron.parallel.topology import Topology
 from megatron.signals.ledger import Ledger
 from megatron.signals.validation import LossObserver, Validation
+from megatron.training.compatible import model_facts
 from megatron.training.domains import OpenDomains
 from megatron.training.guard import NonFiniteGuard
 from megatron.training.planner import Planner
@@ -70,40 +71,6 @@ class Parts:
     test: Validation
     learning_rate: Callable[[int], float]
     samples_seen: Callable[[], npt.NDArray[np.int64]]
-
-
-def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
-    """Return what decides whether DeepSpeed's files can be loaded as they are."""
-    return {
-        "data_size": layout.data_size,
-        "tensor_size": layout.tensor_size,
-        "pipe_size": layout.pipe_size,
-        "zero_stage": config.zero_stage,
-        "precision": config.precision,
-    }
-
-
-_NOT_ARCHITECTURE = {
-    "hidden_dropout",
-    "attention_dropout",
-    "init_method",
-    "init_method_std",
-    "output_layer_init_method",
-    "checkpoint_activations",
-    "checkpoint_num_layers",
-    "seq_length",
-    "max_position_embeddings",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "expansion_factor",
-    "mlp_multiple_of",
-}
-
-
-def model_facts(config: Config) -> dict[str, object]:
-    """Return what a checkpoint's model must agree in with the configuration's."""
-    facts = config.model.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)
-    return {**facts, "padded_vocab_size": config.model.padded_vocab_size()}
 
 
 def run_facts(config: Config) -> dict[str, object]:

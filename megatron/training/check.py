@@ -19,8 +19,16 @@ from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.domain import Domain
 from megatron.data.ingest.overlap import Overlap, Span, overlap
-from megatron.errors import NeomixError, RunError
+from megatron.engine.universal import check_convertible
+from megatron.errors import CheckpointError, NeomixError, RunError
 from megatron.mixing import RunContext, build_mixer
+from megatron.parallel.layout import Layout
+from megatron.training.compatible import (
+    check_same_data,
+    check_same_model,
+    layout_facts,
+    model_facts,
+)
 from megatron.training.domains import OpenDomains, open_domains, start_weights
 from megatron.training.summary import check_device, complete, estimate, startup_report
 
@@ -98,7 +106,7 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
         startup_report(config, domains, checked.weights, world_size, say)
         _check_read(domains)
         _check_disk(config, say)
-        _report_checkpoint(config, say)
+        _check_resume(config, domains, world_size, say)
         _warn(config, domains, gpus, say)
     finally:
         domains.close()
@@ -152,10 +160,29 @@ def _check_disk(config: Config, say: Callable[[str], None]) -> None:
         )
 
 
-def _report_checkpoint(config: Config, say: Callable[[str], None]) -> None:
-    steps = CheckpointStore(config.checkpoint.save_dir).steps()
-    if steps:
-        say(f"resume: the newest checkpoint in {config.checkpoint.save_dir} is of step {steps[-1]}")
+def _check_resume(
+    config: Config, domains: OpenDomains, world_size: int, say: Callable[[str], None]
+) -> None:
+    """Compare the newest checkpoint with the run; its files' hashes are left to the run."""
+    store = CheckpointStore(config.checkpoint.save_dir)
+    if not (steps := store.steps()):
+        return
+    path = store.path(steps[-1])
+    try:
+        manifest = store.read_manifest(path)
+    except CheckpointError as error:
+        say(f"resume: {path} would be passed over ({error})")
+        return
+    check_same_model(manifest, model_facts(config))
+    check_same_data(manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data)
+    layout = layout_facts(config, Layout(world_size=world_size))
+    same = dict(manifest.layout) == layout
+    if not same:
+        check_convertible(manifest.layout, layout)
+    say(
+        f"resume: the run goes on after step {manifest.step} from {path}"
+        + ("" if same else ", which is converted to this run's layout first")
+    )
 
 
 def _warn(

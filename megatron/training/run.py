@@ -13,17 +13,17 @@ from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError
 from megatron.launch.stop import StopFlag
 from megatron.parallel.layout import Layout
-from megatron.training.build import Parts, build, layout_facts, model_facts, run_facts
+from megatron.training.build import Parts, build, run_facts
+from megatron.training.compatible import (
+    check_same_data,
+    check_same_model,
+    layout_facts,
+    model_facts,
+)
 from megatron.training.domains import open_domains, start_weights
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
-from megatron.training.restore import (
-    Source,
-    check_same_data,
-    check_same_model,
-    find_checkpoint,
-    prepare_source,
-)
+from megatron.training.restore import Source, find_checkpoint, prepare_source
 from megatron.training.saving import Saver
 from megatron.training.summary import (
     check_device,

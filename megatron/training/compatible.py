@@ -1,0 +1,87 @@
+"""Whether a checkpoint fits the run that would take it up.  No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.checkpoint.manifest import Manifest
+from megatron.config import Config
+from megatron.errors import CheckpointError
+from megatron.parallel.layout import Layout
+
+_NOT_ARCHITECTURE = {
+    "hidden_dropout",
+    "attention_dropout",
+    "init_method",
+    "init_method_std",
+    "output_layer_init_method",
+    "checkpoint_activations",
+    "checkpoint_num_layers",
+    "seq_length",
+    "max_position_embeddings",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "expansion_factor",
+    "mlp_multiple_of",
+}
+
+
+def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
+    """Return what decides whether DeepSpeed's files can be loaded as they are."""
+    return {
+        "data_size": layout.data_size,
+        "tensor_size": layout.tensor_size,
+        "pipe_size": layout.pipe_size,
+        "zero_stage": config.zero_stage,
+        "precision": config.precision,
+    }
+
+
+def model_facts(config: Config) -> dict[str, object]:
+    """Return what a checkpoint's model must agree in with the configuration's."""
+    facts = config.model.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)
+    return {**facts, "padded_vocab_size": config.model.padded_vocab_size()}
+
+
+def check_same_model(manifest: Manifest, model: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another architecture, before DeepSpeed trips over its shapes.
+
+    Raises:
+        CheckpointError: naming every key that differs, with both values.
+    """
+    saved = manifest.extra.get("model", {})
+    changed = [
+        f"{key} (checkpoint {saved[key]!r}, configuration {value!r})"
+        for key, value in model.items()
+        if key in saved and saved[key] != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} is of another model: {', '.join(changed)}; "
+            "set these keys to the checkpoint's values, or start in another run_dir"
+        )
+
+
+def check_same_data(
+    manifest: Manifest, fingerprints: Mapping[str, Any], *, allow_changed: bool
+) -> None:
+    """Refuse to go on with other data under the same names.
+
+    Domains may be added or left out (the mixing state says itself whether it can follow);
+    what a domain holds may not change unnoticed.
+
+    Raises:
+        CheckpointError: naming the domains whose data has changed.
+    """
+    changed = [
+        name
+        for name, value in fingerprints.items()
+        if name in manifest.fingerprints and manifest.fingerprints[name] != value
+    ]
+    if changed and not allow_changed:
+        raise CheckpointError(
+            f"the training data of {', '.join(repr(name) for name in changed)} is not what the "
+            f"checkpoint of step {manifest.step} was trained on (its fingerprint differs); put "
+            "the old data back, start another run_dir, or set allow_changed_data: true"
+        )
