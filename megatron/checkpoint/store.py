@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -378,8 +379,11 @@ def _seal(path: Path) -> tuple[int, str]:
 
 
 def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST_NAME
     try:
-        return Manifest.from_bytes((path / MANIFEST_NAME).read_bytes())
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise CheckpointError(f"{MANIFEST_NAME} is not a regular file")
+        return Manifest.from_bytes(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST_NAME} is missing (the save did not finish)") from None
     except OSError as error:
