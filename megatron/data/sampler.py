@@ -199,10 +199,11 @@ class Sampler:
         weights, capacity = asked, None
         if self._on_exhausted == "drop":
             capacity = (self._windows - self._position) // self._unit_size
-            weights = np.where(capacity > 0, asked, 0.0)
-            if not weights.any():
-                raise ExhaustedError
-            weights = weights / weights.sum()
+            if not (capacity > 0).all():
+                weights = np.where(capacity > 0, asked, 0.0)
+                if not weights.any():
+                    raise ExhaustedError
+                weights = weights / weights.sum()
         units = self.global_batch // self._unit_size
         drawn = self._draw_units(step, weights, units, capacity, fresh_quota)
         domain = np.repeat(drawn, self._unit_size)

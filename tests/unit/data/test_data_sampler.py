@@ -288,6 +288,18 @@ def test_weights_are_normalised_and_checked() -> None:
         sampler.plan(2, [1, 1], fresh_quota=0)
 
 
+@pytest.mark.parametrize("on_exhausted", ["repeat", "stop", "drop"])
+def test_a_distribution_keeps_its_bits(on_exhausted: str) -> None:
+    """What a plan says it was drawn from is what the controller decided, to the last bit."""
+    random = np.random.default_rng(0)
+    sampler = Sampler(
+        list("abcdefg"), [10**6] * 7, seed=0, global_batch=8, on_exhausted=on_exhausted
+    )
+    for step in range(200):
+        weights = random.dirichlet(np.ones(7))
+        assert sampler.plan(step, weights).weights.tobytes() == weights.tobytes()
+
+
 def test_options_are_checked() -> None:
     for options in ({"unit": "row"}, {"draw": "uniform"}, {"on_exhausted": "loop"}):
         with pytest.raises(ConfigError, match="mixing"):
