@@ -204,29 +204,30 @@ class _Softmax:
                 logits[rows], targets[rows], losses[rows]
             )
             factor = own / factor
-            at_target = exponentials.gather(1, columns) * factor - torch.where(present, own, 0.0)
+            present = own if present is None else torch.where(present, own, 0.0)
+            at_target = exponentials.gather(1, columns) * factor - present
             gradient = torch.mul(exponentials, factor, out=logits[rows])
             gradient.scatter_(1, columns, at_target.to(gradient.dtype))
         return logits
 
     def _exponentials(
         self, logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Write the losses of a block and return what its softmax is made of.
 
         Returns:
             e^(logit − largest) in float32 (over the logits themselves if they are), its sum
             over the vocabulary ``[n, 1]``, each target's column on this rank (0 if it is
-            elsewhere) and whether it is here, ``[n, 1]`` both.
+            elsewhere) ``[n, 1]``, and whether it is here ``[n, 1]`` (None: all are).
         """
         widened = logits if self._widened is None else self._widened[: len(logits)].copy_(logits)
         largest = widened.amax(dim=-1, keepdim=True)
         reduce_in_place(largest, self._topology, dist.ReduceOp.MAX)
         shifted = widened.sub_(largest)
-        local = targets[:, None] - self._topology.tensor_rank * logits.shape[1]
-        present = (local >= 0) & (local < logits.shape[1])
-        columns = local.masked_fill(~present, 0)
-        at_target = torch.where(present, shifted.gather(1, columns), 0.0)
+        columns, present = self._columns(targets[:, None], logits.shape[1])
+        at_target = shifted.gather(1, columns)
+        if present is not None:
+            at_target = torch.where(present, at_target, 0.0)
         exponentials = shifted.exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
         if self._topology.tensor_size > 1:
@@ -234,6 +235,17 @@ class _Softmax:
             total, at_target = both[:, :1], both[:, 1:]
         losses.copy_((total.log() - at_target).squeeze(1))
         return exponentials, total, columns, present
+
+    def _columns(
+        self, targets: torch.Tensor, held: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return targets' columns among the ``held`` ones of this rank, and which are here."""
+        if self._topology.tensor_size == 1:
+            # Unmasked, so that an id outside the vocabulary is an error and not a loss.
+            return targets, None
+        local = targets - self._topology.tensor_rank * held
+        present = (local >= 0) & (local < held)
+        return local.masked_fill(~present, 0), present
 
     def _blocks(self, rows: int) -> Iterator[slice]:
         return _chunks(rows, self._block_rows)

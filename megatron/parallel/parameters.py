@@ -59,6 +59,9 @@ class ParameterScope:
             initializer: draws the full value.
             partition: how the tensor ranks divide it; None if each holds all of it.
 
+        Returns:
+            This rank's part, with ``partition`` as an attribute.
+
         Raises:
             ConfigError: the partition does not go into the number of tensor ranks.
         """
@@ -73,6 +76,8 @@ class ParameterScope:
         if partition is not None:
             value = partition.part(value, self.topology.tensor_rank, ranks)
         parameter = nn.Parameter(value.to(dtype=self.dtype, device=self.device).contiguous())
+        # Read by whatever joins or re-divides checkpoints.
+        setattr(parameter, "partition", partition)  # noqa: B010
         if partition is not None and ranks > 1:
             # DeepSpeed's norms count a parameter without this mark on tensor rank 0 only.
             setattr(parameter, "tensor_model_parallel", True)  # noqa: B010

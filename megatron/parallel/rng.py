@@ -17,7 +17,7 @@ from megatron.parallel.topology import Topology
 
 def digest(*parts: int | str) -> int:
     """Return a 128-bit number that depends on every part, the same on every machine."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    text = repr([part if isinstance(part, str) else int(part) for part in parts])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -242,6 +243,18 @@ def test_norms_and_biases_do_not_decay() -> None:
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPT(dataclasses.replace(SPEC, **change), seed=0)
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    model = GPT(SPEC, seed=0)
+    copied = copy.deepcopy(model)
+    tokens, _ = _batch()
+    before = model(tokens)[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(copied(tokens)[0], before)
+    assert not torch.allclose(model(tokens)[0], before)
 
 
 def test_shapes_without_memory() -> None:

@@ -113,6 +113,14 @@ def test_extreme_logits_stay_finite() -> None:
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (big, weight)))
 
 
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+def test_a_target_outside_the_vocabulary_is_an_error(token: int) -> None:
+    hidden, weight, labels = _case()
+    labels[0][1, 2] = token
+    with pytest.raises((IndexError, RuntimeError)):
+        DomainLoss()((hidden, weight), labels)
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     hidden, weight, labels = _case()
     frozen = weight.detach()

@@ -1,0 +1,158 @@
+"""The same model description divided by tensors and cut into stages, against the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.model import GPT, DomainLoss, layers, param_groups
+from megatron.parallel import Layout, Topology
+from tests.support.gloo import run_ranks
+from tests.support.model_spec import TestSpec
+
+NEOX = TestSpec(vocab_size=90, gpt_j_residual=True, rotary_pct=0.5)
+LLAMA = TestSpec(
+    vocab_size=90,
+    norm="rmsnorm",
+    activation="swiglu",
+    intermediate_size=48,
+    num_kv_heads=2,
+    no_weight_tying=True,
+    use_bias_in_attn_linear=False,
+    use_bias_in_mlp=False,
+)
+SPECS = [NEOX, LLAMA, dataclasses.replace(LLAMA, checkpoint_activations=True)]
+
+
+def _batch(row: int = 0) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    tokens = torch.randint(0, 90, (2, 17), generator=torch.Generator().manual_seed(row))
+    mask = (tokens[:, 1:] % 4 != 0).float()
+    labels = (tokens[:, 1:].contiguous(), mask, torch.arange(2), torch.tensor([0.02, 0.04]))
+    return tokens[:, :-1].contiguous(), labels
+
+
+def _run(spec: TestSpec, topology: Topology) -> dict[str, Any]:
+    seen: list[torch.Tensor] = []
+    loss_fn = DomainLoss(
+        topology=topology, chunk_tokens=9, observe=lambda sums, *_: seen.append(sums)
+    )
+    model = GPT(spec, topology, seed=3, loss_fn=loss_fn)
+    tokens, labels = _batch()
+    loss = model(tokens, labels)
+    loss.backward()
+    hidden, weight = model(tokens)
+    return {
+        "loss": loss.detach(),
+        "sums": seen[0],
+        "losses": loss_fn.token_losses(hidden, weight, labels[0]),
+        "weights": {name: value.detach() for name, value in model.named_parameters()},
+        "gradients": {name: value.grad for name, value in model.named_parameters()},
+        "partitions": {name: value.partition for name, value in model.named_parameters()},
+    }
+
+
+def _tensor_parallel(rank: int, world_size: int) -> list[dict[str, Any]]:
+    topology = Topology.create(Layout(world_size=world_size, tensor_size=world_size), rank)
+    return [_run(spec, topology) for spec in SPECS]
+
+
+def test_two_tensor_ranks_are_one_model() -> None:
+    ranks = run_ranks(_tensor_parallel, 2)
+    for index, spec in enumerate(SPECS):
+        # The vocabulary is padded to what two ranks need.
+        whole = _run(dataclasses.replace(spec, make_vocab_size_divisible_by=16), Topology.single())
+        parts = [results[index] for results in ranks]
+        for part in parts:
+            for name in ("loss", "sums", "losses"):
+                torch.testing.assert_close(part[name], whole[name], rtol=2e-6, atol=1e-6)
+        for name, weight in whole["weights"].items():
+            partition = parts[0]["partitions"][name]
+            for kind, expected in (("weights", weight), ("gradients", whole["gradients"][name])):
+                found = [part[kind][name] for part in parts]
+                if partition is None:
+                    joined = found[0]
+                    assert torch.equal(found[0], found[1]), name
+                else:
+                    joined = partition.join(found)
+                if kind == "weights":
+                    assert torch.equal(joined, expected), name
+                else:
+                    torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-6)
+
+
+def _pipelines(
+    rank: int, world_size: int, specs: list[TestSpec]
+) -> list[tuple[list[float], dict[str, Any]]]:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    return [_pipeline(rank, spec) for spec in specs]
+
+
+def _pipeline(rank: int, spec: TestSpec) -> tuple[list[float], dict[str, Any]]:
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    described = layers(spec, Topology(layout=Layout(world_size=2, pipe_size=2), rank=rank), seed=3)
+    specs = [
+        LayerSpec(layer.module_type, **layer.arguments)
+        if layer.tied_key is None
+        else TiedLayerSpec(
+            layer.tied_key,
+            layer.module_type,
+            forward_fn=layer.forward,
+            tied_weight_attr=list(layer.tied_weights),
+            **layer.arguments,
+        )
+        for layer in described
+    ]
+    module = PipelineModule(
+        specs, num_stages=2, loss_fn=DomainLoss(chunk_tokens=9), partition_method="uniform"
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.AdamW(param_groups(module, 0.1), lr=1e-2, eps=1e-3),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    losses = []
+    for step in range(3):
+        micro_batches = iter([_batch(10 * step + micro) for micro in range(2)])
+        losses.append(engine.train_batch(data_iter=micro_batches).item())
+    return losses, {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def _whole(spec: TestSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model = GPT(spec, seed=3, loss_fn=DomainLoss(chunk_tokens=9))
+    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2, eps=1e-3)
+    losses = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = sum(model(*_batch(10 * step + micro)) for micro in range(2)) / 2
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_two_stages_are_one_model() -> None:
+    specs = [NEOX, LLAMA]
+    ranks = run_ranks(_pipelines, 2, specs)
+    for index, spec in enumerate(specs):
+        losses, weights = _whole(spec)
+        names = set()
+        for stage_losses, stage_weights in (results[index] for results in ranks):
+            assert stage_losses == pytest.approx(losses, rel=1e-5)
+            names |= stage_weights.keys()
+            for name, value in stage_weights.items():
+                torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=2e-5)
+        assert names == weights.keys()
