@@ -110,7 +110,8 @@ def step_scalars(record: StepRecord, interval: Interval, samples_seen: FloatArra
     for name, value in record.estimates.items():
         if name in ("step", "weights"):  # known under other names
             continue
-        scalars.update(estimate(f"train/_{name}", record.domains, value))
+        title = "estimated_reward" if name == "estimate" else name
+        scalars.update(estimate(f"train/_{title}", record.domains, value))
     return finite(scalars)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron.errors import RunError
 from megatron.monitor.report.compare import (
+    EQUAL,
     Comparison,
     compare,
     conditions,
@@ -147,7 +148,9 @@ def comparison_table(runs: Sequence[RunData], comparison: Comparison) -> str:
         for name in domain_order(runs)
         if name in comparison.domains
     }
-    spread = max(abs(row[i] - row[partner[i]]) for row in losses.values() for i in range(len(runs)))
+    # Faint while all is small: the strongest shade means a hundredth of a nat or more.
+    gaps = (abs(row[i] - row[partner[i]]) for row in losses.values() for i in range(len(runs)))
+    spread = max(0.01, *gaps)
     heads = "".join(
         f'<th scope="col" data-run="{i}"><i class="key"></i>{escape(run.name)}'
         f"<small>{'baseline' if comparison.groups[i] == own else progress(run)}</small></th>"
@@ -182,7 +185,7 @@ def _comparison_row(
 
 
 def _shade(difference: float, spread: float) -> str:
-    if not math.isfinite(difference) or spread <= 0 or difference == 0:
+    if not math.isfinite(difference) or abs(difference) < EQUAL:
         return ""
     side = "less" if difference < 0 else "more"
     return f' class="{side}" style="--much:{min(1.0, abs(difference) / spread):.3f}"'

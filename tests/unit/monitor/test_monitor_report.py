@@ -317,7 +317,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = report(str(first), str(other), "-o", str(output), "--baseline", "plain")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == str(output)
-    assert "With one run each, odm ended" in output.read_text()
+    assert "With one run each, odm and plain ended alike" in output.read_text()
 
 
 @pytest.mark.parametrize("case", ["missing", "file", "empty", "parent", "young", "foreign"])

@@ -213,8 +213,9 @@ function drawGrids() {
   };
   const [first] = runs();
   if (!first) return;
+  const stretch = first.width * Math.ceil(first.steps.length / 60);
   entry(runColor(first), 1, "none", "asked: the probability that drew the step");
-  entry(runColor(first), 0.4, "none", `drawn: share of the samples, mean of ${plain(first.width * Math.ceil(first.steps.length / 60))} steps`);
+  entry(runColor(first), 0.4, "none", `drawn: share of the samples, ${stretch > 1 ? `mean of ${plain(stretch)} steps` : "each step"}`);
   if (runs().some((run) => run.controller)) entry(runColor(first), 1, "1 3", "controller in shadow");
   entry("var(--faint)", 1, "1 4", "uniform");
   if (first.natural) entry("var(--faint)", 1, "7 4", "natural: by tokens");
