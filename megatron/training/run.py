@@ -62,18 +62,18 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
         store.sweep()
     source = _find_source(config, runtime, store, say)
     last = config.training.train_iters
-    if source is not None and not source.weights_only and source.manifest.step >= last:
-        say(
-            f"nothing to do: the run in {config.checkpoint.run_dir} is complete "
-            f"({source.manifest.step} of {last} steps); raise train_iters to go on"
-        )
-        return EXIT_DONE
     if source is not None:
         check_same_model(source.manifest, model_facts(config))
-        if not source.weights_only:
-            check_same_data(
-                source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
+    if source is not None and not source.weights_only:
+        if source.manifest.step >= last:
+            say(
+                f"nothing to do: {source.checkpoint} is complete ({source.manifest.step} of {last} "
+                "steps); raise train_iters to go on"
             )
+            return EXIT_DONE
+        check_same_data(
+            source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
+        )
     parts = build(
         config,
         runtime,
