@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field
 from megatron.launch.stop import EXIT_INTERRUPTED, EXIT_SAVED
 
 EXIT_KILLED = 128 + int(signal.SIGKILL)
+# Signals that a process does not get from a peer's end (SIGABRT, say, it may).
+_BLOWS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+_PEER_GONE = re.compile(r"(reset|closed) by peer|Broken pipe|remote process exited|NCCL.*remote")
 SAVED_CODES = frozenset({EXIT_SAVED, EXIT_INTERRUPTED})
 
 
@@ -50,10 +54,21 @@ class RankEnd:
 
 
 def culprit(ends: Sequence[RankEnd]) -> RankEnd | None:
-    """Return the rank that decides the exit code: the first that failed, else that stopped."""
+    """Return the rank that decides the exit code: the first that failed, else that stopped.
+
+    A rank that was killed comes before ranks with errors of their own, and ranks that
+    only complain that another one is gone come last: those are consequences, and may be
+    noticed a moment before their cause.
+    """
     failed = [end for end in ends if end.failed]
     stopped = [end for end in ends if end.code in SAVED_CODES]
-    return min(failed or stopped, key=lambda end: end.at, default=None)
+    return min(failed or stopped, key=_precedence, default=None)
+
+
+def _precedence(end: RankEnd) -> tuple[bool, bool, float]:
+    killed = -end.code in _BLOWS
+    bereft = any(_PEER_GONE.search(line) for line in end.tail[-3:])
+    return not killed, bereft, end.at
 
 
 def explain(end: RankEnd, ends: Sequence[RankEnd]) -> list[str]:

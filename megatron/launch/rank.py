@@ -116,12 +116,18 @@ class _Guardian:
         self._stdout = fds[0] if self._live else None
         self._output = _Output(Path(orders["log"]), fds[1] if self._live else None)
         self._process: subprocess.Popen[bytes] | None = None
+        self._wake = -1
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         for signum in FORWARDED:
             signal.signal(signum, self._forward)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         reading, writing = os.pipe()
+        self._wake, waker = os.pipe()
+        for descriptor in (self._wake, waker, reading):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # only to be woken
         guardian = os.getpid()
         self._process = subprocess.Popen(
             command,
@@ -132,28 +138,31 @@ class _Guardian:
             preexec_fn=lambda: die_with_parent(guardian),
         )
         os.close(writing)
-        os.set_blocking(reading, False)
         self._tell({"started": self._process.pid})
         code = self._watch(self._process, reading)
-        self._tell({"ended": code, "spoke": self._output.spoke, "tail": self._output.tail()})
+        at = self._output.spoke or time.monotonic()
+        self._tell({"ended": code, "at": at, "tail": self._output.tail()})
         wire.receive(self._connection)
         return code if code >= 0 else 128 - code
 
     def _watch(self, process: subprocess.Popen[bytes], reading: int) -> int:
         with selectors.DefaultSelector() as selector:
-            selector.register(reading, selectors.EVENT_READ)
-            selector.register(self._connection, selectors.EVENT_READ)
+            for source in (reading, self._wake, self._connection.fileno()):
+                selector.register(source, selectors.EVENT_READ)
             while True:
                 code = process.poll()
-                for key, _ in selector.select(timeout=0.1):
-                    if key.fd == reading and not self._copy(reading):
-                        selector.unregister(reading)
-                    elif key.fd != reading and wire.receive(self._connection)[0] is None:
-                        process.kill()
-                        selector.unregister(self._connection)
                 if code is not None:
                     self._drain(reading)
                     return code
+                for key, _ in selector.select(timeout=1.0):
+                    if key.fd == self._wake:
+                        os.read(self._wake, 4096)
+                    elif key.fd == reading:
+                        if not self._copy(reading):
+                            selector.unregister(reading)
+                    elif wire.receive(self._connection)[0] is None:
+                        process.kill()
+                        selector.unregister(self._connection)
 
     def _copy(self, reading: int) -> bool:
         """Pass one piece of output on; False at its end."""

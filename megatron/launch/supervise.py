@@ -329,11 +329,10 @@ class _Supervisor:
             if self._stopping is not None:
                 rank.signal(self._stopping)
         elif "ended" in message:
-            spoke = message["spoke"]
             rank.end = RankEnd(
                 rank=rank.number,
                 code=int(message["ended"]),
-                at=now if spoke is None else float(spoke),
+                at=float(message["at"]),
                 tail=list(message["tail"]),
                 log=str(rank.log),
                 seen=rank.number == 0,

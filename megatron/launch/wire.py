@@ -11,7 +11,7 @@ supervisor ``{"launcher": pid, "log": path, "live": bool}``     start your rank 
                                                                 supervisor's stdout and
                                                                 stderr as descriptors)
 guardian   ``{"started": pid}``                                 the rank runs
-guardian   ``{"ended": code, "spoke": time, "tail": lines}``    the rank has ended
+guardian   ``{"ended": code, "at": time, "tail": lines}``       the rank has ended
 supervisor ``{"leave": true}``                                  end with your rank's code
 =========  ===================================================  =========================
 """

@@ -130,7 +130,7 @@ def test_a_crash_at_every_operation_of_a_save(tmp_path: Path, name: str, mode: s
         code = faults.in_child(lambda: action(store), faults.Faults(at, mode))  # noqa: B023
         assert code == 9, f"operation {at} of {len(operations)} did not take place"
         outcomes.append(newest(folder))
-        _latest_names_a_complete_one(folder)
+        _latest_names_a_complete_one(folder, absent=name == "same step again")
         # What the next start does: tidy up, load, go on, save.
         store.sweep()
         assert newest(folder) == outcomes[-1], f"sweeping after operation {at} changed the choice"
@@ -145,12 +145,12 @@ def test_a_crash_at_every_operation_of_a_save(tmp_path: Path, name: str, mode: s
         assert outcomes[-1] == after, "the crash points do not reach over the commit"
 
 
-def _latest_names_a_complete_one(folder: Path) -> None:
+def _latest_names_a_complete_one(folder: Path, *, absent: bool) -> None:
     latest = folder / "latest"
     if latest.exists():
         named = folder / latest.read_text().strip()
         # While a step is replaced by itself, its name is free for a moment.
-        if named.exists():
+        if named.exists() or not absent:
             assert CheckpointStore(folder).verify(named) == []
 
 
@@ -228,7 +228,7 @@ def test_one_of_two_ranks_dies_inside_a_save(tmp_path: Path, victim: int) -> Non
     raise AssertionError("the save never finished")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_refusal_of_the_disk_at_every_operation(tmp_path: Path, code: int) -> None:
     """The save ends with one error that names the path, and nothing else is harmed."""
     prepare(tmp_path / "count", [10, 20])
@@ -258,7 +258,7 @@ def test_a_refusal_of_the_disk_at_every_operation(tmp_path: Path, code: int) -> 
             heard += 1
             assert f"cannot write {folder}" in message
             assert os.strerror(code) in message
-            if code != errno.EIO and code != errno.EROFS:
+            if code == errno.ENOSPC:
                 assert "bytes free" in message or "B) free" in message
         else:
             assert newest(folder) == (30, "")  # the failure was not in the way

@@ -17,6 +17,15 @@ def test_the_first_to_fail_decides() -> None:
     assert culprit([]) is None
 
 
+def test_causes_come_before_consequences() -> None:
+    bereft = end(0, 1, 1.0, "RuntimeError: Connection closed by peer [127.0.0.1]:1", "")
+    error, killed, aborted = end(1, 7, 2.0, "boom"), end(2, -9, 3.0), end(3, -6, 1.5)
+    assert culprit([bereft, error]) is error
+    assert culprit([bereft, error, aborted]) is aborted
+    assert culprit([bereft, error, aborted, killed]) is killed
+    assert culprit([bereft]) is bereft
+
+
 def test_signals_count_as_a_shell_counts_them() -> None:
     assert end(0, -9).exit_code == 137
     assert end(0, -15).exit_code == 143

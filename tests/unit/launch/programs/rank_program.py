@@ -52,6 +52,11 @@ def run(stop: StopFlag) -> int:
         wait_for("failed", range(size - 1, size))
         time.sleep(0.2)
         fail(1, "Traceback (most recent call last):\nRuntimeError: Connection closed by peer")
+    if behaviour == "notice" and rank == 0:
+        peer = int((folder / f"pid.{size - 1}").read_text())
+        while "Z" not in Path(f"/proc/{peer}/stat").read_text().rpartition(")")[2]:
+            pass
+        fail(1, "Traceback (most recent call last):\nRuntimeError: Connection reset by peer")
     if behaviour == "die-by-default":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while not stop.requested or behaviour == "deaf":
