@@ -124,7 +124,8 @@ class _Probe:
         self._whole_met = np.zeros(self._whole_sorted.size, dtype=bool)
         self._filter = np.zeros(1 << (_FILTER_BITS - 3), dtype=np.uint8)
         byte, bit = _filter_place(self._grams)
-        np.bitwise_or.at(self._filter, byte, bit)
+        for one in 1 << np.arange(8, dtype=np.uint8):  # assignment takes repeated places well
+            self._filter[byte[bit == one]] |= one
 
     def scan(self, spans: Sequence[Span], max_tokens: int | None) -> float:
         """Look for B's hashes in A; return the share of A's tokens read."""

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_files import ROOT, sha, write_jsonl
 
+from megatron.data.ingest import overlap as overlap_module
 from megatron.data.ingest.overlap import NGRAM, overlap
 from megatron.data.ingest.verify import verify_dataset
 from megatron.data.reader import TokenReader
@@ -206,11 +207,12 @@ def test_overlap_of_parts_of_one_dataset_and_by_the_tool(dataset, tool, docs):
     assert f"found exactly: {len(docs)} (100.00 %)" in out
 
 
-def test_overlap_of_a_part_of_a_says_so(tmp_path):
+def test_overlap_of_a_part_of_a_says_so(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    a = write(tmp_path / "a", [rng.integers(0, 60000, 2**17) for _ in range(40)])
+    a = write(tmp_path / "a", [rng.integers(0, 60000, 500) for _ in range(400)])
+    monkeypatch.setattr(overlap_module, "_BATCH_TOKENS", 5000)
     with TokenReader(a) as reader:
-        found = overlap([a], [(reader, 0, reader.num_documents)], max_scan_tokens=2**20)
+        found = overlap([a], [(reader, 0, reader.num_documents)], max_scan_tokens=50_000)
     assert 0.15 < found.scanned < 0.35
     assert abs(found.share(found.exact) - found.scanned) < 0.05
     assert "lower bounds" in found.lines()[0]
