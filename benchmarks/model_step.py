@@ -12,19 +12,22 @@ can be stated as a share of what the machine's GEMM gives.
 
 from __future__ import annotations
 
+import os
+import sys
+
+# This folder has a tokenize.py, which would be taken for the standard library's.
+sys.path.pop(0)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron.config.model import ModelConfig
 from megatron.model import GPT, DomainLoss, flops_per_token, parameter_count
