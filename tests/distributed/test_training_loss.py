@@ -56,6 +56,8 @@ def write(folder: Path, ranks: int, accumulation: int, **changes: Any) -> Path:
         train_iters=STEPS,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        # A large eps keeps Adam from blowing a gradient of rounding's size up to a full step.
+        optimizer={"type": "Adam", "params": {"lr": 3e-2, "betas": [0.9, 0.95], "eps": 1e-2}},
         **changes,
     )
     return runs.write_config(folder / f"config-{ranks}-{accumulation}.yml", content)
@@ -88,7 +90,7 @@ def append_sidecars(folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_masks_and_weights_mean_the_same_on_every_layout(tmp_path: Path, weighted: bool) -> None:
     layouts = [(1, 1), (1, 4), (2, 1), (2, 4)]
     results = []
@@ -148,7 +150,7 @@ def test_steps_equal_plain_pytorch(tmp_path: Path) -> None:
             own = torch.tensor([other == name for other in names])
             if own.any():
                 np.testing.assert_allclose(
-                    float(losses[own].mean()), record["domain_loss"][place], rtol=2e-6
+                    losses[own].mean().item(), record["domain_loss"][place], rtol=2e-6
                 )
     for name, parameter in model.named_parameters():
         np.testing.assert_allclose(

@@ -62,8 +62,11 @@ def write(folder: Path, policy: str, precision: dict[str, Any], stage: int) -> P
 
 @pytest.mark.parametrize(
     ("precision", "stage"),
-    [({}, 1), ({"bf16": {"enabled": True}}, 2), ({}, 3)],
-    ids=["fp32 ZeRO 1", "bf16 ZeRO 2", "fp32 ZeRO 3"],
+    [
+        pytest.param({}, 1, id="fp32 ZeRO 1"),
+        pytest.param({"bf16": {"enabled": True}}, 2, id="bf16 ZeRO 2", marks=pytest.mark.slow),
+        pytest.param({}, 3, id="fp32 ZeRO 3", marks=pytest.mark.slow),
+    ],
 )
 def test_skip_leaves_weights_and_mixture_alone(
     tmp_path: Path, precision: dict[str, Any], stage: int
@@ -102,6 +105,7 @@ def test_stop_is_the_default_and_all_ranks_say_the_same(tmp_path: Path) -> None:
     assert all(len(result["ledger"]) == BAD - 1 for result in results)
 
 
+@pytest.mark.slow
 def test_k_in_a_row_stop_the_run(tmp_path: Path) -> None:
     results = run_ranks(body, 2, write(tmp_path, "skip(2)", {}, 1), (BAD, BAD + 1))
     assert all("2 in a row" in result["error"][0] for result in results)
