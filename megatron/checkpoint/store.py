@@ -93,14 +93,15 @@ class CheckpointStore:
         Args:
             step: training steps done.
             kind: see the class.
-            bytes_needed: estimate of the checkpoint's size; without it the newest
-                checkpoint's size is taken.
+            bytes_needed: estimate of the checkpoint's size, for a store without a
+                checkpoint (the newest one's size is the better estimate) or a companion.
 
         Raises:
             RunError: the disk is read-only, refuses, or has not that much space.
         """
         temporary = self.temporary_path(step, kind)
-        self._needed = bytes_needed if bytes_needed is not None else self._last_size()
+        last = None if kind and bytes_needed is not None else self._last_size()
+        self._needed = bytes_needed if last is None else last
         with fs.disk_errors(temporary, needed=self._needed):
             self.directory.mkdir(parents=True, exist_ok=True)
             fs.remove_tree(temporary)
