@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from megatron.checkpoint.bundle import read_bundle
 from megatron.checkpoint.store import CheckpointStore
@@ -12,25 +15,22 @@ from megatron.config import Config
 from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError
 from megatron.launch.stop import StopFlag
+from megatron.model.accounting import parameter_count
 from megatron.parallel.layout import Layout
 from megatron.training.build import Parts, build, run_facts
+from megatron.training.check import Checked, preflight
 from megatron.training.compatible import (
     check_same_data,
     check_same_model,
     layout_facts,
     model_facts,
 )
-from megatron.training.domains import open_domains, start_weights
+from megatron.training.domains import OpenDomains
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
 from megatron.training.restore import Source, find_checkpoint, prepare_source
 from megatron.training.saving import Saver
-from megatron.training.summary import (
-    check_device,
-    checkpoint_bytes,
-    complete,
-    startup_report,
-)
+from megatron.training.summary import checkpoint_bytes, startup_report
 
 EXIT_DONE = 0
 
@@ -45,84 +45,35 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
         NeomixError: the data, the checkpoint or the configuration does not fit.
     """
     say = _speaker(runtime)
-    domains = open_domains(
-        config.domains,
-        split=config.split,
-        seq_length=config.model.context_length,
-        seed=config.training.seed,
-        epoch_offset=config.training.epoch_offset,
-    )
-    config = complete(config, domains)
-    check_device(config.precision, on_cpu=runtime.device.type == "cpu")
-    weights = start_weights(config.mixing, config.domains, domains)
+    gpus = torch.cuda.device_count() if runtime.device.type == "cuda" else 0
+    checked = preflight(config, world_size=runtime.world_size, gpus=gpus)
+    config, domains = checked.config, checked.domains
     store = CheckpointStore(
         config.checkpoint.save_dir, keep_last=config.checkpoint.keep_last_n_checkpoints
     )
     if runtime.rank == 0:
         store.sweep()
     source = _find_source(config, runtime, store, say)
-    last = config.training.train_iters
-    if source is not None:
-        check_same_model(source.manifest, model_facts(config))
-    if source is not None and not source.weights_only:
-        if source.manifest.step >= last:
-            say(
-                f"nothing to do: {source.checkpoint} is complete ({source.manifest.step} of {last} "
-                "steps); raise train_iters to go on"
-            )
-            return EXIT_DONE
-        check_same_data(
-            source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
+    if source is not None and _complete(config, source, domains):
+        say(
+            f"nothing to do: {source.checkpoint} is complete ({source.manifest.step} of "
+            f"{config.training.train_iters} steps); raise train_iters to go on"
         )
-    parts = build(
-        config,
-        runtime,
-        domains,
-        weights,
-        universal=source is not None and source.universal,
-    )
-    startup_report(config, domains, weights, runtime.world_size, say)
+        return EXIT_DONE
+    universal = source is not None and source.universal
+    parts = build(config, runtime, domains, checked.weights, universal=universal)
+    startup_report(config, domains, checked.weights, runtime.world_size, say)
     start = _restore(config, parts, source, say) if source is not None else 0
-    milestones = Milestones(
-        engine=parts.engine,
-        validation=parts.validation,
-        test=parts.test,
-        saver=Saver(
-            runtime=runtime,
-            store=store,
-            engine=parts.engine,
-            planner=parts.planner,
-            guard=parts.guard,
-            sinks=parts.sinks,
-            domains=list(domains.names),
-            layout=layout_facts(config, Layout(world_size=runtime.world_size)),
-            config_hash=config.hash(),
-            fingerprints=domains.fingerprints,
-            facts=run_facts(config),
-            padded_vocab_size=config.model.padded_vocab_size(),
-            bytes_needed=checkpoint_bytes(config),
-        ),
-        recorder=parts.recorder,
-        throughput=parts.throughput,
-        eval_interval=config.training.eval_interval,
-        saves_at=lambda step: config.checkpoint.saves_at(step, last),
-        weights=weights / weights.sum(),
-    )
+    milestones = _milestones(config, runtime, checked, store, parts)
     if runtime.rank == 0:
         _write_config(config)
-    parts.sinks.start(
-        start or None,
-        {
-            "config": config.model_dump(mode="json"),
-            "samples_seen": dict(zip(domains.names, map(int, parts.samples_seen()), strict=True)),
-        },
-    )
+    parts.sinks.start(start or None, _description(config, checked, parts))
     try:
-        step, ending = _train(config, runtime, parts, milestones, stop, start=start, last=last)
+        step, ending = _train(config, runtime, parts, milestones, stop, start=start)
     finally:
         parts.sinks.close()
         parts.loader.close()
-    say(f"ended after step {step} of {last}: {ending.value}")
+    say(f"ended after step {step} of {config.training.train_iters}: {ending.value}")
     return stop.exit_code if ending is Ending.STOPPED else EXIT_DONE
 
 
@@ -134,7 +85,6 @@ def _train(
     stop: StopFlag,
     *,
     start: int,
-    last: int,
 ) -> tuple[int, Ending]:
     interval = config.training.exit_interval
     loop = Loop(
@@ -152,7 +102,70 @@ def _train(
     )
     if start == 0:
         milestones.before_first()
-    return loop.run(start=start, last=last)
+    return loop.run(start=start, last=config.training.train_iters)
+
+
+def _milestones(
+    config: Config, runtime: Runtime, checked: Checked, store: CheckpointStore, parts: Parts
+) -> Milestones:
+    last = config.training.train_iters
+    saver = Saver(
+        runtime=runtime,
+        store=store,
+        engine=parts.engine,
+        planner=parts.planner,
+        guard=parts.guard,
+        sinks=parts.sinks,
+        domains=list(checked.domains.names),
+        layout=layout_facts(config, Layout(world_size=runtime.world_size)),
+        config_hash=config.hash(),
+        fingerprints=checked.domains.fingerprints,
+        facts=run_facts(config),
+        padded_vocab_size=config.model.padded_vocab_size(),
+        bytes_needed=checkpoint_bytes(config),
+    )
+    return Milestones(
+        engine=parts.engine,
+        validation=parts.validation,
+        test=parts.test,
+        saver=saver,
+        recorder=parts.recorder,
+        throughput=parts.throughput,
+        eval_interval=config.training.eval_interval,
+        saves_at=lambda step: config.checkpoint.saves_at(step, last),
+        weights=checked.weights / checked.weights.sum(),
+    )
+
+
+def _description(config: Config, checked: Checked, parts: Parts) -> dict[str, Any]:
+    """Return what the sinks and the report are told of the run."""
+    names, tokens = checked.domains.names, checked.domains.token_counts
+    return {
+        "config": config.model_dump(mode="json"),
+        "method": config.mixing.method,
+        "seed": config.training.seed,
+        "total_steps": config.training.train_iters,
+        "parameters": parameter_count(config.model),
+        "train_tokens": dict(zip(names, map(int, tokens), strict=True)),
+        "samples_seen": dict(zip(names, map(int, parts.samples_seen()), strict=True)),
+    }
+
+
+def _complete(config: Config, source: Source, domains: OpenDomains) -> bool:
+    """Tell whether there is nothing left to do; check that the checkpoint is of this run.
+
+    Raises:
+        CheckpointError: it is of another model, or of other data.
+    """
+    check_same_model(source.manifest, model_facts(config))
+    if source.weights_only:
+        return False
+    if source.manifest.step >= config.training.train_iters:
+        return True
+    check_same_data(
+        source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
+    )
+    return False
 
 
 def _find_source(
