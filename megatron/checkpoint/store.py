@@ -20,12 +20,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint import files as fs
+from megatron.checkpoint import verify
 from megatron.checkpoint.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -179,7 +179,7 @@ class CheckpointStore:
         )
         content = manifest.to_bytes()
         with fs.disk_errors(temporary, needed=self._needed):
-            problems = _compare(temporary, manifest)
+            problems = verify.compare_names_and_sizes(temporary, manifest)
             if problems:
                 raise CheckpointError(f"cannot complete {final}: " + "; ".join(problems))
             fs.write_file(temporary / MANIFEST_NAME, content)
@@ -251,7 +251,7 @@ class CheckpointStore:
                 if manifest is not None and not problems:
                     return path, manifest
                 if report is not None:
-                    report(f"checkpoint {path} is passed over: {_summary(problems)}")
+                    report(f"checkpoint {path} is passed over: {verify.summary(problems)}")
         return None
 
     def read_manifest(self, path: str | os.PathLike[str]) -> Manifest:
@@ -260,7 +260,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        return _read_manifest(Path(path))
+        return verify.read_manifest(Path(path))
 
     def verify(self, path: str | os.PathLike[str]) -> list[str]:
         """Return everything that is wrong with the checkpoint in ``path`` (empty: nothing)."""
@@ -316,7 +316,7 @@ class CheckpointStore:
     def _last_size(self) -> int | None:
         for step in reversed(self.steps()):
             with contextlib.suppress(CheckpointError):
-                return _read_manifest(self.path(step)).total_bytes
+                return verify.read_manifest(self.path(step)).total_bytes
         return None
 
     def _relative(self, path: Path) -> str:
@@ -361,8 +361,10 @@ class CheckpointStore:
 
     def _examine(self, path: Path) -> tuple[Manifest | None, list[str]]:
         try:
-            manifest = _read_manifest(path)
-            problems = _compare(path, manifest) or _compare_hashes(path, manifest)
+            manifest = verify.read_manifest(path)
+            problems = verify.compare_names_and_sizes(path, manifest) or verify.compare_hashes(
+                path, manifest
+            )
         except CheckpointError as error:
             return None, [str(error)]
         except OSError as error:
@@ -377,53 +379,3 @@ class CheckpointStore:
 def _seal(path: Path) -> tuple[int, str]:
     fs.sync_file(path)
     return fs.hash_file(path)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    file = path / MANIFEST_NAME
-    try:
-        if not stat.S_ISREG(file.lstat().st_mode):
-            raise CheckpointError(f"{MANIFEST_NAME} is not a regular file")
-        return Manifest.from_bytes(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST_NAME} is missing (the save did not finish)") from None
-    except OSError as error:
-        raise CheckpointError(f"{MANIFEST_NAME} cannot be read: {error.strerror}") from error
-
-
-def _compare(path: Path, manifest: Manifest) -> list[str]:
-    """Compare names and sizes of the files in ``path`` with the manifest."""
-    found: dict[str, int | None] = {}
-    try:
-        for name, entry in fs.walk_files(path):
-            regular = entry.is_file(follow_symlinks=False)
-            found[name] = entry.stat(follow_symlinks=False).st_size if regular else None
-    except FileNotFoundError:
-        return [f"{path} is missing"]
-    found.pop(MANIFEST_NAME, None)
-    problems = [f"{name} is missing" for name in sorted(manifest.files.keys() - found.keys())]
-    problems += [
-        f"{name} is not in the manifest" for name in sorted(found.keys() - manifest.files.keys())
-    ]
-    for name in sorted(found.keys() & manifest.files.keys()):
-        size, expected = found[name], manifest.files[name].size
-        if size is None:
-            problems.append(f"{name} is not a regular file")
-        elif size != expected:
-            problems.append(f"{name} has {size} bytes instead of {expected}")
-    return problems
-
-
-def _compare_hashes(path: Path, manifest: Manifest) -> list[str]:
-    names = sorted(manifest.files)
-    results = fs.map_files(fs.hash_file, [path / name for name in names])
-    return [
-        f"{name} is damaged (its SHA-256 differs)"
-        for name, (_, digest) in zip(names, results, strict=True)
-        if digest != manifest.files[name].sha256
-    ]
-
-
-def _summary(problems: list[str]) -> str:
-    shown = "; ".join(problems[:3])
-    return shown + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
