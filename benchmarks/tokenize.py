@@ -27,11 +27,13 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 from megatron.errors import DataError, run_command
 from megatron.tokenizer.train import train_byte_level_bpe
@@ -274,7 +276,14 @@ def report(
         "",
         f"Corpus: {size / 1e6:.1f} MB of text in {documents:,} documents ({beyond_ascii:,} not "
         f"pure ASCII), SHA-256 {file_hash(corpus)[:16]}; byte-level BPE of "
-        f"{vocabulary(tokenizer):,} ids, SHA-256 {file_hash(Path(tokenizer))[:16]}.",
+        f"{vocabulary(tokenizer):,} ids, SHA-256 {file_hash(Path(tokenizer))[:16]}. "
+        + "; ".join(versions(systems))
+        + ".",
+        "",
+        "```",
+        ("NEOX=… NEOX_PYTHON=… " if len(systems) > 2 else "")
+        + f"python benchmarks/tokenize.py --rounds {options.rounds}",
+        "```",
         "",
         "| system | wall, median s | CPU, median s | start-up, wall s | MB/s, whole command "
         "| MB/s, start-up aside |",
@@ -313,6 +322,23 @@ def measure(corpus: Path) -> tuple[int, int, int]:
             documents += 1
             beyond += not text.isascii()
     return size, documents, beyond
+
+
+def versions(systems: list[System]) -> Iterator[str]:
+    """Yield what each system is made of."""
+    yield f"here tokenizers {version('tokenizers')}, tiktoken {version('tiktoken')}"
+    for system in systems[2:]:
+        ask = "from importlib.metadata import version; print(version('tokenizers'))"
+        library = output_of([system.command[0], "-c", ask])
+        clone = Path(system.command[1]).parents[2]
+        commit = output_of(["git", "-C", str(clone), "rev-parse", "--short", "HEAD"])
+        yield f"{system.name} {commit} with tokenizers {library}"
+
+
+def output_of(command: list[str]) -> str:
+    """Return what a command prints, or a question mark."""
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return ran.stdout.strip() or "?"
 
 
 def vocabulary(tokenizer: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.errors import CheckpointError, RunError
+from megatron.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +121,6 @@ class TrainEngine:
 
         Returns:
             The files that this rank wrote.
-
-        Raises:
-            RunError: a file could not be written; names it and the free space.
         """
         self._writer.written.clear()
         self._engine.save_checkpoint(
@@ -182,23 +179,9 @@ class _RecordingWriter:
         self.written: list[Path] = []
 
     def save(self, state_dict: Any, path: str) -> Any:
-        try:
-            result = self._inner.save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError of its zip writer.
-            raise RunError(_cannot_write(Path(path), error)) from error
+        result = self._inner.save(state_dict, path)
         self.written.append(Path(path))
         return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
-
-
-def _cannot_write(path: Path, error: Exception) -> str:
-    import shutil
-
-    free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-    return (
-        f"cannot write {path}: {error} ({free:,} bytes free on its disk); free some space, "
-        f"lower keep_last_n_checkpoints or choose another run_dir; earlier checkpoints are intact"
-    )

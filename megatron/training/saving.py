@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.checkpoint.bundle import write_bundle
+from megatron.checkpoint.files import disk_errors
 from megatron.checkpoint.store import CheckpointStore
 from megatron.engine.engine import TrainEngine
 from megatron.engine.runtime import Runtime
 from megatron.engine.universal import universal_info
+from megatron.errors import RunError
 from megatron.monitor.sink import SinkGroup
 from megatron.training.guard import NonFiniteGuard
 from megatron.training.planner import Planner
@@ -56,20 +58,26 @@ class Saver:
         Raises:
             RunError: the disk is full or refuses; earlier checkpoints are intact.
         """
-        first = self.runtime.rank == 0
         self.sinks.flush()
-        if first:
+        if self.runtime.rank == 0:
             self.store.begin(step, bytes_needed=self.bytes_needed)
         self.runtime.barrier()
-        temporary = self.store.temporary_path(step)
-        written = self.engine.save(
-            temporary.parent,
-            temporary.name,
-            {
-                "iteration": step,
-                "universal_checkpoint_info": universal_info(self.padded_vocab_size),
-            },
-        )
+        try:
+            with disk_errors(self.store.temporary_path(step), needed=self.bytes_needed):
+                self._write(step)
+        except RunError:
+            # The space that a failed save took is wanted back; earlier checkpoints stand.
+            self.store.abort(step)
+            raise
+        self.runtime.barrier()
+
+    def _write(self, step: int) -> None:
+        first, temporary = self.runtime.rank == 0, self.store.temporary_path(step)
+        client_state = {
+            "iteration": step,
+            "universal_checkpoint_info": universal_info(self.padded_vocab_size),
+        }
+        written = self.engine.save(temporary.parent, temporary.name, client_state)
         if first:
             written.append(
                 write_bundle(
@@ -90,4 +98,3 @@ class Saver:
                 fingerprints=self.fingerprints,
                 extra=self.facts,
             )
-        self.runtime.barrier()

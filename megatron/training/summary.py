@@ -117,7 +117,7 @@ def estimate(config: Config, data_size: int) -> Estimate:
 
 def checkpoint_bytes(config: Config) -> int:
     """Estimate the size of a checkpoint: weights, fp32 master weights and two moments."""
-    return int(parameter_count(config.model) * (12 + _BYTES[config.precision]) * 1.02) + (1 << 20)
+    return int(parameter_count(config.model) * (12 + _BYTES[config.precision]) * 1.02) + (1 << 17)
 
 
 def startup_report(
