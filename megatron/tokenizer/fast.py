@@ -2,7 +2,8 @@
 
 Text is a stream of few distinct pieces: words, indents, brackets.  A regular expression
 cuts it into pieces, a dictionary gives each piece's ids as the bytes that go to disk, and
-only pieces not met before are merged (by ``tiktoken``, or else by ``tokenizers``).
+only pieces not met before are merged (by ``tiktoken``, or else by ``tokenizers``).  GPT-2's
+pattern, the commonest, is split and looked up in NumPy, a batch of texts at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron.tokenizer.bytelevel import AddedToken, ByteLevelBPE, ByteWriting
-from megatron.tokenizer.pattern import NotUnderstoodError, PatternSplitter
+from megatron.tokenizer.pattern import GPT2_PATTERN, NotUnderstoodError, PatternSplitter
 from megatron.tokenizer.unicode_classes import ASCII_END, TIERS, tier_of
+from megatron.tokenizer.vectorised import BATCH_CHARACTERS, BatchEncoder
 from megatron.tokenizer.verify import EncodeRaw, first_difference, probe_texts
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 # About 80 MB a process when full; emptied then, and refilled by the frequent pieces at once.
 _CACHE_PIECES = 1 << 19
 _LONGEST_CACHED = 64
+# Bytes a character above which a text has too little ASCII for batches to gain anything.
+_MOSTLY_FOREIGN = 1.3
+# A place where GPT-2's pattern always starts a piece, whatever stands around it.
+_WORD_END = re.compile(r"(?<=[A-Za-z0-9])(?= [A-Za-z])")
 
 PieceEncoder = Callable[[str], list[int]]
 
@@ -76,6 +82,10 @@ class FastEncoder:
         self._splitters = [PatternSplitter(pattern) for pattern in parts.patterns]
         self._piece, self.backend = _piece_encoder(parts, tokenizer)
         self._caches: dict[str, _PieceCache] = {}
+        self._batches: dict[str, BatchEncoder] = {}
+        self._in_batches = parts.patterns == (GPT2_PATTERN,) and not (
+            parts.add_prefix_space or parts.prefix or parts.suffix
+        )
         self._cache_pieces = cache_pieces
         early = [t for t in parts.added if not (t.normalized and parts.normalizes)]
         late = [t for t in parts.added if t.normalized and parts.normalizes]
@@ -100,11 +110,64 @@ class FastEncoder:
             NotUnderstoodError: that comparison failed; nothing was encoded wrongly.
             UnicodeEncodeError: a text holds a lone surrogate.
         """
-        cache = self._caches.get(dtype.str)
-        if cache is None:
+        if dtype.str not in self._caches:
             cache = _PieceCache(self._piece, dtype, self._cache_pieces)
             self._caches[dtype.str] = cache
-        return [self._encode_text(text, cache, dtype) for text in texts]
+            self._batches[dtype.str] = BatchEncoder(cache.__getitem__, self._stretch(cache), dtype)
+        out: list[bytes] = []
+        batch: list[tuple[int, str]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            out.append(b"")
+            self._admit(text)
+            if not self._in_batches or (ready := self._ready_for_batch(text)) is None:
+                out[number] = self._encode_text(text, self._caches[dtype.str], dtype)
+                continue
+            for part in _cut_at_words(ready):
+                batch.append((number, part))
+                size += len(part)
+                if size >= BATCH_CHARACTERS:
+                    self._encode_batch(batch, out, dtype)
+                    batch, size = [], 0
+        self._encode_batch(batch, out, dtype)
+        return out
+
+    def _admit(self, text: str) -> None:
+        """Refuse lone surrogates, and compare with the reference before a new tier is used."""
+        if not text.isascii():
+            text.encode("utf-8")
+            if (tier := tier_of(text)) not in self._verified:
+                self._open_tier(tier)
+
+    def _ready_for_batch(self, text: str) -> str | None:
+        """Return the text as it goes into a batch; None if it has to be encoded by itself."""
+        if not text or "\0" in text or self._early.may_occur(text):
+            return None
+        if not text.isascii():
+            if len(text.encode()) > _MOSTLY_FOREIGN * len(text):
+                return None
+            if self._normalize:
+                text = self._normalize(text)
+        return None if not text or "\0" in text or self._late.may_occur(text) else text
+
+    def _encode_batch(
+        self, batch: list[tuple[int, str]], out: list[bytes], dtype: np.dtype[Any]
+    ) -> None:
+        """Encode parts of texts and append each to its text's bytes."""
+        if not batch:
+            return
+        found = self._batches[dtype.str].encode([part for _, part in batch])
+        for (number, _), raw in zip(batch, found, strict=True):
+            out[number] = out[number] + raw if out[number] else raw
+
+    def _stretch(self, cache: _PieceCache) -> Callable[[str], bytes]:
+        splitter = self._splitters[0]
+        get = cache.__getitem__
+
+        def encode(stretch: str) -> bytes:
+            return b"".join(map(get, splitter.for_text(stretch)(stretch)))
+
+        return encode
 
     def _open_tier(self, tier: int) -> None:
         """Compare with the reference on texts of a tier, and of those below it."""
@@ -128,20 +191,8 @@ class FastEncoder:
                 raise NotUnderstoodError(f"the fast encoder differs on {different!r}")
 
     def _encode_text(self, text: str, cache: _PieceCache, dtype: np.dtype[Any]) -> bytes:
-        parts = self._parts
         # Splitting by name first and normalizing what is left is the order of `tokenizers`.
-        if (
-            len(self._splitters) == 1
-            and text.isascii()
-            and not (parts.add_prefix_space or parts.prefix or parts.suffix)
-            and not self._early.may_occur(text)
-            and not self._late.may_occur(text)
-        ):
-            return b"".join(map(cache.__getitem__, self._splitters[0].ascii(text)))
-        if not text.isascii():
-            text.encode("utf-8")  # refuses lone surrogates
-            if (tier := tier_of(text)) not in self._verified:
-                self._open_tier(tier)
+        parts = self._parts
         out = [_stored(parts.prefix, dtype)]
         for segment, token in self._segments(text):
             if token is None:
@@ -193,6 +244,18 @@ class _NameFinder:
             at = match.end()
         if at < len(text):
             yield text[at:], None
+
+
+def _cut_at_words(text: str) -> Iterator[str]:
+    """Cut a long text where pieces start anyway, so that memory does not grow with it."""
+    start = 0
+    while len(text) - start > 2 * BATCH_CHARACTERS:
+        found = _WORD_END.search(text, start + BATCH_CHARACTERS)
+        if found is None:
+            break
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:] if start else text
 
 
 def _substrings(names: Sequence[str]) -> tuple[str, ...]:

@@ -54,7 +54,8 @@ class PatternSplitter:
         Raises:
             NotUnderstoodError: naming the construct.
         """
-        self._pattern = _GPT2_FAST if pattern == GPT2_PATTERN else pattern
+        self._covers = pattern == GPT2_PATTERN  # every character is in one of its classes
+        self._pattern = _GPT2_FAST if self._covers else pattern
         self._by_tier: dict[int, Splitter] = {}
         self.ascii = self.of_tier(ASCII_END)
 
@@ -67,7 +68,7 @@ class PatternSplitter:
         splitter = self._by_tier.get(tier)
         if splitter is None:
             try:
-                splitter = _finder(translate(self._pattern, tier))
+                splitter = _finder(translate(self._pattern, tier), self._covers)
             except (re.error, UnknownClassError) as error:
                 raise NotUnderstoodError(f"pattern {self._pattern!r}: {error}") from error
             self._by_tier[tier] = splitter
@@ -176,9 +177,9 @@ def _hex(code_point: int) -> str:
     return f"\\U{code_point:08x}"
 
 
-def _finder(source: str) -> Splitter:
+def _finder(source: str, covers: bool) -> Splitter:
     """Compile; what lies between two matches is a piece of its own, as in ``Split``."""
-    compiled = re.compile(f"{source}|(?:(?!{source})[\\s\\S])+")
-    if compiled.match("") is not None and compiled.groups == 0:
+    compiled = re.compile(source if covers else f"{source}|(?:(?!{source})[\\s\\S])+")
+    if compiled.match("") is not None:
         raise NotUnderstoodError("the pattern matches the empty string")
     return compiled.findall

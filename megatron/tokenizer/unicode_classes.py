@@ -25,6 +25,10 @@ _BLOCKS = {
 }
 
 
+# No character is in two of these.
+_DISJOINT = (r"\p{L}", r"\p{N}", r"\s")
+
+
 class UnknownClassError(ValueError):
     """The engine does not know a class."""
 
@@ -58,24 +62,45 @@ def clip(ranges: Ranges, end: int) -> Ranges:
 
 @cache
 def _ranges_of_tier(escape: str, tier: int) -> Ranges:
+    text = "".join("".join(map(chr, range(low, high))) for low, high in _BLOCKS[tier])
+    if escape not in _DISJOINT:
+        return tuple(r for run in _runs(escape, text) for r in _code_points(*run, tier))
+    # The usual three are asked for at once: the engine's time goes by the length of the text.
+    runs = _all_runs(tier)
+    own = _runs(escape, "".join(text[start] for start, _ in runs))
+    chosen = [runs[i] for start, stop in own for i in range(start, stop)]
+    return tuple(r for run in chosen for r in _code_points(*run, tier))
+
+
+@cache
+def _all_runs(tier: int) -> tuple[tuple[int, int], ...]:
+    """Cut a tier's text wherever one of the disjoint classes starts or ends."""
+    text = "".join("".join(map(chr, range(low, high))) for low, high in _BLOCKS[tier])
+    pieces = _split("|".join(f"{escape}+" for escape in _DISJOINT), "isolated", text)
+    return tuple(place for _, place in pieces)
+
+
+def _runs(escape: str, text: str) -> list[tuple[int, int]]:
+    """Return the runs of a class in a text: the gaps that removing it leaves."""
+    found = []
+    position = 0
+    for _, (start, stop) in [*_split(f"{escape}+", "removed", text), ("", (len(text), len(text)))]:
+        if start > position:
+            found.append((position, start))
+        position = stop
+    return found
+
+
+def _split(pattern: str, behavior: str, text: str) -> list[tuple[str, tuple[int, int]]]:
     try:
         from tokenizers import Regex
         from tokenizers.pre_tokenizers import Split
     except ImportError:
         raise MissingExtraError("tokenizers", "train", "a byte-level BPE") from None
-    text = "".join("".join(map(chr, range(low, high))) for low, high in _BLOCKS[tier])
     try:
-        # Removing the class leaves the runs of its complement, so the gaps are the class.
-        kept = Split(Regex(f"{escape}+"), "removed").pre_tokenize_str(text)
+        return list(Split(Regex(pattern), behavior).pre_tokenize_str(text))
     except Exception as error:  # the binding raises Exception itself
-        raise UnknownClassError(f"{escape}: {error}") from error
-    found: list[tuple[int, int]] = []
-    position = 0
-    for _, (start, stop) in [*kept, ("", (len(text), len(text)))]:
-        if start > position:
-            found.extend(_code_points(position, start, tier))
-        position = stop
-    return tuple(found)
+        raise UnknownClassError(f"{pattern}: {error}") from error
 
 
 def _code_points(start: int, stop: int, tier: int) -> list[tuple[int, int]]:

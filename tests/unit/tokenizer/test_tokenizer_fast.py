@@ -229,9 +229,15 @@ def test_merges_listed_in_every_split_of_a_token_are_understood(tokenizer_file, 
     assert fast == library
 
 
-def test_a_wrong_splitter_is_noticed_and_not_used(tokenizer_file, monkeypatch, texts):
-    monkeypatch.setattr("megatron.tokenizer.pattern._GPT2_FAST", GPT2_PATTERN.replace("|'ll", ""))
-    tokenizer = build_tokenizer("HFTokenizer", str(tokenizer_file))
+@pytest.mark.parametrize("where", ["pattern", "vectorised"])
+def test_a_wrong_splitter_is_noticed_and_not_used(where, variant, monkeypatch, texts):
+    if where == "pattern":
+        wrong = GPT2_PATTERN.replace("|'ll", "")
+        monkeypatch.setattr("megatron.tokenizer.pattern._GPT2_FAST", wrong)
+    else:
+        monkeypatch.setattr("megatron.tokenizer.vectorised._TWO_LETTERS", (b"re", b"ve"))
+    parts = VARIANTS["prefix space"] if where == "pattern" else {}
+    tokenizer = build_tokenizer("HFTokenizer", str(variant(**parts)))
     assert "differs on" in tokenizer.encoder
     fast, library = both(tokenizer, texts)
     assert fast == library
