@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import runs
 
-STEPS = 24
+STEPS = 30
 KINDS = ("group", "rank", "launcher")
 # One trial of each kind always; all ten of each in the long suite.
 TRIALS = [
@@ -59,8 +59,9 @@ def test_kill_9(reference: tuple[Path, Path], tmp_path: Path, kind: str, trial: 
     )
     live = runs.LiveRun(file)
     try:
-        live.wait_for_step(chance.randint(1, STEPS - 2))
-        time.sleep(chance.random() * 0.3)
+        live.wait_for_step(chance.randint(1, STEPS - 10))
+        time.sleep(chance.random() * 0.2)
+        assert live.process.poll() is None, "the run had ended before it could be killed"
         everyone = list(live.family())
         for pid in victims(live, kind):
             os.kill(pid, signal.SIGKILL)

@@ -11,7 +11,7 @@ from support import runs
 
 from megatron.checkpoint.store import CheckpointStore
 
-STEPS = 40
+STEPS = 90
 
 
 @pytest.fixture(scope="module")
