@@ -16,8 +16,8 @@ from megatron.tokenizer.pattern import GPT2_PATTERN, PatternSplitter
 PIECES = st.sampled_from(
     [*"abcstmdrvl019'._-\"(){}\x1c\x7f", " ", "  ", "\n", "\n\n", "\t", "\r\n",
      "'s", "'ll", "'re",
-     " 't", "''", "word", " word", "The", "é", "漢字", "\u00a0", "👍", "ſ", " a b", "x" * 17, "12345678",
-     "twelve_bytes", "sixteen__bytes__", "<|endoftext|>", "\x00"]
+     " 't", "''", "word", " word", "The", "é", "漢字", "\u00a0", "👍", "ſ", " a b", "x" * 17,
+     "12345678", "twelve_bytes", "sixteen__bytes__", "<|endoftext|>", "\x00"]
 )  # fmt: skip
 TEXTS = st.lists(st.lists(PIECES, max_size=25).map("".join), max_size=8)
 
