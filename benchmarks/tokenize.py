@@ -326,7 +326,7 @@ def measure(corpus: Path) -> tuple[int, int, int]:
 
 def versions(systems: list[System]) -> Iterator[str]:
     """Yield what each system is made of."""
-    yield f"here tokenizers {version('tokenizers')}, tiktoken {version('tiktoken')}"
+    yield f"Here: tokenizers {version('tokenizers')}, tiktoken {version('tiktoken')}"
     for system in systems[2:]:
         ask = "from importlib.metadata import version; print(version('tokenizers'))"
         library = output_of([system.command[0], "-c", ask])

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.ingest.pipeline import Outcome, PreprocessSettings, preprocess
+from megatron.data.ingest.pipeline import preprocess
+from megatron.data.ingest.settings import Outcome, PreprocessSettings
 from megatron.data.sidecar import read_sidecar
 from megatron.errors import run_command
 from megatron.tokenizer import TOKENIZER_TYPES

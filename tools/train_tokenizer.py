@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.ingest.pipeline import read_texts
+from megatron.data.ingest.texts import read_texts
 from megatron.errors import ConfigError, run_command
 from megatron.tokenizer.train import NORMALIZERS, train_byte_level_bpe
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.data.ingest.pipeline import stamp
+from megatron.data.ingest.stamps import stamp
 from megatron.data.reader import TokenReader
 from megatron.data.sidecar import Sidecar, write_sidecar
 from megatron.data.writer import merge

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.index_format import token_dtype
-from megatron.data.ingest.chunks import input_bytes, line_of, read_chunks
+from megatron.data.ingest.chunks import input_bytes, read_chunks
 from megatron.data.ingest.journal import (
     Journal,
     KeyProgress,
@@ -26,78 +25,19 @@ from megatron.data.ingest.journal import (
     write_journal,
 )
 from megatron.data.ingest.progress import Progress
-from megatron.data.ingest.records import Chunk, read_records
+from megatron.data.ingest.records import Chunk
+from megatron.data.ingest.settings import Outcome, PreprocessSettings
 from megatron.data.ingest.sources import Source, find_sources
+from megatron.data.ingest.stamps import stamp
 from megatron.data.ingest.worker import ChunkEncoder, Encoded, EncodeSettings, encode_in_order
 from megatron.data.reader import TokenReader
-from megatron.data.sidecar import FileStamp, Sidecar, sidecar_path, write_sidecar
+from megatron.data.sidecar import Sidecar, sidecar_path, write_sidecar
 from megatron.data.writer import TokenWriter
 from megatron.errors import DataError
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
-_HASH_BLOCK = 8 << 20
 # Documents encoded by both encoders before the faster one is trusted with the rest.
 _COMPARED_DOCUMENTS, _COMPARED_CHARACTERS = 64, 1 << 18
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSettings:
-    """What to tokenise, how, and where to.
-
-    Attributes:
-        inputs: paths, globs, folders, comma lists.
-        output_prefix: datasets are ``{output_prefix}_{key}_document``.
-        tokenizer_type, vocab_file, merge_file: see ``build_tokenizer``.
-        keys: fields to tokenise, each into a dataset of its own.
-        append_eod: end each document with the end-of-document token.
-        ftfy: repair text with ftfy first.
-        workers: processes that encode.
-        text_documents: "file" or "line": what a document is in plain text.
-        bad_records: "stop" or "skip".
-        overwrite: start again over whatever the prefix holds.
-        fast: allow the fast encoder.
-        save_seconds: time between two durable points.
-        num_documents: documents in the input if known, for the progress.
-        log_interval: documents between two progress reports.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer_type: str
-    vocab_file: str | None = None
-    merge_file: str | None = None
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    ftfy: bool = False
-    workers: int = 1
-    text_documents: str = "file"
-    bad_records: str = "stop"
-    overwrite: bool = False
-    fast: bool = True
-    save_seconds: float = 10.0
-    num_documents: int | None = None
-    log_interval: int = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run did.
-
-    Attributes:
-        prefixes: dataset prefix by key.
-        journal: the final journal.
-        already_done: nothing was left to do.
-        encoder: which encoder was used, and why.
-        seconds: wall time of this run's encoding.
-        text_bytes: UTF-8 bytes of text encoded by this run.
-    """
-
-    prefixes: dict[str, str]
-    journal: Journal
-    already_done: bool = False
-    encoder: str = ""
-    seconds: float = 0.0
-    text_bytes: int = 0
 
 
 def preprocess(
@@ -437,17 +377,6 @@ class _Run:
         )
 
 
-def stamp(path: str) -> FileStamp:
-    """Return a file's size and SHA-256, read in blocks."""
-    total = hashlib.sha256()
-    size = 0
-    with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            total.update(block)
-            size += len(block)
-    return FileStamp(size=size, sha256=total.hexdigest())
-
-
 def _check_keys(settings: PreprocessSettings, sources: Sequence[Source]) -> None:
     if len(set(settings.keys)) != len(settings.keys):
         raise DataError(f"--jsonl-keys {' '.join(settings.keys)}: a key is named twice")
@@ -466,21 +395,3 @@ def _eod_or_none(tokenizer: Tokenizer) -> int | None:
         return tokenizer.eod
     except DataError:
         return None
-
-
-def read_texts(
-    inputs: Sequence[str], *, keys: Sequence[str] = ("text",), text_documents: str = "file"
-) -> Iterator[str]:
-    """Yield the texts of inputs, one after the other, all keys of a record in turn.
-
-    Raises:
-        DataError: as :func:`preprocess`, at the first unusable record.
-    """
-    for index, source in enumerate(find_sources(inputs, text_documents=text_documents)):
-        for chunk in read_chunks(source, index, 0, keys):
-            for record in read_records(chunk, keys):
-                if record.problem is not None:
-                    what = "row" if chunk.kind == "table" else "line"
-                    line = line_of(chunk, record.number)
-                    raise DataError(f"{chunk.path}, {what} {line}: {record.problem}")
-                yield from record.texts

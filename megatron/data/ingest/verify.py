@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.ingest.pipeline import stamp
+from megatron.data.ingest.stamps import stamp
 from megatron.data.reader import TokenReader
 from megatron.data.sidecar import Sidecar, sidecar_path
 from megatron.errors import DataError

@@ -16,6 +16,7 @@ from ingest_files import sha, write_jsonl
 
 from megatron.data.ingest import journal as journal_module
 from megatron.data.ingest import pipeline
+from megatron.data.ingest.settings import PreprocessSettings
 from megatron.data.reader import TokenReader
 from megatron.errors import DataError
 
@@ -136,7 +137,7 @@ def test_a_crash_at_every_step_of_the_end_is_mended(corpus, tmp_path, tokenizer_
     """Forks a run for each call that makes something durable or gives it a name."""
 
     def settings(prefix):
-        return pipeline.PreprocessSettings(
+        return PreprocessSettings(
             inputs=(str(corpus),), output_prefix=str(prefix), tokenizer_type="HFTokenizer",
             vocab_file=tokenizer_file, append_eod=True, keys=("text",), fast=False,
         )  # fmt: skip
