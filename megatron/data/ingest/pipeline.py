@@ -36,6 +36,8 @@ from megatron.data.writer import TokenWriter
 from megatron.errors import DataError
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
+__all__ = ["Outcome", "PreprocessSettings", "dataset_prefix", "preprocess"]
+
 # Documents encoded by both encoders before the faster one is trusted with the rest.
 _COMPARED_DOCUMENTS, _COMPARED_CHARACTERS = 64, 1 << 18
 
