@@ -52,7 +52,7 @@ install: $(VENV)/.stamp-train
 
 quickstart: install
 	$(BIN)/python prepare_data.py quickstart
-	$(BIN)/python deepy.py train.py -d configs local/quickstart mixing/odm
+	CUDA_VISIBLE_DEVICES= $(BIN)/python deepy.py train.py -d configs local/quickstart mixing/odm
 	$(BIN)/python tools/report.py $(RUN_DIR) -o $(RUN_DIR)/report.html
 	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
 

@@ -65,6 +65,8 @@ class Planner:
         self._pending: tuple[Decision, FloatArray | None] | None = None
         self._ahead: Planned | None = None
         self._before_ahead: dict[str, Any] | None = None
+        self.end_of_data: EndOfData | None = None
+        """Why :meth:`take` returned None."""
 
     def take(self, step: int) -> Planned | None:
         """Return what ``step`` trains on; None when the data has ended.
@@ -77,7 +79,8 @@ class Planner:
             return planned
         try:
             return self._plan(step)
-        except EndOfData:
+        except EndOfData as end:
+            self.end_of_data = end
             return None
 
     def prepare(self, step: int) -> Planned | None:

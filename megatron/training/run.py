@@ -73,7 +73,8 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
     finally:
         parts.sinks.close()
         parts.loader.close()
-    say(f"ended after step {step} of {config.training.train_iters}: {ending.value}")
+    why = parts.planner.end_of_data if ending is Ending.EXHAUSTED else ending.value
+    say(f"ended after step {step} of {config.training.train_iters}: {why}")
     return stop.exit_code if ending is Ending.STOPPED else EXIT_DONE
 
 

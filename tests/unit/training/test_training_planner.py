@@ -166,3 +166,5 @@ def test_the_end_of_the_data_ends_the_plans() -> None:
     assert planner.prepare(2) is None
     assert planner.take(2) is None
     assert planner.state_dict()["ahead"] is None
+    assert planner.end_of_data is not None
+    assert set(planner.end_of_data.domains) == set(DOMAINS)
