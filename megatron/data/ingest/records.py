@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from megatron.errors import did_you_mean
 # GPT-NeoX's reader joins a list of paragraphs so.
 PARAGRAPH_JOIN = "\n\n"
 _SHOWN_KEYS = 8
+
+Repair = Callable[[str], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,12 @@ class BadRecordError(ValueError):
     """A record that cannot be used; the message says why."""
 
 
-def read_records(chunk: Chunk, keys: Sequence[str]) -> Iterator[Record]:
-    """Yield the records of a chunk."""
+def read_records(
+    chunk: Chunk, keys: Sequence[str], repair: Repair | None = None
+) -> Iterator[Record]:
+    """Yield the records of a chunk, each text passed through ``repair`` first."""
     if chunk.kind == "table":
-        yield from _table_records(chunk, keys)
+        yield from _table_records(chunk, keys, repair)
         return
     content = chunk.payload
     if content is None:
@@ -71,20 +75,25 @@ def read_records(chunk: Chunk, keys: Sequence[str]) -> Iterator[Record]:
     if chunk.start == 0:
         content = content.removeprefix(b"\xef\xbb\xbf")
     if chunk.kind == "text":
-        yield _text_record(content)
+        yield _text_record(content, repair)
         return
     for number, line in enumerate(_lines(content)):
         try:
             if isinstance(line, bytes):
                 line = _decode(line)
             if line and not line.isspace():
-                texts = (line,) if chunk.kind == "lines" else parse_json_line(line, keys)
+                if chunk.kind == "lines":
+                    texts: tuple[str, ...] = (_checked(line, keys[0], repair),)
+                else:
+                    texts = parse_json_line(line, keys, repair)
                 yield Record(number=number, texts=texts)
         except BadRecordError as error:
             yield Record(number=number, problem=str(error))
 
 
-def parse_json_line(line: str, keys: Sequence[str]) -> tuple[str, ...]:
+def parse_json_line(
+    line: str, keys: Sequence[str], repair: Repair | None = None
+) -> tuple[str, ...]:
     """Return the texts of one line of JSON.
 
     A line that is a bare string is a document itself.
@@ -99,31 +108,31 @@ def parse_json_line(line: str, keys: Sequence[str]) -> tuple[str, ...]:
     except ValueError as error:
         raise BadRecordError(_json_problem(line, error)) from None
     if isinstance(record, str) and len(keys) == 1:
-        return (_checked(record, keys[0]),)
+        return (_checked(record, keys[0], repair),)
     if not isinstance(record, dict):
         raise BadRecordError(
             f"{_json_name(record)}, not a JSON object with the key{'s' * (len(keys) > 1)} "
             + ", ".join(f"'{key}'" for key in keys)
         )
-    return tuple(_field(record, key) for key in keys)
+    return tuple(_field(record, key, repair) for key in keys)
 
 
-def as_text(value: Any, key: str) -> str:
+def as_text(value: Any, key: str, repair: Repair | None = None) -> str:
     """Return a field's value as one text; a list of paragraphs is joined by blank lines.
 
     Raises:
         BadRecordError: it is neither.
     """
     if isinstance(value, str):
-        return _checked(value, key)
+        return _checked(value, key, repair)
     if isinstance(value, UnicodeDecodeError):
         raise BadRecordError(f"'{key}' is invalid UTF-8: {value.reason}")
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return _checked(PARAGRAPH_JOIN.join(value), key)
+        return _checked(PARAGRAPH_JOIN.join(value), key, repair)
     raise BadRecordError(f"'{key}' is {_json_name(value)}, not text")
 
 
-def _field(record: Mapping[str, Any], key: str) -> str:
+def _field(record: Mapping[str, Any], key: str, repair: Repair | None) -> str:
     if key not in record:
         shown = ", ".join(f"'{name}'" for name in list(record)[:_SHOWN_KEYS])
         more = ", …" if len(record) > _SHOWN_KEYS else ""
@@ -131,10 +140,12 @@ def _field(record: Mapping[str, Any], key: str) -> str:
             f"no key '{key}'{did_you_mean(key, record)} "
             f"(the record has: {shown or 'nothing'}{more}); name the right one with --jsonl-keys"
         )
-    return as_text(record[key], key)
+    return as_text(record[key], key, repair)
 
 
-def _checked(text: str, key: str) -> str:
+def _checked(text: str, key: str, repair: Repair | None) -> str:
+    if repair is not None and text:
+        text = repair(text)
     if not text.isascii():
         try:
             text.encode("utf-8")
@@ -161,9 +172,10 @@ def _decode(line: bytes) -> str:
         raise BadRecordError(_utf8_problem(line, error)) from None
 
 
-def _text_record(content: bytes) -> Record:
+def _text_record(content: bytes, repair: Repair | None) -> Record:
     try:
-        return Record(number=0, texts=(content.decode("utf-8"),))
+        text = content.decode("utf-8")
+        return Record(number=0, texts=(repair(text) if repair else text,))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start)
         return Record(number=line, problem=_utf8_problem(content, error))
@@ -191,7 +203,7 @@ def _json_name(value: Any) -> str:
     return names.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 
-def _table_records(chunk: Chunk, keys: Sequence[str]) -> Iterator[Record]:
+def _table_records(chunk: Chunk, keys: Sequence[str], repair: Repair | None) -> Iterator[Record]:
     import pyarrow as pa
 
     assert chunk.payload is not None
@@ -200,7 +212,8 @@ def _table_records(chunk: Chunk, keys: Sequence[str]) -> Iterator[Record]:
     for number in range(table.num_rows):
         try:
             texts = tuple(
-                as_text(column[number], key) for column, key in zip(columns, keys, strict=True)
+                as_text(column[number], key, repair)
+                for column, key in zip(columns, keys, strict=True)
             )
             yield Record(number=number, texts=texts)
         except BadRecordError as error:

@@ -95,13 +95,13 @@ class ChunkEncoder:
     def texts(self, chunk: Chunk, result: Encoded) -> list[list[str]]:
         """Read the chunk's texts by key, noting bad records in ``result``."""
         texts: list[list[str]] = [[] for _ in self._settings.keys]
-        for record in read_records(chunk, self._settings.keys):
+        for record in read_records(chunk, self._settings.keys, self._fix):
             if record.problem is not None:
                 self._note_bad(chunk, record, result)
                 if result.error:
                     break
             for of_key, text in zip(texts, record.texts, strict=False):
-                of_key.append(self._fix(text) if self._fix and text else text)
+                of_key.append(text)
         return texts
 
     def __call__(self, chunk: Chunk) -> Encoded:
