@@ -102,6 +102,8 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+        # What remains of attention's kernels, flash and plain, adds in a fixed order then.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
     # torch renames its collectives now and then; DeepSpeed's calls of the old names would
     # fill the console.
@@ -117,7 +119,12 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         verbose=False,
         timeout=timedelta(minutes=timeout_minutes),
     )
-    host_group = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
+    # On the host, ranks wait for rank 0 to verify or convert a checkpoint, which may take long.
+    host_group = (
+        dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        if use_cuda
+        else dist.group.WORLD
+    )
     return Runtime(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
