@@ -39,7 +39,7 @@ LAUNCH_KEYS = (
 EXIT_CODES = """exit codes:
   0    the run is complete (or the check passed)
   2    something in the configuration, the data or the machine needs your attention
-  143  saved and stopped after SIGTERM or SIGUSR1 (130 after Ctrl-C): run it again to go on
+  143  saved and stopped after SIGTERM, SIGUSR1 or Ctrl-C: run it again to go on
   137  killed, because saving took longer than save_timeout
   any other code is that of the first rank that failed"""
 

@@ -45,11 +45,8 @@ class StopFlag:
 
     @property
     def exit_code(self) -> int:
-        """Code to end with once saved: 130 after Ctrl-C, 143 otherwise.
-
-        143 also holds on a rank that got no signal itself and learnt from its peers.
-        """
-        return EXIT_INTERRUPTED if self._received == signal.SIGINT else EXIT_SAVED
+        """Code to end with once saved: 143, whichever signal it was and whichever rank got it."""
+        return EXIT_SAVED
 
     def request(self, signum: int = signal.SIGTERM) -> None:
         """Raise the flag as if ``signum`` had arrived; the first one counts."""

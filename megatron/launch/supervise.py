@@ -30,7 +30,7 @@ from megatron.launch import wire
 from megatron.launch.command import LaunchPlan
 from megatron.launch.outcome import EXIT_KILLED, RankEnd, culprit, explain
 from megatron.launch.process import die_with_parent, process_info, session_members
-from megatron.launch.stop import EXIT_INTERRUPTED
+from megatron.launch.stop import EXIT_INTERRUPTED, EXIT_SAVED
 
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_SECONDS = 3.0
@@ -75,7 +75,7 @@ def supervise(
         say: where the supervisor's own few lines go; the error output if not given.
 
     Returns:
-        0 when every rank ended with 0; 143 or 130 when the ranks saved and stopped;
+        0 when every rank ended with 0; 143 when the ranks saved and stopped;
         else the code of the first rank that failed (128 + n if signal n killed it);
         137 when they had to be killed.
 
@@ -264,7 +264,7 @@ class _Supervisor:
             name = signal.Signals(signum).name
             if not running and not any(rank.end for rank in self._ranks.values()):
                 self._say(f"deepy: {name}: no rank had started yet; nothing to save")
-                self._verdict = 128 + self._stopping
+                self._verdict = EXIT_SAVED
             else:
                 self._say(
                     f"deepy: {name}: asked {len(running)} rank(s) to save and stop, within "
