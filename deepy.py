@@ -119,18 +119,22 @@ def missing_modules(*, launching: bool) -> list[str]:
 def ensure_dependencies(argv: list[str], *, launching: bool) -> None:
     """Go on in the project's virtual environment if this Python lacks the libraries.
 
-    Ends with code 2 and one message if there is no such environment.
+    A Python that could check a configuration but not run it hands over as well: what it would
+    print of interpreters, tokenizers and devices is not what the run would meet.
+    Ends with code 2 and one message if there is no environment and something needed is missing.
     """
     missing = missing_modules(launching=launching)
     if sys.version_info < (3, 11):  # noqa: UP036  (whatever 'env python3' may find)
         missing.insert(0, "Python 3.11 or newer")
-    if not missing:
+    if not missing and not missing_modules(launching=True):
         return
     tried = os.environ.get(REEXEC_VARIABLE) == str(os.getpid())
     if VENV_PYTHON.exists() and not tried:
         sys.stdout.flush()
         os.environ[REEXEC_VARIABLE] = str(os.getpid())  # exec keeps the pid: no second try
         os.execv(VENV_PYTHON, [str(VENV_PYTHON), str(ROOT / "deepy.py"), *argv])
+    if not missing:
+        return
     remedy = (
         f"its installation in {VENV_PYTHON.parents[1]} is incomplete: run 'make install' again"
         if VENV_PYTHON.exists()

@@ -175,6 +175,9 @@ def _check_resume(
         return
     check_same_model(manifest, model_facts(config))
     check_same_data(manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data)
+    if manifest.step >= config.training.train_iters:
+        say(f"resume: the run is complete, by {path}")
+        return
     layout = layout_facts(config, Layout(world_size=world_size))
     same = dict(manifest.layout) == layout
     if not same:
