@@ -54,7 +54,7 @@ class StepRecord:
     Attributes:
         step: number of the step, from 1.
         domains: names of the K domains; every array below is ``[K]`` in this order.
-        loss: the loss that was optimised, mean nats per token of the global batch.
+        loss: mean nats per token over the global batch, every token counted alike.
         learning_rate: the rate that this step used.
         probability: the distribution that drew this step.
         domain_loss: mean nats per token of each domain, NaN where it was absent.
