@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from megatron.errors import CheckpointError
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything with memory: its state is JSON-able and the same on every rank."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on from here, JSON-able."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that :meth:`state_dict` gave."""
-        ...
 
 
 def check_state(owner: str, state: Mapping[str, Any], *, version: int, keys: Iterable[str]) -> None:

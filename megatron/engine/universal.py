@@ -35,8 +35,15 @@ def check_convertible(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> No
     """Check that a checkpoint of one layout can be taken up by another.
 
     Raises:
-        CheckpointError: the layouts cross the border between ZeRO 3 and ZeRO 1 or 2.
+        CheckpointError: one of them is ZeRO stage 0, which has no universal format, or they
+            cross the border between ZeRO 3 and ZeRO 1 or 2.
     """
+    if 0 in (saved["zero_stage"], wanted["zero_stage"]):
+        raise CheckpointError(
+            "the checkpoint's layout is not the run's, and one of the two is ZeRO stage 0 (forced "
+            "by deepspeed_extra_args), which DeepSpeed's universal format does not know; resume "
+            "with the layout that wrote it, or start in another run_dir with stage 1"
+        )
     if (saved["zero_stage"] == 3) != (wanted["zero_stage"] == 3):
         raise CheckpointError(
             f"the checkpoint was written under ZeRO stage {saved['zero_stage']} and this run asks "

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from megatron.engine.optimizer import build_optimizer
 from megatron.engine.runtime import Runtime
 from megatron.engine.schedule import learning_rate
 from megatron.errors import DataError
-from megatron.mixing import RunContext, build_mixer
+from megatron.mixing.base import Mixer
 from megatron.model.accounting import flops_per_token
 from megatron.model.domain_loss import DomainLoss
 from megatron.model.gpt import GPT, param_groups
@@ -44,9 +44,8 @@ from megatron.training.recorder import RunRecorder
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Batch sizes of a run on its layout."""
+class Batch(NamedTuple):
+    """Batch sizes of a run on its layout, as ``resolve_batch`` gives them."""
 
     micro: int
     accumulation: int
@@ -57,7 +56,6 @@ class Batch:
 class Parts:
     """Everything that a run is made of, before it is tied into a loop."""
 
-    batch: Batch
     engine: TrainEngine
     planner: Planner
     loader: Loader
@@ -90,7 +88,7 @@ def build(
     config: Config,
     runtime: Runtime,
     domains: OpenDomains,
-    start_weights: np.ndarray,
+    mixer: Mixer,
     *,
     universal: bool,
 ) -> Parts:
@@ -100,27 +98,32 @@ def build(
         config: the run's configuration, with ``model.vocab_size`` filled in.
         runtime: ranks and device.
         domains: opened data.
-        start_weights: start weights of the mixture [K].
+        mixer: the controller, before its first step.
         universal: whether the engine will load a checkpoint in the universal format.
     """
     layout = Layout(world_size=runtime.world_size)
     topology = Topology.create(layout, runtime.rank)
-    batch = Batch(
-        **dict(
-            zip(
-                ("micro", "accumulation", "total"),
-                resolve_batch(config.batch, layout.data_size),
-                strict=True,
-            )
-        )
-    )
-    count = len(domains.names)
-    ledger = Ledger(count, runtime.device)
+    batch = Batch(*resolve_batch(config.batch, layout.data_size))
+    ledger = Ledger(len(domains.names), runtime.device)
     observer = LossObserver(ledger)
     engine = _build_engine(config, topology, batch, observer, universal=universal)
-    held_out = _HeldOut(config, runtime, topology, batch, domains, observer)
-    planner, sampler = _build_planner(
-        config, domains, start_weights, batch, measure=lambda: held_out.controller.measure(engine)
+    eod_id = _eod_id(config, domains)
+    held_out = _HeldOut(config, runtime, topology, batch, domains, observer, eod_id)
+    sampler = Sampler(
+        domains.names,
+        domains.train,
+        seed=config.training.seed,
+        global_batch=batch.total,
+        micro_batch=batch.micro,
+        unit=config.mixing.unit,
+        draw=config.mixing.draw,
+        on_exhausted=config.mixing.on_exhausted,
+    )
+    planner = Planner(
+        mixer=mixer,
+        sampler=sampler,
+        lag=config.mixing.lag,
+        measure=lambda: held_out.controller.measure(engine),
     )
     loader = Loader(
         domains.train,
@@ -130,7 +133,7 @@ def build(
         data_rank=topology.data_rank,
         data_size=topology.data_size,
         eod_mask_loss=config.training.eod_mask_loss,
-        eod_id=_eod_id(config, domains),
+        eod_id=eod_id,
         reduce_counts=runtime.sum if layout.data_size > 1 else None,
         vocab_size=config.model.padded_vocab_size(),
         pin_memory=runtime.device.type == "cuda",
@@ -144,7 +147,6 @@ def build(
     )
     throughput = _throughput(config, runtime)
     return Parts(
-        batch=batch,
         engine=engine,
         planner=planner,
         loader=loader,
@@ -209,38 +211,6 @@ def _build_engine(
     )
 
 
-def _build_planner(
-    config: Config,
-    domains: OpenDomains,
-    start_weights: np.ndarray,
-    batch: Batch,
-    *,
-    measure: Callable[[], np.ndarray],
-) -> tuple[Planner, Sampler]:
-    mixing = config.mixing
-    mixer = build_mixer(
-        mixing.method,
-        domains=domains.names,
-        weights=start_weights,
-        context=RunContext(
-            total_steps=config.training.train_iters,
-            tokens_per_step=batch.total * config.model.context_length,
-        ),
-        **mixing.options,
-    )
-    sampler = Sampler(
-        domains.names,
-        domains.train,
-        seed=config.training.seed,
-        global_batch=batch.total,
-        micro_batch=batch.micro,
-        unit=mixing.unit,
-        draw=mixing.draw,
-        on_exhausted=mixing.on_exhausted,
-    )
-    return Planner(mixer=mixer, sampler=sampler, lag=mixing.lag, measure=measure), sampler
-
-
 class _HeldOut:
     """The three uses of held-out data, each with its own windows and ledger."""
 
@@ -252,9 +222,8 @@ class _HeldOut:
         batch: Batch,
         domains: OpenDomains,
         observer: LossObserver,
+        eod_id: int | None,
     ) -> None:
-        eod_id = _eod_id(config, domains)
-
         def batches(part: ValidationSet) -> Iterable[MicroBatch]:
             return part.micro_batches(batch.micro, topology.data_rank, topology.data_size)
 

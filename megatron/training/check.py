@@ -22,6 +22,7 @@ from megatron.data.ingest.overlap import Overlap, Span, overlap
 from megatron.engine.universal import check_convertible
 from megatron.errors import CheckpointError, NeomixError, RunError
 from megatron.mixing import RunContext, build_mixer
+from megatron.mixing.base import Mixer
 from megatron.parallel.layout import Layout
 from megatron.training.compatible import (
     check_same_data,
@@ -47,11 +48,13 @@ class Checked:
         config: the configuration, complete.
         domains: the opened data; the caller closes it.
         weights: start weights of the mixture [K].
+        mixer: the controller, before its first step.
     """
 
     config: Config
     domains: OpenDomains
     weights: FloatArray
+    mixer: Mixer
 
 
 def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
@@ -66,7 +69,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
         NeomixError: the first thing that the run would stop at.
     """
     micro, accumulation, total = resolve_batch(config.batch, world_size)
-    check_device(config.precision, on_cpu=gpus == 0)
+    check_device(config, on_cpu=gpus == 0)
     deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=world_size)
     domains = open_domains(
         config.domains,
@@ -78,11 +81,11 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
     try:
         config = complete(config, domains)
         weights = start_weights(config.mixing, config.domains, domains)
-        _check_mixing(config, domains, weights, total)
+        mixer = _build_mixer(config, domains, weights, total)
     except NeomixError:
         domains.close()
         raise
-    return Checked(config=config, domains=domains, weights=weights)
+    return Checked(config=config, domains=domains, weights=weights, mixer=mixer)
 
 
 def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], None] = print) -> int:
@@ -114,8 +117,8 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     return 0
 
 
-def _check_mixing(config: Config, domains: OpenDomains, weights: FloatArray, total: int) -> None:
-    """Build the mixer and let it decide once: its own checks are the run's."""
+def _build_mixer(config: Config, domains: OpenDomains, weights: FloatArray, total: int) -> Mixer:
+    """Build the mixer and let it decide once: its own checks belong to the run's."""
     mixer = build_mixer(
         config.mixing.method,
         domains=domains.names,
@@ -127,6 +130,7 @@ def _check_mixing(config: Config, domains: OpenDomains, weights: FloatArray, tot
         **config.mixing.options,
     )
     mixer.decide(step=1)
+    return mixer
 
 
 def _check_read(domains: OpenDomains) -> None:

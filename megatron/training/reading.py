@@ -31,7 +31,9 @@ class PlanReader:
     def read(self, planned: Planned) -> Iterator[MicroBatch]:
         """Return this rank's micro-batches of a plan, from the reading ahead if it was begun."""
         ahead, self._ahead = self._ahead, None
-        batches = ahead[1] if ahead and ahead[0] == planned.step else self._begin(planned)
+        if ahead is not None and ahead[0] == planned.step:
+            return ahead[1]
+        batches = self._begin(planned)
         self._loader.prefetch_for(self._sampler, planned.plan.weights)
         return batches
 

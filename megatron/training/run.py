@@ -61,7 +61,7 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
         )
         return EXIT_DONE
     universal = source is not None and source.universal
-    parts = build(config, runtime, domains, checked.weights, universal=universal)
+    parts = build(config, runtime, domains, checked.mixer, universal=universal)
     startup_report(config, domains, checked.weights, runtime.world_size, say)
     start = _restore(config, parts, source, say) if source is not None else 0
     milestones = _milestones(config, runtime, checked, store, parts)

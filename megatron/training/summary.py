@@ -75,13 +75,20 @@ def complete(config: Config, domains: OpenDomains) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def check_device(precision: str, *, on_cpu: bool) -> None:
-    """Refuse what the device cannot compute.
+def check_device(config: Config, *, on_cpu: bool) -> None:
+    """Refuse what the device or DeepSpeed cannot do.
 
     Raises:
-        ConfigError: fp16 on a CPU, which DeepSpeed does not run.
+        ConfigError: fp16 on a CPU, which DeepSpeed does not run; steps to be left out under
+            a forced ZeRO stage 0, which applies them.
     """
-    if precision == "fp16" and on_cpu:
+    if config.zero_stage == 0 and config.training.nonfinite_limit:
+        raise ConfigError(
+            f"on_nonfinite is {config.training.on_nonfinite}, but deepspeed_extra_args forces ZeRO "
+            "stage 0, under which DeepSpeed applies a gradient that is not finite; take stage 1, "
+            "or on_nonfinite: stop"
+        )
+    if config.precision == "fp16" and on_cpu:
         raise ConfigError(
             "precision is fp16, which DeepSpeed does not run on a CPU; use bf16 or fp32 there"
         )

@@ -12,27 +12,21 @@ import megatron.mixing  # noqa: F401
 from megatron.config import Config, load_config
 from megatron.engine.runtime import Runtime, start_runtime
 from megatron.training.build import Parts, build
-from megatron.training.domains import OpenDomains, open_domains, start_weights
+from megatron.training.check import preflight
+from megatron.training.domains import OpenDomains
 from megatron.training.loop import Ending, Loop
-from megatron.training.summary import complete
 
 
 class Harness:
     """Builds what a configuration describes and runs its loop step by step."""
 
     def __init__(self, file: Path) -> None:
-        self.config: Config = load_config([str(file)])
         self.runtime: Runtime = start_runtime(deterministic=True)
-        self.domains: OpenDomains = open_domains(
-            self.config.domains,
-            split=self.config.split,
-            seq_length=self.config.model.seq_length or 0,
-            seed=self.config.training.seed,
-        )
-        self.config = complete(self.config, self.domains)
-        self.weights = start_weights(self.config.mixing, self.config.domains, self.domains)
+        checked = preflight(load_config([str(file)]), world_size=self.runtime.world_size, gpus=0)
+        self.config: Config = checked.config
+        self.domains: OpenDomains = checked.domains
         self.parts: Parts = build(
-            self.config, self.runtime, self.domains, self.weights, universal=False
+            self.config, self.runtime, self.domains, checked.mixer, universal=False
         )
         self.ledger: list[dict[str, Any]] = []
 

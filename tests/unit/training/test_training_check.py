@@ -113,6 +113,12 @@ def half_precision(content: dict[str, Any], data: Path) -> list[str]:
     return ["fp16", "bf16"]
 
 
+def skipping_under_stage_0(content: dict[str, Any], data: Path) -> list[str]:
+    content["on_nonfinite"] = "skip(2)"
+    content["deepspeed_extra_args"] = {"zero_optimization": {"stage": 0}}
+    return ["skip(2)", "stage 0"]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -125,6 +131,7 @@ def half_precision(content: dict[str, Any], data: Path) -> list[str]:
         impossible_floor,
         batch_arithmetic,
         half_precision,
+        skipping_under_stage_0,
     ],
     ids=lambda spoil: spoil.__name__,
 )
