@@ -247,14 +247,17 @@ def test_a_dying_worker_is_told(long_corpus, tmp_path, tokenizer_file, environme
         given, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (tmp_path / "a_text_document.bin.tmp").exists():
-        time.sleep(0.02)
-    while len(children.read_text().split()) < 3:  # two workers and multiprocessing's tracker
-        time.sleep(0.02)
-    for child in children.read_text().split():
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
-            break
+    workers: list[int] = []
+    while len(workers) < 2:
+        time.sleep(0.01)
+        for child in map(int, children.read_text().split()):
+            line = Path(f"/proc/{child}/cmdline").read_bytes()
+            if b"spawn_main" in line and child not in workers:
+                # Held until one of them is dead, so that they cannot be done before.
+                os.kill(child, signal.SIGSTOP)
+                workers.append(child)
+    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGCONT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
     assert "a worker process died (signal 9)" in err
