@@ -18,31 +18,33 @@ All files are made in a temporary folder and removed at the end.
 
 from __future__ import annotations
 
+import os
+import sys
+
+# This folder has a tokenize.py, which would be taken for the standard library's.
+sys.path.pop(0)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import argparse
 import datetime
 import json
-import os
 import platform
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from megatron.data.domain import Domain, open_domain  # noqa: E402
-from megatron.data.index_format import MAX_DOCUMENT_TOKENS, IndexHeader  # noqa: E402
-from megatron.data.loader import Loader  # noqa: E402
-from megatron.data.sampler import Sampler  # noqa: E402
-from megatron.data.writer import TokenWriter  # noqa: E402
+from megatron.data.domain import Domain, open_domain
+from megatron.data.index_format import MAX_DOCUMENT_TOKENS, IndexHeader
+from megatron.data.loader import Loader
+from megatron.data.sampler import Sampler
+from megatron.data.writer import TokenWriter
 
 MIB = 1 << 20
 BLOCK = 1 << 18
