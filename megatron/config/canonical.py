@@ -147,12 +147,7 @@ def _is_later(draft: Draft, key: str, node: Node) -> bool:
     if not isinstance(value, (str, int, float)) or isinstance(value, bool):
         return False
     text = str(value).lower()
-    instead = LATER.get(key, {}).get(text)
-    if key == "model_parallel_size" and isinstance(value, int) and value > 1:
-        instead = "tensor parallelism is not offered yet; use 1 and zero_optimization: {stage: 3}"
-    elif key == "pipe_parallel_size" and isinstance(value, int) and value > 1:
-        instead = "pipeline parallelism is not offered yet; use 1 and zero_optimization"
-    if instead:
+    if instead := LATER.get(key, {}).get(text):
         draft.problems.add(node, f"refused: {instead}")
     return instead is not None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron.config.config import Config
 from megatron.config.draft import Draft
 from megatron.config.node import Node
@@ -12,6 +14,8 @@ def check(config: Config, draft: Draft) -> None:
     """Add a problem for every rule between groups that is broken."""
     _check_schedule(config, draft)
     _check_batch(config, draft)
+    _check_tensor_ranks(config, draft)
+    _check_pipeline(config, draft)
     _check_weights(config, draft)
     _check_tokenizer(config, draft)
     _check_bounds(config, draft)
@@ -54,6 +58,77 @@ def _check_batch(config: Config, draft: Draft) -> None:
                 "is not divisible by train_micro_batch_size_per_gpu × "
                 f"gradient_accumulation_steps = {parts}",
             )
+
+
+def _check_tensor_ranks(config: Config, draft: Draft) -> None:
+    """Whatever tensor ranks divide can be divided."""
+    ranks, model = config.parallel.model_parallel_size, config.model
+    divided = [
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_kv_heads", model.num_kv_heads),
+        ("intermediate_size", model.intermediate_size),
+    ]
+    if config.parallel.sequence_parallel:
+        divided.append(("seq_length", model.seq_length))
+    for name, value in divided:
+        if value is not None and value % ranks:
+            _add(
+                draft,
+                "parallel",
+                "model_parallel_size",
+                f"does not divide {name} ({value}); use one that does, or change {name}",
+            )
+
+
+def _check_pipeline(config: Config, draft: Draft) -> None:
+    """A pipeline has a layer for every stage, and ZeRO leaves its gradients whole."""
+    stages = config.parallel.stages
+    method = config.parallel.pipe_partition_method
+    if not _is_partition_method(method):
+        _add(
+            draft,
+            "parallel",
+            "pipe_partition_method",
+            "should be 'parameters', 'uniform' or 'type:REGEX', such as type:transformer",
+        )
+    if stages == 1:
+        return
+    if stages > config.model.num_layers:
+        _add(
+            draft,
+            "parallel",
+            "pipe_parallel_size",
+            f"is above num_layers ({config.model.num_layers}); every stage needs a block",
+        )
+    if config.zero_stage > 1:
+        _add(
+            draft,
+            "zero",
+            "stage",
+            f"is {config.zero_stage} with pipe_parallel_size {stages}: a pipeline keeps its "
+            "gradients and weights whole; use zero_optimization: {stage: 1}, or no pipeline",
+        )
+    if config.zero_stage == 0:
+        for hindered, what, remedy in (
+            (config.gradient_clipping > 0, "clips by the first stage's norm alone", "clipping"),
+            (config.precision == "bf16", "cannot reload bf16 weights", "bf16"),
+        ):
+            if hindered:
+                draft.problems.add_plain(
+                    "deepspeed_extra_args: zero_optimization.stage 0 is forced, under which "
+                    f"DeepSpeed {what} in a pipeline; use stage 1, no {remedy} or no pipeline"
+                )
+
+
+def _is_partition_method(method: str) -> bool:
+    name, _, pattern = method.partition(":")
+    if name.lower() != "type":
+        return method.lower() in ("parameters", "uniform")
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return bool(pattern)
 
 
 def _check_weights(config: Config, draft: Draft) -> None:

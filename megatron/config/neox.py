@@ -260,12 +260,8 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "moe_lbl_in_fp32",
         "moe_jitter_eps",
     ),
-    "belongs to tensor or pipeline parallelism": (
-        "pipe_partition_method",
-        "is_pipe_parallel",
-        "output_layer_parallelism",
-        "sequence_parallel",
-    ),
+    "worked out from pipe_parallel_size": ("is_pipe_parallel",),
+    "the output layer is always divided by columns": ("output_layer_parallelism",),
     "weights are drawn on the CPU, the same on every layout": ("use_cpu_initialization",),
     "the rotary table is never part of a checkpoint": ("rotary_save_freqs_buffer",),
     _CHECKPOINTING: (

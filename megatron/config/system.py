@@ -6,18 +6,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron.config.base import Count, Group, Text
+from megatron.config.base import Count, Group, NonNegativeInt, Text
 
 
 class ParallelConfig(Group):
     """How the model is divided."""
 
-    pipe_parallel_size: Annotated[int, Field(ge=0, le=1)] = 0
+    pipe_parallel_size: NonNegativeInt = 0
     """Pipeline stages; 0 and 1 both mean the whole model on every rank."""
-    model_parallel_size: Annotated[int, Field(ge=1, le=1)] = 1
-    """Tensor-parallel ranks."""
+    model_parallel_size: Count = 1
+    """Tensor-parallel ranks: how many share every layer."""
+    sequence_parallel: bool = False
+    """Divide activations between the layers that tensor ranks share along the sequence too."""
+    pipe_partition_method: Text = "type:transformer"
+    """How layers are dealt out to stages: `uniform` (as many layers each), `parameters` (as many
+    parameters each) or `type:REGEX` (as many layers each whose class matches)."""
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format in which gradients are summed over ranks. Default: that of the gradients."""
+
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages, at least 1."""
+        return max(1, self.pipe_parallel_size)
 
 
 class ZeroConfig(Group):
