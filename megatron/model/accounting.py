@@ -5,16 +5,25 @@ from __future__ import annotations
 from megatron.model.spec import GATED_ACTIVATIONS, ModelSpec, ffn_width, head_size, kv_heads
 
 
-def block_parameters(spec: ModelSpec) -> int:
-    """Return the parameters of one block."""
+def block_parameters(spec: ModelSpec, *, tensor_size: int = 1) -> int:
+    """Return the parameters of one block, or of what one tensor rank holds of it.
+
+    Args:
+        spec: the architecture.
+        tensor_size: ranks that divide the block: the projections in by their outputs with
+            their biases, the projections out by their inputs; norms and the biases of the
+            projections out are whole on every rank.
+    """
     hidden, width = spec.hidden_size, ffn_width(spec)
     query_key_value = hidden + 2 * kv_heads(spec) * head_size(spec)
     up = width * (2 if spec.activation in GATED_ACTIVATIONS else 1)
-    attention = query_key_value * hidden + hidden * hidden
-    mlp = up * hidden + width * hidden
-    attention_bias = query_key_value + hidden if spec.use_bias_in_attn_linear else 0
-    mlp_bias = up + hidden if spec.use_bias_in_mlp else 0
-    return attention + attention_bias + mlp + mlp_bias + 2 * norm_parameters(spec)
+    divided = (query_key_value + hidden + up + width) * hidden
+    whole = 2 * norm_parameters(spec)
+    if spec.use_bias_in_attn_linear:
+        divided, whole = divided + query_key_value, whole + hidden
+    if spec.use_bias_in_mlp:
+        divided, whole = divided + up, whole + hidden
+    return divided // tensor_size + whole
 
 
 def norm_parameters(spec: ModelSpec) -> int:
@@ -32,6 +41,47 @@ def parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
     vocabulary = spec.padded_vocab_size(tensor_size) * spec.hidden_size
     embeddings = vocabulary * (2 if spec.no_weight_tying else 1)
     return embeddings + spec.num_layers * block_parameters(spec) + norm_parameters(spec)
+
+
+def layer_names(spec: ModelSpec) -> list[str]:
+    """Return the class names of the ``num_layers + 3`` layers of ``megatron.model.gpt.layers``.
+
+    The last is the embedding once more where input and output weights are one.
+    """
+    last = "OutputLayer" if spec.no_weight_tying else "Embedding"
+    return ["Embedding", *["TransformerBlock"] * spec.num_layers, "FinalNorm", last]
+
+
+def layer_parameters(spec: ModelSpec, tensor_size: int = 1) -> list[int]:
+    """Return the parameters that one tensor rank holds of each of the layers, in their order.
+
+    A tied embedding counts in both its places: the first and the last stage of a pipeline each
+    hold it.  (Where they are one stage it is there once; see :func:`held_parameters`.)
+
+    Args:
+        spec: the architecture.
+        tensor_size: tensor-parallel ranks.
+
+    Returns:
+        ``num_layers + 3`` counts.
+    """
+    vocabulary = spec.padded_vocab_size(tensor_size) // tensor_size * spec.hidden_size
+    block = block_parameters(spec, tensor_size=tensor_size)
+    return [vocabulary, *[block] * spec.num_layers, norm_parameters(spec), vocabulary]
+
+
+def held_parameters(spec: ModelSpec, first: int, last: int, *, tensor_size: int = 1) -> int:
+    """Return the parameters that one tensor rank of a stage holds, each counted once.
+
+    Args:
+        spec: the architecture.
+        first: number of the stage's first layer.
+        last: number of the layer after its last.
+        tensor_size: tensor-parallel ranks.
+    """
+    counts = layer_parameters(spec, tensor_size)
+    both_ends = first == 0 and last == len(counts) and not spec.no_weight_tying
+    return sum(counts[first:last]) - (counts[-1] if both_ends else 0)
 
 
 def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 1) -> float:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.model import flops_per_token, parameter_count
+from megatron.model import GPT, flops_per_token, layers, parameter_count
+from megatron.model.accounting import held_parameters, layer_names, layer_parameters
+from megatron.parallel import Layout, Topology
 from tests.support.model_spec import TestSpec
 
 ROOT = Path(__file__).parents[3]
@@ -42,3 +44,28 @@ def test_needs_no_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(parameter_count(TestSpec()))
+
+
+SHAPES = [
+    {},
+    {"no_weight_tying": True, "num_layers": 3},
+    {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False},
+    {"use_bias_in_attn_linear": False, "gpt_j_residual": True, "no_weight_tying": True},
+]
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+@pytest.mark.parametrize("changes", SHAPES)
+def test_layers_agree_with_the_model(changes: dict[str, object], tensor_size: int) -> None:
+    spec = TestSpec(**changes)  # type: ignore[arg-type]
+    topology = Topology(layout=Layout(world_size=tensor_size, tensor_size=tensor_size), rank=0)
+    described = layers(spec, topology, seed=1, device="meta")
+    assert layer_names(spec) == [one.module_type.__name__ for one in described]
+    counted = [sum(value.numel() for value in one.build().parameters()) for one in described]
+    assert layer_parameters(spec, tensor_size) == counted
+    model = GPT(spec, topology, seed=1, device="meta")
+    held = held_parameters(spec, 0, len(described), tensor_size=tensor_size)
+    assert held == sum(value.numel() for value in model.parameters())
+    assert held_parameters(spec, 0, 2, tensor_size=tensor_size) == sum(counted[:2])
+    if tensor_size == 1:
+        assert held == parameter_count(spec)
