@@ -111,6 +111,9 @@ class Config(Group):
         Places, logging, launch and checkpoint cadence are left out: moving a run or logging
         more does not make it another run.
         """
-        kept = self.model_dump(mode="json", exclude={"launch", "logging", "checkpoint", "ignored"})
+        left_out = dict.fromkeys(("launch", "logging", "checkpoint", "ignored"), True)
+        kept = self.model_dump(
+            mode="json", exclude={**left_out, "training": {"state_check_interval"}}
+        )
         text = json.dumps(kept, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()

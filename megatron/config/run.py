@@ -57,6 +57,9 @@ class TrainingConfig(Group):
     ] = "stop"
     """What a step with a non-finite loss does: `stop` ends the run and keeps the last checkpoint;
     `skip(k)` leaves the step out and stops after k in a row."""
+    state_check_interval: NonNegativeInt = 100
+    """Steps between two comparisons of the ranks' mixing and data state (a hash of a few bytes;
+    the run ends if they differ). 0 = only before a checkpoint is written."""
     deterministic: bool = False
     """Deterministic kernels on GPU, so that a resumed run is bit-identical there too (on CPU it
     always is)."""

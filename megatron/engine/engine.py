@@ -1,13 +1,14 @@
 """One optimizer step at a time over DeepSpeed's engine.
 
 The rest of neomix sees :class:`TrainEngine` only: a step, an evaluation pass, a save and a
-load.  Pipeline parallelism will be a second class with the same four methods.
+load.  There are two of it: :mod:`megatron.engine.sequential`, where every rank runs all layers
+(or its tensor rank's part of them), and :mod:`megatron.engine.pipeline`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 from torch import nn
 
 from megatron.errors import CheckpointError
+
+LossFunction = Callable[[Any, Any], torch.Tensor]
+"""Takes the last layer's output and the labels; returns a scalar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,38 +36,32 @@ class StepOutcome:
     grad_norm: float | torch.Tensor | None
 
 
-class TrainEngine:
+class TrainEngine(ABC):
     """DeepSpeed's engine behind the calls that the training loop needs.
 
     Args:
-        model: the module; called with ``(tokens, labels)`` it returns the scaled loss.
-        optimizer: see :func:`megatron.engine.optimizer.build_optimizer`.
-        config: DeepSpeed's configuration.
-        before_micro_batch: called with the micro-batch's number before its forward pass
-            (dropout generators are re-seeded there).
+        engine: DeepSpeed's engine.
+        optimizer: as DeepSpeed returned it.
+        before_micro_batch: called with the step and the micro-batch's number before its
+            forward pass (dropout generators are re-seeded there).
     """
 
     def __init__(
         self,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: Mapping[str, Any],
+        engine: Any,
+        optimizer: Any,
         before_micro_batch: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Hand the model to DeepSpeed, which moves, casts and partitions it."""
-        import deepspeed
-
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
-        )
+        """Take the engine over."""
+        self._engine = engine
+        self._optimizer = optimizer
         self._before_micro_batch = before_micro_batch or (lambda step, micro: None)
-        self._writer = _RecordingWriter(self._engine.checkpoint_engine)
-        self._engine.checkpoint_engine = self._writer
+        self._writer = _RecordingWriter(engine.checkpoint_engine)
+        engine.checkpoint_engine = self._writer
 
     @property
     def module(self) -> nn.Module:
-        """The model as DeepSpeed holds it."""
+        """The model (or this stage's part of it) as DeepSpeed holds it."""
         return self._engine.module  # type: ignore[no-any-return]
 
     @property
@@ -89,32 +87,35 @@ class TrainEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
-        count = 0
-        for micro, (tokens, labels) in enumerate(micro_batches):
-            self._before_micro_batch(step, micro)
-            loss = self._engine(tokens, labels)
-            self._engine.backward(loss)
-            self._engine.step()
-            count += 1
-        assert count == self.accumulation, f"{count} micro-batches, expected {self.accumulation}"
+        self._train(step, micro_batches)
         return StepOutcome(
             skipped=self._engine.skipped_steps > skipped_before,
             grad_norm=self._engine.get_global_grad_norm(),
         )
 
-    @contextmanager
-    def evaluating(self) -> Any:
-        """Switch to evaluation mode and to no gradients for the time of a ``with`` block."""
-        self._engine.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._engine.train()
+    @abstractmethod
+    def _train(self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]]) -> None:
+        """Run all micro-batches of a step, and the optimizer."""
 
-    def forward(self, tokens: torch.Tensor, labels: Any) -> torch.Tensor:
-        """Run the model on one micro-batch, inside :meth:`evaluating`."""
-        return self._engine(tokens, labels)  # type: ignore[no-any-return]
+    @abstractmethod
+    def evaluate(
+        self,
+        micro_batches: Iterable[tuple[torch.Tensor, Any]],
+        count: int,
+        *,
+        loss_fn: LossFunction | None = None,
+    ) -> None:
+        """Run the model on micro-batches, without gradients and dropout.
+
+        What comes of it is what the loss function tells its observer (or keeps itself), on
+        the ranks of the last stage.  Collective: every rank calls it alike.
+
+        Args:
+            micro_batches: pairs of tokens [B, S] and labels, on the device.
+            count: how many there are, the same on every rank.
+            loss_fn: applied instead of the model's own; takes the last layer's output and
+                the labels, and returns a scalar.
+        """
 
     def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> list[Path]:
         """Write this rank's part of a checkpoint into ``directory / tag``.

@@ -68,11 +68,15 @@ class Runtime:
         dist.broadcast(buffer, src=0, group=self.host_group)
         return _from_bytes(buffer)
 
-    def sum(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the sum of every rank's int64 array."""
-        total = torch.from_numpy(array.astype(np.int64, copy=True))
-        dist.all_reduce(total, group=self.host_group)
-        return total.numpy()
+
+def sum_on_host(
+    array: npt.NDArray[np.int64], group: dist.ProcessGroup | None
+) -> npt.NDArray[np.int64]:
+    """Return the sum of the int64 arrays of a group's ranks; None stands for this rank alone."""
+    total = torch.from_numpy(array.astype(np.int64, copy=True))
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total.numpy()
 
 
 def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:

@@ -17,6 +17,7 @@ from torch import nn
 from megatron.model.attention import build_rotary
 from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding, FinalNorm, Output, OutputLayer, tied_output
+from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
 from megatron.model.norm import LayerNorm, RMSNorm
 from megatron.model.spec import ModelSpec
 from megatron.parallel.parameters import ParameterScope
@@ -133,6 +134,7 @@ class GPT(nn.Module):
         *,
         seed: int,
         loss_fn: LossFunction | None = None,
+        dropout: DropoutRng | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
@@ -143,25 +145,26 @@ class GPT(nn.Module):
             topology: this rank's place; None for one process by itself.
             seed: of initial weights and dropout.
             loss_fn: maps (hidden states, output weight) and labels to a scalar.
+            dropout: source of dropout masks; None makes one from ``seed``.
             dtype: type of the parameters.
             device: where to build ("cpu", or "meta" for shapes only).
         """
         super().__init__()
         topology = topology or Topology.single()
-        self.dropout = DropoutRng(seed=seed, topology=topology)
+        self.dropout = dropout or DropoutRng(seed=seed, topology=topology)
         self.loss_fn = loss_fn
         self.tied_modules = nn.ModuleDict()
-        self._recomputed_blocks = spec.checkpoint_num_layers if spec.checkpoint_activations else 0
-        self._functions: list[tuple[Callable[[Any], Any], bool]] = []
+        functions: list[tuple[LayerFunction, bool]] = []
         described = layers(
             spec, topology, seed=seed, dropout=self.dropout, dtype=dtype, device=device
         )
         for index, description in enumerate(described):
             module = self._module(index, description)
-            function: Callable[[Any], Any] = (
+            function: LayerFunction = (
                 module if description.forward is None else partial(description.forward, module)
             )
-            self._functions.append((function, description.recomputable))
+            functions.append((function, description.recomputable))
+        self._run = LayerRun(functions, dropout=self.dropout, recomputed=recomputed_blocks(spec))
 
     def _module(self, index: int, description: LayerDescription) -> nn.Module:
         key = description.tied_key
@@ -189,31 +192,13 @@ class GPT(nn.Module):
             Without labels the hidden states ``[B, S, hidden]`` and the output weight ``[V,
             hidden]`` (this rank's rows); with labels the loss, a scalar.
         """
-        value: Any = tokens
-        for function, recompute in self._runs():
-            value = self.dropout.recomputed(function, value) if recompute else function(value)
+        value = self._run(tokens)
         if labels is None:
             output: Output = value
             return output
         if self.loss_fn is None:
             raise ValueError("labels were given to a model that was built without loss_fn")
         return self.loss_fn(value, labels)
-
-    def _runs(self) -> list[tuple[Callable[[Any], Any], bool]]:
-        """Group blocks that are recomputed together."""
-        if not self._recomputed_blocks or not torch.is_grad_enabled():
-            return [(function, False) for function, _ in self._functions]
-        runs: list[tuple[Callable[[Any], Any], bool]] = []
-        pending: list[Callable[[Any], Any]] = []
-        for function, recomputable in [*self._functions, (None, False)]:
-            if pending and (not recomputable or len(pending) == self._recomputed_blocks):
-                runs.append((partial(_run, tuple(pending)), True))
-                pending = []
-            if recomputable and function is not None:
-                pending.append(function)
-            elif function is not None:
-                runs.append((function, False))
-        return runs
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -237,9 +222,3 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": spared, "weight_decay": 0.0, "name": "not_decayed"},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _run(functions: tuple[Callable[[Any], Any], ...], value: Any) -> Any:
-    for function in functions:
-        value = function(value)
-    return value

@@ -22,6 +22,7 @@ class Topology:
             in a topology made for arithmetic alone.
         data_group: ranks that hold the same parameters; None likewise.
         pipe_group: the ranks of this rank's pipeline; None likewise.
+        host_data_group: the ranks of ``data_group`` in a group for numbers on the host.
     """
 
     layout: Layout
@@ -29,6 +30,7 @@ class Topology:
     tensor_group: ProcessGroup | None = field(default=None, compare=False)
     data_group: ProcessGroup | None = field(default=None, compare=False)
     pipe_group: ProcessGroup | None = field(default=None, compare=False)
+    host_data_group: ProcessGroup | None = field(default=None, compare=False)
 
     @classmethod
     def single(cls) -> Topology:
@@ -46,11 +48,13 @@ class Topology:
         Raises:
             RuntimeError: torch.distributed is not initialised while there are several ranks.
         """
+        data_group = _own_group(layout.data_groups(), rank)
         return cls(
             layout=layout,
             rank=rank,
             tensor_group=_own_group(layout.tensor_groups(), rank),
-            data_group=_own_group(layout.data_groups(), rank),
+            data_group=data_group,
+            host_data_group=_host_group(data_group, layout.data_groups(), rank),
             pipe_group=_own_group(layout.pipe_groups(), rank),
         )
 
@@ -104,7 +108,20 @@ class Topology:
         return self
 
 
-def _own_group(groups: list[list[int]], rank: int) -> ProcessGroup | None:
+def _host_group(
+    group: ProcessGroup | None, groups: list[list[int]], rank: int
+) -> ProcessGroup | None:
+    """Return ``group`` if it speaks gloo, else a gloo group of the same ranks."""
+    if group is None:
+        return None
+    import torch.distributed as dist
+
+    return group if dist.get_backend(group) == "gloo" else _own_group(groups, rank, "gloo")
+
+
+def _own_group(
+    groups: list[list[int]], rank: int, backend: str | None = None
+) -> ProcessGroup | None:
     """Create every group (all ranks must take part in each creation); return this rank's own."""
     if len(groups[0]) == 1:
         return None
@@ -114,7 +131,7 @@ def _own_group(groups: list[list[int]], rank: int) -> ProcessGroup | None:
         raise RuntimeError("torch.distributed must be initialised before a topology is created")
     own: ProcessGroup | None = None
     for ranks in groups:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, backend=backend)
         if rank in ranks:
             own = group
     return own

@@ -7,7 +7,6 @@ sums meet in one ledger, and a single reduction ends it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,14 +22,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Evaluator(Protocol):
-    """The two calls of an engine that an evaluation needs."""
+    """The call of an engine that an evaluation needs."""
 
-    def evaluating(self) -> AbstractContextManager[Any]:
-        """Switch to evaluation for the time of a ``with`` block."""
-        ...
-
-    def forward(self, tokens: torch.Tensor, labels: Any) -> torch.Tensor:
-        """Run the model on one micro-batch."""
+    def evaluate(self, micro_batches: Iterable[tuple[torch.Tensor, Any]], count: int) -> None:
+        """Run the model on ``count`` micro-batches of tokens and labels."""
         ...
 
 
@@ -57,6 +52,7 @@ class Validation:
         ledger: a ledger of its own, of K domains.
         observer: where the model's loss function reports; lent to this ledger meanwhile.
         batches: yields this rank's micro-batches of a set.
+        count: how many those are, the same on every rank.
         device: the model's device.
     """
 
@@ -67,6 +63,7 @@ class Validation:
         ledger: Ledger,
         observer: LossObserver,
         batches: Callable[[ValidationSet], Iterable[MicroBatch]],
+        count: Callable[[ValidationSet], int],
         device: torch.device,
     ) -> None:
         """Keep the parts; nothing is read before :meth:`measure`."""
@@ -74,6 +71,7 @@ class Validation:
         self._ledger = ledger
         self._observer = observer
         self._batches = batches
+        self._count = count
         self._device = device
 
     @property
@@ -90,9 +88,8 @@ class Validation:
         self._observer.ledger = self._ledger
         self._ledger.reset()
         try:
-            with evaluator.evaluating():
-                for tokens, labels in all_to_device(self._micro_batches(), self._device):
-                    evaluator.forward(tokens, labels)
+            count = sum(self._count(part) for part in self._sets if part is not None)
+            evaluator.evaluate(all_to_device(self._micro_batches(), self._device), count)
             return self._ledger.reduce().domain_loss
         finally:
             self._observer.ledger = training

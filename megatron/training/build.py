@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.batch import MicroBatch
@@ -20,23 +22,26 @@ from megatron.data.sampler import Sampler
 from megatron.data.validation import ValidationSet
 from megatron.engine.engine import TrainEngine
 from megatron.engine.optimizer import build_optimizer
-from megatron.engine.runtime import Runtime
+from megatron.engine.runtime import Runtime, sum_on_host
 from megatron.engine.schedule import learning_rate
+from megatron.engine.sequential import SequentialEngine
 from megatron.errors import DataError
 from megatron.mixing.base import Mixer
 from megatron.model.accounting import flops_per_token
 from megatron.model.domain_loss import DomainLoss
-from megatron.model.gpt import GPT, param_groups
+from megatron.model.gpt import GPT, layers, param_groups
+from megatron.model.layer_run import recomputed_blocks
 from megatron.monitor.build import build_sinks
 from megatron.monitor.sink import SinkGroup
 from megatron.monitor.throughput import Throughput
-from megatron.parallel.layout import Layout
+from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
 from megatron.signals.ledger import Ledger
 from megatron.signals.validation import LossObserver, Validation
 from megatron.training.compatible import model_facts
 from megatron.training.domains import OpenDomains
 from megatron.training.guard import NonFiniteGuard
+from megatron.training.layout import layer_bounds, run_layout
 from megatron.training.planner import Planner
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
@@ -101,10 +106,10 @@ def build(
         mixer: the controller, before its first step.
         universal: whether the engine will load a checkpoint in the universal format.
     """
-    layout = Layout(world_size=runtime.world_size)
+    layout = run_layout(config, runtime.world_size)
     topology = Topology.create(layout, runtime.rank)
     batch = Batch(*resolve_batch(config.batch, layout.data_size))
-    ledger = Ledger(len(domains.names), runtime.device)
+    ledger = _ledger(len(domains.names), runtime, topology)
     observer = LossObserver(ledger)
     engine = _build_engine(config, topology, batch, observer, universal=universal)
     eod_id = _eod_id(config, domains)
@@ -134,8 +139,8 @@ def build(
         data_size=topology.data_size,
         eod_mask_loss=config.training.eod_mask_loss,
         eod_id=eod_id,
-        reduce_counts=runtime.sum if layout.data_size > 1 else None,
-        vocab_size=config.model.padded_vocab_size(),
+        reduce_counts=partial(sum_on_host, group=topology.host_data_group),
+        vocab_size=config.model.vocab_size,
         pin_memory=runtime.device.type == "cuda",
     )
     sinks = build_sinks(
@@ -150,7 +155,7 @@ def build(
         engine=engine,
         planner=planner,
         loader=loader,
-        reader=PlanReader(loader, sampler),
+        reader=PlanReader(loader, sampler, reads=topology.is_first_stage or topology.is_last_stage),
         ledger=ledger,
         guard=NonFiniteGuard(
             limit=config.training.nonfinite_limit,
@@ -186,29 +191,62 @@ def _build_engine(
     *,
     universal: bool,
 ) -> TrainEngine:
-    model = GPT(
-        config.model,
-        topology,
-        seed=config.training.seed,
-        loss_fn=DomainLoss(topology=topology, observe=observer),
-    )
     settings: dict[str, Any] = deepspeed_config(
         config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
     )
     if universal:
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
-    return TrainEngine(
-        model=model,
-        optimizer=build_optimizer(
-            param_groups(model, config.optimizer.weight_decay),
-            kind=config.optimizer.type,
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-        ),
-        config=settings,
-        before_micro_batch=lambda step, micro: model.dropout.begin(step=step, micro_batch=micro),
+    assert config.model.vocab_size is not None
+    loss_fn = DomainLoss(topology=topology, vocab_size=config.model.vocab_size, observe=observer)
+    dropout = DropoutRng(seed=config.training.seed, topology=topology)
+
+    def before_micro_batch(step: int, micro: int) -> None:
+        dropout.begin(step=step, micro_batch=micro)
+
+    if topology.pipe_size == 1:
+        model = GPT(
+            config.model, topology, seed=config.training.seed, loss_fn=loss_fn, dropout=dropout
+        )
+        return SequentialEngine(
+            model=model,
+            topology=topology,
+            optimizer=_optimizer(config, model),
+            config=settings,
+            before_micro_batch=before_micro_batch,
+        )
+    # DeepSpeed chooses its device when it is imported, which start_runtime has prepared.
+    from megatron.engine.pipeline import PipelineEngine, Stage
+
+    stage = Stage(
+        layers(config.model, topology, seed=config.training.seed, dropout=dropout),
+        topology=topology,
+        bounds=layer_bounds(config),
+        loss_fn=loss_fn,
+        dropout=dropout,
+        recomputed=recomputed_blocks(config.model),
     )
+    return PipelineEngine(
+        stage=stage,
+        optimizer=_optimizer(config, stage),
+        config=settings,
+        before_micro_batch=before_micro_batch,
+    )
+
+
+def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(
+        param_groups(model, config.optimizer.weight_decay),
+        kind=config.optimizer.type,
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
+
+
+def _ledger(domains: int, runtime: Runtime, topology: Topology) -> Ledger:
+    """Make a ledger to which only one rank of each data-parallel place adds its losses."""
+    contributes = topology.is_last_stage and topology.tensor_rank == 0
+    return Ledger(domains, runtime.device, contributes=contributes)
 
 
 class _HeldOut:
@@ -227,6 +265,9 @@ class _HeldOut:
         def batches(part: ValidationSet) -> Iterable[MicroBatch]:
             return part.micro_batches(batch.micro, topology.data_rank, topology.data_size)
 
+        def count(part: ValidationSet) -> int:
+            return part.num_micro_batches(batch.micro, topology.data_size)
+
         def use(parts: Sequence[Domain | None], samples: int) -> Validation:
             sets = [
                 ValidationSet(
@@ -235,7 +276,7 @@ class _HeldOut:
                     seed=config.training.seed,
                     domain_id=index,
                     masked_token=eod_id,
-                    vocab_size=config.model.padded_vocab_size(),
+                    vocab_size=config.model.vocab_size,
                 )
                 if domain is not None and samples > 0
                 else None
@@ -243,9 +284,10 @@ class _HeldOut:
             ]
             return Validation(
                 sets,
-                ledger=Ledger(len(parts), runtime.device),
+                ledger=_ledger(len(parts), runtime, topology),
                 observer=observer,
                 batches=batches,
+                count=count,
                 device=runtime.device,
             )
 

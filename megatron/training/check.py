@@ -23,7 +23,6 @@ from megatron.engine.universal import check_convertible
 from megatron.errors import CheckpointError, NeomixError, RunError
 from megatron.mixing import RunContext, build_mixer
 from megatron.mixing.base import Mixer
-from megatron.parallel.layout import Layout
 from megatron.training.compatible import (
     check_same_data,
     check_same_model,
@@ -31,6 +30,7 @@ from megatron.training.compatible import (
     model_facts,
 )
 from megatron.training.domains import OpenDomains, open_domains, start_weights
+from megatron.training.layout import layer_bounds, run_layout
 from megatron.training.summary import check_device, complete, estimate, startup_report
 
 FloatArray = npt.NDArray[np.float64]
@@ -68,9 +68,10 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
     Raises:
         NeomixError: the first thing that the run would stop at.
     """
-    micro, accumulation, total = resolve_batch(config.batch, world_size)
+    data_size = run_layout(config, world_size).data_size
+    micro, accumulation, total = resolve_batch(config.batch, data_size)
     check_device(config, on_cpu=gpus == 0)
-    deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=world_size)
+    deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=data_size)
     domains = open_domains(
         config.domains,
         split=config.split,
@@ -80,6 +81,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
     )
     try:
         config = complete(config, domains)
+        layer_bounds(config)
         weights = start_weights(config.mixing, config.domains, domains)
         mixer = _build_mixer(config, domains, weights, total)
     except NeomixError:
@@ -106,7 +108,8 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     checked = preflight(config, world_size=world_size, gpus=gpus)
     config, domains = checked.config, checked.domains
     try:
-        startup_report(config, domains, checked.weights, world_size, say)
+        data_size = run_layout(config, world_size).data_size
+        startup_report(config, domains, checked.weights, data_size, say)
         _check_read(domains)
         _check_disk(config, say)
         _check_resume(config, domains, world_size, say)
@@ -182,7 +185,7 @@ def _check_resume(
     if manifest.step >= config.training.train_iters:
         say(f"resume: the run is complete, by {path}")
         return
-    layout = layout_facts(config, Layout(world_size=world_size))
+    layout = layout_facts(config, run_layout(config, world_size))
     same = dict(manifest.layout) == layout
     if not same:
         check_convertible(manifest.layout, layout)

@@ -9,6 +9,7 @@ from megatron.checkpoint.manifest import Manifest
 from megatron.config import Config
 from megatron.errors import CheckpointError
 from megatron.parallel.layout import Layout
+from megatron.training.layout import layer_bounds
 
 _NOT_ARCHITECTURE = {
     "hidden_dropout",
@@ -20,7 +21,6 @@ _NOT_ARCHITECTURE = {
     "checkpoint_num_layers",
     "seq_length",
     "max_position_embeddings",
-    "vocab_size",
     "make_vocab_size_divisible_by",
     "expansion_factor",
     "mlp_multiple_of",
@@ -28,11 +28,18 @@ _NOT_ARCHITECTURE = {
 
 
 def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
-    """Return what decides whether DeepSpeed's files can be loaded as they are."""
+    """Return what decides whether DeepSpeed's files can be loaded as they are.
+
+    Args:
+        config: with ``model.vocab_size`` filled in.
+        layout: of the run's ranks.
+    """
     return {
         "data_size": layout.data_size,
         "tensor_size": layout.tensor_size,
         "pipe_size": layout.pipe_size,
+        "stage_bounds": layer_bounds(config),
+        "padded_vocab_size": config.model.padded_vocab_size(layout.tensor_size),
         "zero_stage": config.zero_stage,
         "precision": config.precision,
     }
@@ -40,8 +47,7 @@ def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
 
 def model_facts(config: Config) -> dict[str, object]:
     """Return what a checkpoint's model must agree in with the configuration's."""
-    facts = config.model.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)
-    return {**facts, "padded_vocab_size": config.model.padded_vocab_size()}
+    return config.model.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)
 
 
 def check_same_model(manifest: Manifest, model: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from megatron.engine.engine import TrainEngine
 from megatron.monitor.throughput import Throughput
 from megatron.signals.validation import Validation
+from megatron.training.agreement import Agreement
 from megatron.training.loop import Ending
 from megatron.training.recorder import RunRecorder
 from megatron.training.saving import Saver
@@ -27,6 +28,7 @@ class Milestones:
         engine: the model.
         validation: the reported validation sets.
         test: the test sets, measured once when the run is complete.
+        agreement: compares the ranks' states, now and then and before every save.
         saver: writes checkpoints.
         recorder: takes the measurements.
         throughput: paused meanwhile, so that the rate is that of training.
@@ -38,6 +40,7 @@ class Milestones:
     engine: TrainEngine
     validation: Validation
     test: Validation
+    agreement: Agreement
     saver: Saver
     recorder: RunRecorder
     throughput: Throughput
@@ -61,6 +64,7 @@ class Milestones:
         A validation that falls on the step at which a run was asked to stop is made before
         the save, so that the records of the whole run do not depend on interruptions.
         """
+        self.agreement.after_step(step)
         over = ending in (Ending.COMPLETE, Ending.EXHAUSTED)
         validate = over or step % self.eval_interval == 0
         save = ending is not None or self.saves_at(step)
@@ -95,5 +99,6 @@ class Milestones:
 
     def _save(self, step: int) -> None:
         if self._saved != step:
+            self.agreement.compare(step)
             self.saver.save(step)
             self._saved = step

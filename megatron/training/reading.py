@@ -20,12 +20,15 @@ class PlanReader:
     Args:
         loader: assembles micro-batches in the background.
         sampler: knows which samples of a domain come next.
+        reads: False on a pipeline stage between the first and the last, which sees neither
+            tokens nor labels and reads nothing.
     """
 
-    def __init__(self, loader: Loader, sampler: Sampler) -> None:
+    def __init__(self, loader: Loader, sampler: Sampler, *, reads: bool = True) -> None:
         """Start with nothing read."""
         self._loader = loader
         self._sampler = sampler
+        self._reads = reads
         self._ahead: tuple[int, Iterator[MicroBatch]] | None = None
 
     def read(self, planned: Planned) -> Iterator[MicroBatch]:
@@ -34,7 +37,8 @@ class PlanReader:
         if ahead is not None and ahead[0] == planned.step:
             return ahead[1]
         batches = self._begin(planned)
-        self._loader.prefetch_for(self._sampler, planned.plan.weights)
+        if self._reads:
+            self._loader.prefetch_for(self._sampler, planned.plan.weights)
         return batches
 
     def read_ahead(self, planned: Planned) -> None:
@@ -42,4 +46,6 @@ class PlanReader:
         self._ahead = (planned.step, self._begin(planned))
 
     def _begin(self, planned: Planned) -> Iterator[MicroBatch]:
+        if not self._reads:
+            return iter(())
         return self._loader.load(planned.plan, planned.decision.loss_weights)

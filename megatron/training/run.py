@@ -16,7 +16,7 @@ from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError
 from megatron.launch.stop import StopFlag
 from megatron.model.accounting import parameter_count
-from megatron.parallel.layout import Layout
+from megatron.training.agreement import Agreement
 from megatron.training.build import Parts, build, run_facts
 from megatron.training.check import Checked, preflight
 from megatron.training.compatible import (
@@ -26,6 +26,7 @@ from megatron.training.compatible import (
     model_facts,
 )
 from megatron.training.domains import OpenDomains
+from megatron.training.layout import run_layout
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
 from megatron.training.restore import Source, find_checkpoint, prepare_source
@@ -62,7 +63,8 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
         return EXIT_DONE
     universal = source is not None and source.universal
     parts = build(config, runtime, domains, checked.mixer, universal=universal)
-    startup_report(config, domains, checked.weights, runtime.world_size, say)
+    data_size = run_layout(config, runtime.world_size).data_size
+    startup_report(config, domains, checked.weights, data_size, say)
     start = _restore(config, parts, source, say) if source is not None else 0
     milestones = _milestones(config, runtime, checked, store, parts)
     if runtime.rank == 0:
@@ -118,17 +120,22 @@ def _milestones(
         guard=parts.guard,
         sinks=parts.sinks,
         domains=list(checked.domains.names),
-        layout=layout_facts(config, Layout(world_size=runtime.world_size)),
+        layout=layout_facts(config, run_layout(config, runtime.world_size)),
         config_hash=config.hash(),
         fingerprints=checked.domains.fingerprints,
         facts=run_facts(config),
-        padded_vocab_size=config.model.padded_vocab_size(),
+        padded_vocab_size=config.model.padded_vocab_size(config.parallel.model_parallel_size),
         bytes_needed=checkpoint_bytes(config),
     )
     return Milestones(
         engine=parts.engine,
         validation=parts.validation,
         test=parts.test,
+        agreement=Agreement(
+            gather=runtime.gather,
+            state=parts.planner.state_dict,
+            interval=config.training.state_check_interval,
+        ),
         saver=saver,
         recorder=parts.recorder,
         throughput=parts.throughput,
@@ -173,7 +180,7 @@ def _find_source(
     config: Config, runtime: Runtime, store: CheckpointStore, say: Callable[[str], None]
 ) -> Source | None:
     """Return what to start from: the run's own newest checkpoint, else that of ``load``."""
-    layout = layout_facts(config, Layout(world_size=runtime.world_size))
+    layout = layout_facts(config, run_layout(config, runtime.world_size))
     found, weights_only = find_checkpoint(runtime, store, say), False
     if found is None and config.checkpoint.load is not None:
         store, weights_only = CheckpointStore(config.checkpoint.load), config.checkpoint.finetune
