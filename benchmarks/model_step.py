@@ -63,7 +63,11 @@ def main() -> None:
     batch = torch.randint(
         0, options.vocabulary, (options.batch, options.sequence + 1), device=options.device
     )
-    ours = GPT(config, seed=0, loss_fn=DomainLoss(chunk_tokens=options.chunk_tokens))
+    ours = GPT(
+        config,
+        seed=0,
+        loss_fn=DomainLoss(vocab_size=options.vocabulary, chunk_tokens=options.chunk_tokens),
+    )
     theirs = _hugging_face(config, ours)
     contestants = [
         Contestant("neomix", _our_step(ours, batch, options), [], []),
@@ -235,7 +239,7 @@ def _loss_alone(options: Any) -> None:
         torch.zeros(1, dtype=torch.int64, device=device),
         torch.full((1,), 1 / tokens, device=device),
     )
-    chunked = DomainLoss(chunk_tokens=options.chunk_tokens)
+    chunked = DomainLoss(vocab_size=options.vocabulary, chunk_tokens=options.chunk_tokens)
 
     def ours() -> None:
         hidden.grad = weight.grad = None

@@ -27,6 +27,7 @@ class DomainLoss:
     def __init__(
         self,
         *,
+        vocab_size: int,
         topology: Topology | None = None,
         chunk_tokens: int = 1024,
         observe: Observer | None = None,
@@ -34,10 +35,13 @@ class DomainLoss:
         """Make the loss.
 
         Args:
+            vocab_size: number of token ids; the output weight's rows beyond are padding, which
+                no probability goes to.
             topology: whose tensor ranks divide the vocabulary; None for one process.
             chunk_tokens: tokens whose logits exist at the same time.
             observe: called once per forward with each sample's own sums, detached.
         """
+        self.vocab_size = vocab_size
         self.topology = topology or Topology.single()
         self.chunk_tokens = chunk_tokens
         self.observe = observe
@@ -58,6 +62,7 @@ class DomainLoss:
             weight,
             targets.flatten(),
             token_weights.flatten(),
+            vocab_size=self.vocab_size,
             topology=self.topology,
             chunk_tokens=self.chunk_tokens,
         )
@@ -75,6 +80,7 @@ class DomainLoss:
             hidden.flatten(0, 1),
             weight,
             targets.flatten(),
+            vocab_size=self.vocab_size,
             topology=self.topology,
             chunk_tokens=self.chunk_tokens,
         )

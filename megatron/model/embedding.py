@@ -8,7 +8,7 @@ from torch import nn
 from megatron.model.dropout import Dropout
 from megatron.model.init import initializer
 from megatron.model.norm import build_norm
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import ModelSpec, vocabulary
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.partition import Partition
@@ -22,11 +22,12 @@ class Embedding(nn.Module):
     """Token embedding; with tied weights also the output weight."""
 
     def __init__(self, scope: ParameterScope, spec: ModelSpec, *, dropout: DropoutRng) -> None:
-        """Make the embedding of the padded vocabulary."""
+        """Make the embedding; rows that pad the vocabulary are 0."""
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(
             scope.child("word_embeddings"),
-            vocabulary=spec.padded_vocab_size(scope.topology.tensor_size),
+            vocabulary=vocabulary(spec),
+            padded=spec.padded_vocab_size(scope.topology.tensor_size),
             hidden=spec.hidden_size,
             initializer=initializer(spec.init_method, spec),
         )
@@ -56,14 +57,14 @@ class OutputWeight(nn.Module):
     """Holds the untied output weight; multiplying with it is the loss function's."""
 
     def __init__(self, scope: ParameterScope, spec: ModelSpec) -> None:
-        """Make the weight of the padded vocabulary."""
+        """Make the weight; rows that pad the vocabulary are 0."""
         super().__init__()
-        vocabulary = spec.padded_vocab_size(scope.topology.tensor_size)
+        ids, padded = vocabulary(spec), spec.padded_vocab_size(scope.topology.tensor_size)
         self.weight = scope.parameter(
             "weight",
-            (vocabulary, spec.hidden_size),
+            (ids, spec.hidden_size),
             initializer(spec.init_method, spec),
-            Partition(dim=0, blocks=(vocabulary,)),
+            Partition(dim=0, blocks=(padded,), padded_from=ids),
         )
 
     def forward(self, hidden: torch.Tensor) -> Output:

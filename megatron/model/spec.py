@@ -14,6 +14,7 @@ class ModelSpec(Protocol):
         hidden_size: width of the residual stream.
         num_attention_heads: query heads.
         num_kv_heads: key and value heads; None = as many as query heads.
+        vocab_size: number of token ids, before padding; a complete configuration has it.
         seq_length: tokens in a sample; a configuration that is complete has it.
         norm: "layernorm" or "rmsnorm".
         layernorm_epsilon: inside the square root.
@@ -45,6 +46,8 @@ class ModelSpec(Protocol):
     def num_attention_heads(self) -> int: ...
     @property
     def num_kv_heads(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int | None: ...
     @property
     def seq_length(self) -> int | None: ...
     @property
@@ -102,6 +105,17 @@ def ffn_width(spec: ModelSpec) -> int:
     if spec.activation in GATED_ACTIVATIONS:
         return -(-(8 * spec.hidden_size // 3) // 256) * 256
     return 4 * spec.hidden_size
+
+
+def vocabulary(spec: ModelSpec) -> int:
+    """Return the number of token ids, before padding.
+
+    Raises:
+        ValueError: the configuration is not complete.
+    """
+    if spec.vocab_size is None:
+        raise ValueError("vocab_size is not known; the composition root fills it in")
+    return spec.vocab_size
 
 
 def kv_heads(spec: ModelSpec) -> int:

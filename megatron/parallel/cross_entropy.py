@@ -8,7 +8,9 @@ autograd, where recomputing the logits in backward would take four.  Backward th
 scales what forward left, and needs no weight: ZeRO-3 gathers it once, not twice.
 
 With the vocabulary divided among tensor ranks (Shoeybi et al. 2019, section 3) each rank
-works on its own columns and three numbers per token are exchanged.
+works on its own columns and three numbers per token are exchanged.  Columns that pad the
+vocabulary so that the ranks divide it get probability 0 and gradient 0: the loss does not
+depend on how many there are.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ def token_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     *,
+    vocab_size: int,
     topology: Topology,
     chunk_tokens: int,
 ) -> torch.Tensor:
@@ -42,7 +45,8 @@ def token_cross_entropy(
     Args:
         hidden: ``[N, H]``.
         weight: this rank's rows of the output weight, ``[V / tensor_size, H]``.
-        targets: int64 ``[N]``, in the whole vocabulary.
+        targets: int64 ``[N]``, below ``vocab_size``.
+        vocab_size: number of token ids, V before it was padded.
         topology: whose tensor ranks divide the vocabulary.
         chunk_tokens: how many tokens' logits exist at a time.
 
@@ -51,7 +55,7 @@ def token_cross_entropy(
     """
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     with torch.no_grad():
-        softmax = _Softmax(weight, topology, min(chunk_tokens, targets.numel()))
+        softmax = _Softmax(weight, vocab_size, topology, min(chunk_tokens, targets.numel()))
         for rows in _chunks(targets.numel(), chunk_tokens):
             softmax.losses(hidden[rows], targets[rows], losses[rows])
     return losses
@@ -63,6 +67,7 @@ def weighted_cross_entropy(
     targets: torch.Tensor,
     token_weights: torch.Tensor,
     *,
+    vocab_size: int,
     topology: Topology,
     chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +76,9 @@ def weighted_cross_entropy(
     Args:
         hidden: ``[N, H]``; gradients flow to it.
         weight: this rank's rows of the output weight, ``[V / tensor_size, H]``; likewise.
-        targets: int64 ``[N]``, in the whole vocabulary.
+        targets: int64 ``[N]``, below ``vocab_size``.
         token_weights: float32 ``[N]``, constants, ≥ 0.
+        vocab_size: number of token ids, V before it was padded.
         topology: whose tensor ranks divide the vocabulary.
         chunk_tokens: how many tokens' logits exist at a time.
 
@@ -81,12 +87,24 @@ def weighted_cross_entropy(
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         losses = token_cross_entropy(
-            hidden, weight, targets, topology=topology, chunk_tokens=chunk_tokens
+            hidden,
+            weight,
+            targets,
+            vocab_size=vocab_size,
+            topology=topology,
+            chunk_tokens=chunk_tokens,
         )
         return torch.dot(losses, token_weights), losses
     hidden = copy_to_tensor_ranks(hidden, topology)
     total, losses = apply(
-        _WeightedCrossEntropy, hidden, weight, targets, token_weights, topology, chunk_tokens
+        _WeightedCrossEntropy,
+        hidden,
+        weight,
+        targets,
+        token_weights,
+        vocab_size,
+        topology,
+        chunk_tokens,
     )
     return total, losses
 
@@ -101,6 +119,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         token_weights: torch.Tensor,
+        vocab_size: int,
         topology: Topology,
         chunk_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +131,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         accumulated = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        softmax = _Softmax(weight, topology, min(chunk_tokens, targets.numel()))
+        softmax = _Softmax(weight, vocab_size, topology, min(chunk_tokens, targets.numel()))
         for rows in _chunks(targets.numel(), chunk_tokens):
             gradient = softmax.gradient(hidden[rows], targets[rows], relative[rows], losses[rows])
             if hidden_gradient is not None:
@@ -129,7 +148,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, total_gradient: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
         hidden_gradient, weight_gradient, scale = ctx.saved_tensors
         factor = total_gradient.float() * scale
         if hidden_gradient is not None:
@@ -137,7 +156,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         if weight_gradient is not None:
             scaled = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
             weight_gradient = torch.mul(weight_gradient, factor, out=scaled)
-        return hidden_gradient, weight_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, None
 
 
 class _WeightGradient:
@@ -165,8 +184,13 @@ class _WeightGradient:
 class _Softmax:
     """Softmax of one chunk's logits at a time, in buffers that all chunks share."""
 
-    def __init__(self, weight: torch.Tensor, topology: Topology, chunk_tokens: int) -> None:
+    def __init__(
+        self, weight: torch.Tensor, vocab_size: int, topology: Topology, chunk_tokens: int
+    ) -> None:
         columns = weight.shape[0]
+        # The first column that is padding; 0 where this rank holds nothing else.
+        self._valid = min(max(vocab_size - topology.tensor_rank * columns, 0), columns)
+        self._vocab_size = vocab_size
         self._weight = weight
         self._topology = topology
         self._logits = weight.new_empty(chunk_tokens, columns)
@@ -216,18 +240,25 @@ class _Softmax:
         """Write the losses of a block and return what its softmax is made of.
 
         Returns:
-            e^(logit − largest) in float32 (over the logits themselves if they are), its sum
-            over the vocabulary ``[n, 1]``, each target's column on this rank (0 if it is
-            elsewhere) ``[n, 1]``, and whether it is here ``[n, 1]`` (None: all are).
+            e^(logit − largest), 0 for padding, in float32 (over the logits themselves if they
+            are), its sum over the vocabulary ``[n, 1]``, each target's column on this rank (0
+            if it is elsewhere) ``[n, 1]``, and whether it is here ``[n, 1]`` (None: all are).
         """
         widened = logits if self._widened is None else self._widened[: len(logits)].copy_(logits)
+        if self._valid < widened.shape[1]:
+            widened[:, self._valid :] = -torch.inf
         largest = widened.amax(dim=-1, keepdim=True)
         reduce_in_place(largest, self._topology, dist.ReduceOp.MAX)
         shifted = widened.sub_(largest)
         columns, present = self._columns(targets[:, None], logits.shape[1])
-        at_target = shifted.gather(1, columns)
-        if present is not None:
-            at_target = torch.where(present, at_target, 0.0)
+        if present is None:
+            # Padding is left out, so that an id outside the vocabulary is an error and no loss.
+            at_target = shifted[:, : self._valid].gather(1, columns)
+        else:
+            at_target = torch.where(present, shifted.gather(1, columns), 0.0)
+            # No rank would have it, and the loss would look like one: make it infinite.
+            outside = (targets < 0) | (targets >= self._vocab_size)
+            at_target.masked_fill_(outside[:, None], -torch.inf)
         exponentials = shifted.exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
         if self._topology.tensor_size > 1:
@@ -241,7 +272,6 @@ class _Softmax:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return targets' columns among the ``held`` ones of this rank, and which are here."""
         if self._topology.tensor_size == 1:
-            # Unmasked, so that an id outside the vocabulary is an error and not a loss.
             return targets, None
         local = targets - self._topology.tensor_rank * held
         present = (local >= 0) & (local < held)

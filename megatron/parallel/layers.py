@@ -99,16 +99,30 @@ class VocabParallelEmbedding(nn.Module):
     """Token embedding with the vocabulary divided among the tensor ranks.
 
     Attributes:
-        weight: this rank's rows, ``[vocabulary / tensor_size, hidden]``.
+        weight: this rank's rows, ``[padded / tensor_size, hidden]``.
     """
 
     def __init__(
-        self, scope: ParameterScope, *, vocabulary: int, hidden: int, initializer: Initializer
+        self,
+        scope: ParameterScope,
+        *,
+        vocabulary: int,
+        padded: int,
+        hidden: int,
+        initializer: Initializer,
     ) -> None:
-        """Make the embedding of a vocabulary that is already padded to divide evenly."""
+        """Make the embedding.
+
+        Args:
+            scope: place of the layer in the model.
+            vocabulary: number of token ids.
+            padded: number of rows, which the tensor ranks divide; those without an id are 0.
+            hidden: size of a token's vector.
+            initializer: of the true rows.
+        """
         super().__init__()
         self.topology = scope.topology
-        rows = Partition(dim=0, blocks=(vocabulary,))
+        rows = Partition(dim=0, blocks=(padded,), padded_from=vocabulary)
         self.weight = scope.parameter("weight", (vocabulary, hidden), initializer, rows)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ class ParameterScope:
 
         Args:
             name: local name ("weight").
-            shape: full shape, before any division.
+            shape: full shape, before any division or padding.
             initializer: draws the full value.
             partition: how the tensor ranks divide it; None if each holds all of it.
 
@@ -74,7 +74,7 @@ class ParameterScope:
         else:
             value = initializer(full_shape, generator(self.seed, "parameter", full_name))
         if partition is not None:
-            value = partition.part(value, self.topology.tensor_rank, ranks)
+            value = partition.part(partition.pad(value), self.topology.tensor_rank, ranks)
         parameter = nn.Parameter(value.to(dtype=self.dtype, device=self.device).contiguous())
         # Read by whatever joins or re-divides checkpoints.
         setattr(parameter, "partition", partition)  # noqa: B010

@@ -33,7 +33,7 @@ def _labels(tokens: torch.Tensor, data_size: int, *, share: float) -> tuple[torc
 
 
 def _reference(spec: TestSpec, data_size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    model = GPT(spec, seed=5, loss_fn=DomainLoss(chunk_tokens=7))
+    model = GPT(spec, seed=5, loss_fn=DomainLoss(vocab_size=spec.vocab_size, chunk_tokens=7))
     optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2, eps=1e-3)
     losses = []
     for step in range(STEPS):
@@ -56,7 +56,7 @@ def _train(
 ) -> tuple[list[float], dict[str, Any]]:
     import deepspeed
 
-    model = GPT(spec, seed=5, loss_fn=DomainLoss(chunk_tokens=7))
+    model = GPT(spec, seed=5, loss_fn=DomainLoss(vocab_size=spec.vocab_size, chunk_tokens=7))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2, eps=1e-3),

@@ -132,7 +132,7 @@ def test_steps_equal_plain_pytorch(tmp_path: Path) -> None:
         batch = torch.tensor(np.stack(windows).astype(np.int64))
         hidden, weight = model(batch[:, :-1])
         losses = F.cross_entropy(
-            (hidden @ weight.T).flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
+            (hidden @ weight[:120].T).flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
         ).view(8, 16)
         names = [name for name, _, _ in record["samples"]]
         token_weight = torch.tensor(

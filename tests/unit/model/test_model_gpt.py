@@ -27,7 +27,7 @@ def _batch(rows: int = 2, length: int = 16) -> tuple[torch.Tensor, tuple[torch.T
 
 
 def _gradients(spec: TestSpec, *, micro_batch: int = 0) -> tuple[float, list[torch.Tensor]]:
-    model = GPT(spec, seed=7, loss_fn=DomainLoss())
+    model = GPT(spec, seed=7, loss_fn=DomainLoss(vocab_size=97))
     tokens, labels = _batch()
     model.dropout.begin(step=3, micro_batch=micro_batch)
     loss = model(tokens, labels)

@@ -35,18 +35,39 @@ def _plain(hidden, weight, labels, factor: float = 1.0):
 def test_equals_plain_cross_entropy(chunk: int) -> None:
     hidden, weight, labels = _case()
     expected, expected_gradients, _ = _plain(hidden, weight, labels, factor=3.0)
-    loss = DomainLoss(chunk_tokens=chunk)((hidden, weight), labels)
+    loss = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=chunk)((hidden, weight), labels)
     gradients = torch.autograd.grad(loss * 3.0, (hidden, weight))
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for found, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_padding_takes_no_part(chunk: int, dtype: torch.dtype) -> None:
+    """Whatever the padded rows hold, loss and gradients are those of the true vocabulary."""
+    hidden, weight, labels = _case(dtype)
+    loss_fn = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=chunk)
+    expected = loss_fn((hidden, weight), labels)
+    expected_gradients = torch.autograd.grad(expected, (hidden, weight))
+    losses = loss_fn.token_losses(hidden, weight, labels[0])
+    rubbish = torch.full((13, HIDDEN), 50.0, dtype=dtype)
+    padded = torch.cat([weight.detach(), rubbish]).requires_grad_()
+    loss = loss_fn((hidden, padded), labels)
+    gradients = torch.autograd.grad(loss, (hidden, padded))
+    close = {"rtol": 1e-5, "atol": 1e-9} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-8}
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[0], expected_gradients[0], **close)
+    torch.testing.assert_close(gradients[1][:VOCABULARY], expected_gradients[1], **close)
+    assert not gradients[1][VOCABULARY:].any()
+    torch.testing.assert_close(loss_fn.token_losses(hidden, padded, labels[0]), losses)
+
+
 def test_observer_gets_sums_counts_and_domains() -> None:
     hidden, weight, labels = _case()
     _, _, losses = _plain(hidden, weight, labels)
     seen = []
-    DomainLoss(chunk_tokens=4, observe=lambda *values: seen.append(values))(
+    DomainLoss(vocab_size=VOCABULARY, chunk_tokens=4, observe=lambda *values: seen.append(values))(
         (hidden, weight), labels
     )
     [(sums, counts, domains)] = seen
@@ -60,7 +81,9 @@ def test_observer_gets_sums_counts_and_domains() -> None:
 def test_evaluation_equals_training_and_builds_no_graph() -> None:
     hidden, weight, labels = _case()
     seen = []
-    loss_fn = DomainLoss(chunk_tokens=4, observe=lambda *values: seen.append(values))
+    loss_fn = DomainLoss(
+        vocab_size=VOCABULARY, chunk_tokens=4, observe=lambda *values: seen.append(values)
+    )
     training = loss_fn((hidden, weight), labels)
     with torch.no_grad():
         evaluation = loss_fn((hidden, weight), labels)
@@ -75,7 +98,7 @@ def test_evaluation_equals_training_and_builds_no_graph() -> None:
 
 def test_a_graph_may_be_walked_twice() -> None:
     hidden, weight, labels = _case()
-    loss = DomainLoss(chunk_tokens=4)((hidden, weight), labels)
+    loss = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=4)((hidden, weight), labels)
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -86,7 +109,7 @@ def test_half_precision_loses_no_small_gradient(dtype: torch.dtype, tolerance: f
     """Sample weights near 1e-6 would vanish in fp16 if gradients were taken with them."""
     hidden, weight, labels = _case(dtype)
     expected, expected_gradients, _ = _plain(hidden, weight, labels, factor=65536.0)
-    loss = DomainLoss(chunk_tokens=8)((hidden, weight), labels)
+    loss = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=8)((hidden, weight), labels)
     assert loss.dtype == torch.float32
     gradients = torch.autograd.grad(loss * 65536.0, (hidden, weight))
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
@@ -99,7 +122,9 @@ def test_half_precision_loses_no_small_gradient(dtype: torch.dtype, tolerance: f
 def test_all_masked_rows_cost_nothing_and_move_nothing() -> None:
     hidden, weight, labels = _case()
     targets, mask, domains, sample_weight = labels
-    loss = DomainLoss()((hidden, weight), (targets, mask * 0, domains, sample_weight))
+    loss = DomainLoss(vocab_size=VOCABULARY)(
+        (hidden, weight), (targets, mask * 0, domains, sample_weight)
+    )
     gradients = torch.autograd.grad(loss, (hidden, weight))
     assert loss.item() == 0.0
     assert all(g.abs().max() == 0 for g in gradients)
@@ -108,25 +133,27 @@ def test_all_masked_rows_cost_nothing_and_move_nothing() -> None:
 def test_extreme_logits_stay_finite() -> None:
     hidden, weight, labels = _case()
     big = (hidden.detach() * 1e4).requires_grad_()
-    loss = DomainLoss(chunk_tokens=4)((big, weight), labels)
+    loss = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=4)((big, weight), labels)
     assert torch.isfinite(loss)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (big, weight)))
 
 
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("token", [VOCABULARY, -1])
-def test_a_target_outside_the_vocabulary_is_an_error(token: int) -> None:
+def test_a_target_outside_the_vocabulary_is_an_error(token: int, padding: int) -> None:
     hidden, weight, labels = _case()
+    weight = torch.cat([weight, torch.zeros(padding, HIDDEN)])
     labels[0][1, 2] = token
     with pytest.raises((IndexError, RuntimeError)):
-        DomainLoss()((hidden, weight), labels)
+        DomainLoss(vocab_size=VOCABULARY)((hidden, weight), labels)
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
     hidden, weight, labels = _case()
     frozen = weight.detach()
-    loss = DomainLoss(chunk_tokens=4)((hidden, frozen), labels)
+    loss = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=4)((hidden, frozen), labels)
     (found,) = torch.autograd.grad(loss, (hidden,))
     torch.testing.assert_close(found, _plain(hidden, weight, labels)[1][0], rtol=1e-5, atol=1e-9)
-    loss = DomainLoss(chunk_tokens=4)((hidden.detach(), weight), labels)
+    loss = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=4)((hidden.detach(), weight), labels)
     (found,) = torch.autograd.grad(loss, (weight,))
     torch.testing.assert_close(found, _plain(hidden, weight, labels)[1][1], rtol=1e-5, atol=1e-9)

@@ -50,6 +50,26 @@ def test_each_rank_holds_its_share_of_every_block() -> None:
     assert partition.part(full, 1, 2).flatten().tolist() == [2.0, 3.0, 11.0]
 
 
+@settings(derandomize=True, max_examples=50, deadline=None)
+@given(true=st.integers(1, 12), ranks=st.integers(1, 4), unit=st.integers(1, 5))
+def test_padding_is_zero_and_the_true_rows_know_nothing_of_it(
+    true: int, ranks: int, unit: int
+) -> None:
+    rows = -(-true // (unit * ranks)) * unit * ranks
+    partition = Partition(dim=0, blocks=(rows,), padded_from=true)
+    whole = _scope().parameter("weight", (true, 3), _normal).detach()
+    parts = [
+        _scope(ranks, rank).parameter("weight", (true, 3), _normal, partition).detach()
+        for rank in range(ranks)
+    ]
+    joined = partition.join(parts)
+    assert joined.shape == (rows, 3)
+    assert torch.equal(partition.unpad(joined), whole)
+    assert not joined[true:].any()
+    assert torch.equal(partition.pad(whole), joined)
+    assert torch.equal(_scope().parameter("weight", (true, 3), _normal, partition), joined)
+
+
 def test_values_are_the_same_in_every_layout() -> None:
     partition = Partition(dim=0, blocks=(6, 6))
     whole = _scope().child("a").parameter("weight", (12, 5), _normal, partition)
