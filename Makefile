@@ -2,7 +2,7 @@
 #
 # `make install` needs python3 (3.11 or newer) with pip, and nothing else: no compiler, no GPU.
 # Variables: PYTHON, VENV, VENV_ARGS (for `python -m venv`), PIP_ARGS (for every `pip install`),
-# PYTEST_ARGS.
+# PYTEST_ARGS, LAYOUT and RANKS (for the quickstart).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,13 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
-RUN_DIR := runs/quickstart
+
+# `make quickstart LAYOUT=tp2` (pp2, "tp2 pp2", zero3 …: names of configs/parallel) trains in that
+# layout, into a run folder of its own; RANKS is the number of processes.
+LAYOUT ?=
+RANKS ?= 2
+empty :=
+RUN_DIR := runs/quickstart$(subst $(empty) $(empty),,$(addprefix -,$(strip $(LAYOUT))))
 
 # DeepSpeed comes as source: nothing of it is compiled, at installation or later.
 export DS_BUILD_OPS := 0
@@ -21,7 +27,8 @@ export DS_BUILD_OPS := 0
 
 help:
 	@echo "make install     make $(VENV) with everything needed to train"
-	@echo "make quickstart  build five domains, train on them with odm, write the report"
+	@echo "make quickstart  build seven domains, train on them with odm, write the report"
+	@echo "                 (LAYOUT=tp2 or pp2: under tensor or pipeline parallelism)"
 	@echo "make test        the tests of a few minutes; make test-all: all of them"
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make bench       the benchmarks of benchmarks/"
@@ -52,7 +59,8 @@ install: $(VENV)/.stamp-train
 
 quickstart: install
 	$(BIN)/python prepare_data.py quickstart
-	CUDA_VISIBLE_DEVICES= $(BIN)/python deepy.py train.py -d configs local/quickstart mixing/odm
+	CUDA_VISIBLE_DEVICES= $(BIN)/python deepy.py train.py -d configs local/quickstart mixing/odm \
+	  $(addprefix parallel/,$(LAYOUT)) --set run_dir=$(RUN_DIR) num_gpus=$(RANKS)
 	$(BIN)/python tools/report.py $(RUN_DIR) -o $(RUN_DIR)/report.html
 	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
 

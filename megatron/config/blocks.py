@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.config.draft import Draft
 from megatron.config.neox import Refusal, is_off
-from megatron.config.node import Node
+from megatron.config.node import Node, node_of
 from megatron.config.optimisation import LossScaleConfig
 from megatron.config.suggest import did_you_mean
 
@@ -24,19 +24,12 @@ _PARAMS = {
 # parameters that are fine as long as they have this value
 _FIXED: dict[str, Any] = {"bias_correction": True, "amsgrad": False}
 
-_OFFLOAD = Refusal(
-    instead="optimizer state and parameters stay on the device; offloading is not offered yet",
-    neutral=({"device": "none"},),
-)
 _QUANTISED = Refusal(instead="quantised communication is not offered; remove the key")
 ZERO_REFUSED: dict[str, Refusal] = {
-    "cpu_offload": _OFFLOAD,
-    "cpu_offload_params": _OFFLOAD,
-    "cpu_offload_param": _OFFLOAD,
-    "cpu_offload_use_pin_memory": _OFFLOAD,
-    "offload_optimizer": _OFFLOAD,
-    "offload_param": _OFFLOAD,
-    "zenflow": _OFFLOAD,
+    "cpu_offload_use_pin_memory": Refusal(
+        instead="use offload_optimizer: {device: cpu, pin_memory: true}"
+    ),
+    "zenflow": Refusal(instead="use offload_optimizer: {device: cpu}"),
     "zero_quantized_weights": _QUANTISED,
     "zero_quantized_nontrainable_weights": _QUANTISED,
     "zero_quantized_gradients": _QUANTISED,
@@ -66,6 +59,13 @@ ZERO_SIZES = (
     "stage3_param_persistence_threshold",
     "stage3_prefetch_bucket_size",
 )
+ZERO_OFFLOAD = ("offload_optimizer", "offload_param")
+# Older spellings that take true or false.
+ZERO_OFFLOAD_FLAGS = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_params": "offload_param",
+}
 
 
 def unknown(draft: Draft, node: Node, known: Iterable[str], what: str) -> None:
@@ -186,6 +186,10 @@ def read_zero(draft: Draft, node: Node) -> None:
         if key == "stage":
             if entry.value is not None:
                 draft.put("zero", "stage", entry)
+        elif key in ZERO_OFFLOAD:
+            _put_offload(draft, key, entry)
+        elif key in ZERO_OFFLOAD_FLAGS:
+            _put_offload_flag(draft, ZERO_OFFLOAD_FLAGS[key], entry)
         elif key in ZERO_REFUSED:
             if not ZERO_REFUSED[key].agrees(entry.plain()):
                 draft.problems.add(entry, f"refused: {ZERO_REFUSED[key].instead}")
@@ -212,7 +216,34 @@ def put_zero_option(draft: Draft, key: str, node: Node) -> None:
             draft.problems.add(node, "should be above 0")
             return
     else:
-        known = ["stage", *ZERO_BOOLS, *ZERO_SIZES, *ZERO_REFUSED]
+        known = ["stage", *ZERO_BOOLS, *ZERO_SIZES, *ZERO_OFFLOAD, *ZERO_REFUSED]
         unknown(draft, node, known, "key of zero_optimization")
         return
     draft.put("zero_options", key, replace(node, value=value))
+
+
+def _put_offload(draft: Draft, key: str, node: Node) -> None:
+    """Read ``{device: cpu, pin_memory: …}``; ``device: none`` is the default."""
+    entries = dict(draft.block(node))
+    device, pinned = entries.pop("device", None), entries.pop("pin_memory", None)
+    for entry in entries.values():
+        unknown(draft, entry, ("device", "pin_memory"), f"key of {key}")
+    if pinned is not None and not isinstance(pinned.value, bool):
+        draft.problems.add(pinned, "should be true or false")
+        return
+    if device is None or device.value in (None, "none"):
+        return
+    if device.value != "cpu":
+        draft.problems.add(device, "should be cpu or none")
+        return
+    value: dict[str, Node] = {"device": device}
+    if pinned is not None:
+        value["pin_memory"] = pinned
+    draft.put("zero_options", key, replace(node, value=value))
+
+
+def _put_offload_flag(draft: Draft, key: str, node: Node) -> None:
+    if node.value is True:
+        draft.put("zero_options", key, node_of({"device": "cpu"}, node.mark, node.name))
+    elif node.value not in (False, None):
+        draft.problems.add(node, "should be true or false")

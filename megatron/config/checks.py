@@ -16,6 +16,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_batch(config, draft)
     _check_tensor_ranks(config, draft)
     _check_pipeline(config, draft)
+    _check_offload(config, draft)
     _check_weights(config, draft)
     _check_tokenizer(config, draft)
     _check_bounds(config, draft)
@@ -118,6 +119,15 @@ def _check_pipeline(config: Config, draft: Draft) -> None:
                     "deepspeed_extra_args: zero_optimization.stage 0 is forced, under which "
                     f"DeepSpeed {what} in a pipeline; use stage 1, no {remedy} or no pipeline"
                 )
+
+
+def _check_offload(config: Config, draft: Draft) -> None:
+    """Parameters can be kept on the host only where they are divided."""
+    if "offload_param" in config.zero.options and config.zero_stage != 3:
+        draft.problems.add_plain(
+            f"zero_optimization: offload_param belongs to stage 3, and the stage is "
+            f"{config.zero_stage}; use stage: 3, or offload_optimizer alone"
+        )
 
 
 def _is_partition_method(method: str) -> bool:

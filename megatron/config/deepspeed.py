@@ -29,6 +29,8 @@ def deepspeed_config(
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": {**config.zero.options, "stage": config.zero.effective_stage},
         "zero_allow_untested_optimizer": True,
+        # Offloaded state is updated by torch's optimizer too: DeepSpeed's would be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": float("inf"),
         "wall_clock_breakdown": False,
     }

@@ -144,6 +144,9 @@ def _zero() -> str:
     refused = "".join(f"| `{key}` | {value.instead} |\n" for key, value in ZERO_REFUSED.items())
     return (
         f"{stage}\nHanded to DeepSpeed as they are: {passed}.\n\n"
+        "`offload_optimizer: {device: cpu, pin_memory: true}` keeps the optimizer's state in the "
+        "host's memory\nand updates it there; `offload_param: {device: cpu}` (stage 3) the "
+        "parameters too.\n\n"
         f"| refused | instead |\n|---|---|\n{refused}"
     )
 

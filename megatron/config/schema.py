@@ -6,7 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron.config.blocks import OPTIMIZERS, ZERO_BOOLS, ZERO_REFUSED, ZERO_SIZES
+from megatron.config.blocks import (
+    OPTIMIZERS,
+    ZERO_BOOLS,
+    ZERO_OFFLOAD,
+    ZERO_OFFLOAD_FLAGS,
+    ZERO_REFUSED,
+    ZERO_SIZES,
+)
 from megatron.config.canonical import IGNORED_KEY
 from megatron.config.config import FLAT_GROUPS, Config
 from megatron.config.data import DomainConfig
@@ -131,6 +138,12 @@ def _zero() -> Schema:
     fields: dict[str, Schema] = {"stage": properties(ZeroConfig)["stage"]}
     fields |= {key: {"type": "boolean"} for key in ZERO_BOOLS}
     fields |= {key: {"type": "integer", "minimum": 0} for key in ZERO_SIZES}
+    place: dict[str, Schema] = {
+        "device": {"enum": ["cpu", "none"]},
+        "pin_memory": {"type": "boolean"},
+    }
+    fields |= {key: _block(place, "What is kept in the host's memory.") for key in ZERO_OFFLOAD}
+    fields |= {key: {"type": "boolean"} for key in ZERO_OFFLOAD_FLAGS}
     fields |= {key: _refused(refusal) for key, refusal in ZERO_REFUSED.items()}
     return _block(fields, "DeepSpeed's ZeRO.")
 

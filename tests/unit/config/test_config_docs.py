@@ -120,12 +120,18 @@ def test_ready_models_have_the_published_sizes(path):
     assert parameter_count(model) - embeddings == PARAMETERS[path.stem]
 
 
+DOMAIN = ["domains={a: {train: x, weight: 1}}"]
+
+
 def test_ready_models_combine_with_every_data_and_mixing(load):
     for part in ("data", "mixing", "parallel"):
         others = sorted(ROOT.glob(f"configs/{part}/*.yml"))
         assert others
         for other in others:
-            extra = [] if part == "data" else ["domains={a: {train: x, weight: 1}}"]
+            extra = [] if part == "data" else DOMAIN
             for model in MODELS if part == "parallel" else MODELS[:1]:
+                heads = load_config([str(model)], overrides=DOMAIN).model.num_attention_heads
+                if other.stem == "tp4" and heads % 4:
+                    continue
                 config = load_config([str(model), str(other)], overrides=extra)
                 assert config.model.seq_length == 2048

@@ -178,6 +178,7 @@ def test_deepspeed_dictionary(load):
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": math.inf,
         "wall_clock_breakdown": False,
     }

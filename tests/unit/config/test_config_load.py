@@ -120,7 +120,14 @@ def test_domain_names_keep_their_hyphens(load):
         ("zero_optimization: {stage: [1, 2]}\n", "zero_optimization.stage"),
         ("zero_optimization: {reduce_buckt_size: 4}\n", "did you mean 'reduce_bucket_size'"),
         ("zero_optimization: {reduce_bucket_size: big}\n", "whole number of elements"),
-        ("zero_optimization: {cpu_offload: true}\n", "refused: .*offloading is not offered"),
+        ("zero_optimization: {offload_optimizer: {device: nvme}}\n", "should be cpu or none"),
+        ("zero_optimization: {offload_optimizer: {devise: cpu}}\n", "did you mean 'device'"),
+        ("zero_optimization: {offload_optimizer: cpu}\n", "should be a block"),
+        ("zero_optimization: {cpu_offload: 1}\n", "should be true or false"),
+        (
+            "zero_optimization: {stage: 2, offload_param: {device: cpu}}\n",
+            "offload_param belongs to stage 3, and the stage is 2",
+        ),
         ("pipe_parallel_size: 99\n", "is above num_layers"),
         (
             "pipe_parallel_size: 2\nzero_optimization: {stage: 2}\n",

@@ -9,6 +9,7 @@ from support.source import ROOT
 
 import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
 from megatron.config import load_config
+from megatron.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
 
@@ -40,8 +41,30 @@ def test_every_local_configuration_goes_with_every_mixture(local, mixing):
 
 @pytest.mark.parametrize("parallel", names("parallel"))
 def test_every_layout_goes_with_the_quickstart(parallel):
+    plain = load("local/quickstart", "mixing/odm")
     config = load("local/quickstart", "mixing/odm", parallel)
-    assert f"zero{config.zero.stage}" == parallel.partition("/")[2] or config.precision == "bf16"
+    assert config != plain
+    assert not config.ignored
+
+
+@pytest.mark.parametrize(
+    ("parallel", "sizes"),
+    [
+        (("tp2",), (2, 1)),
+        (("tp4", "sequence_parallel"), (4, 1)),
+        (("pp2", "recompute"), (1, 2)),
+        (("tp2", "pp4", "zero1", "bf16"), (2, 4)),
+    ],
+)
+def test_layouts_are_put_together(parallel, sizes):
+    config = load("local/quickstart", "mixing/odm", *(f"parallel/{name}" for name in parallel))
+    assert (config.parallel.model_parallel_size, config.parallel.stages) == sizes
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3", "zero2_offload"])
+def test_a_pipeline_with_divided_gradients_is_refused(stage):
+    with pytest.raises(ConfigError, match="a pipeline keeps its gradients and weights whole"):
+        load("local/quickstart", "mixing/odm", "parallel/pp2", f"parallel/{stage}")
 
 
 @pytest.mark.parametrize("data", names("data"))
