@@ -40,6 +40,10 @@ def deepspeed_config(
         result["bf16"] = {"enabled": True}
     if config.parallel.communication_data_type is not None:
         result["communication_data_type"] = config.parallel.communication_data_type
+    if config.parallel.sequence_parallel:
+        # By default a stage takes activations to be the same on every tensor rank, and each
+        # rank sends a part of them.
+        result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return _merged(result, config.deepspeed)
 
 

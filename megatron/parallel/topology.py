@@ -18,6 +18,8 @@ class Topology:
     Attributes:
         layout: how all ranks are arranged.
         rank: this rank.
+        sequence_parallel: whether tensor ranks divide the sequence between the layers they
+            share; ignored where there is one such rank.
         tensor_group: ranks that share this rank's layers; None where there is only one, or
             in a topology made for arithmetic alone.
         data_group: ranks that hold the same parameters; None likewise.
@@ -27,6 +29,7 @@ class Topology:
 
     layout: Layout
     rank: int
+    sequence_parallel: bool = False
     tensor_group: ProcessGroup | None = field(default=None, compare=False)
     data_group: ProcessGroup | None = field(default=None, compare=False)
     pipe_group: ProcessGroup | None = field(default=None, compare=False)
@@ -38,12 +41,13 @@ class Topology:
         return cls(layout=Layout(world_size=1), rank=0)
 
     @classmethod
-    def create(cls, layout: Layout, rank: int) -> Topology:
+    def create(cls, layout: Layout, rank: int, *, sequence_parallel: bool = False) -> Topology:
         """Create the process groups of ``layout``; collective, every rank calls it once.
 
         Args:
             layout: arrangement of the ranks of the initialised default process group.
             rank: this rank.
+            sequence_parallel: see :class:`Topology`.
 
         Raises:
             RuntimeError: torch.distributed is not initialised while there are several ranks.
@@ -52,6 +56,7 @@ class Topology:
         return cls(
             layout=layout,
             rank=rank,
+            sequence_parallel=sequence_parallel,
             tensor_group=_own_group(layout.tensor_groups(), rank),
             data_group=data_group,
             host_data_group=_host_group(data_group, layout.data_groups(), rank),
@@ -72,6 +77,11 @@ class Topology:
     def tensor_rank(self) -> int:
         """This rank's place among the ranks that share its layers."""
         return self.coordinates.tensor
+
+    @property
+    def splits_sequence(self) -> bool:
+        """Whether this rank holds only its part of the sequence between shared layers."""
+        return self.sequence_parallel and self.tensor_size > 1
 
     @property
     def data_size(self) -> int:

@@ -107,7 +107,9 @@ def build(
         universal: whether the engine will load a checkpoint in the universal format.
     """
     layout = run_layout(config, runtime.world_size)
-    topology = Topology.create(layout, runtime.rank)
+    topology = Topology.create(
+        layout, runtime.rank, sequence_parallel=config.parallel.sequence_parallel
+    )
     batch = Batch(*resolve_batch(config.batch, layout.data_size))
     ledger = _ledger(len(domains.names), runtime, topology)
     observer = LossObserver(ledger)
