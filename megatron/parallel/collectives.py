@@ -48,6 +48,17 @@ def reduce_in_place(
     return tensor
 
 
+def broadcast_from_last_stage(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Overwrite ``tensor`` with that of the pipeline's last stage, outside autograd."""
+    if topology.pipe_size > 1:
+        place = topology.coordinates
+        source = topology.layout.rank_at(
+            pipe=topology.pipe_size - 1, data=place.data, tensor=place.tensor
+        )
+        dist.broadcast(tensor, src=source, group=topology.pipe_group)
+    return tensor
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, topology: Topology) -> torch.Tensor:

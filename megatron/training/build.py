@@ -61,6 +61,7 @@ class Batch(NamedTuple):
 class Parts:
     """Everything that a run is made of, before it is tied into a loop."""
 
+    topology: Topology
     engine: TrainEngine
     planner: Planner
     loader: Loader
@@ -154,6 +155,7 @@ def build(
     )
     throughput = _throughput(config, runtime)
     return Parts(
+        topology=topology,
         engine=engine,
         planner=planner,
         loader=loader,

@@ -1,0 +1,1 @@
+"""Using a model without training it: text from prompts, in whatever layout holds it."""

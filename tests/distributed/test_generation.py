@@ -1,0 +1,119 @@
+"""Continuations are the same whatever the layout that holds the model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import runs
+from support.gloo import run_ranks
+from support.training import Harness
+
+from megatron.errors import DataError
+from megatron.inference.generate import generate
+from megatron.inference.sample import Sampling
+from megatron.model.gpt import GPT
+
+PROMPTS = [[3, 14, 15, 9, 26], [53, 58], [97]]
+STEPS = 3
+NEW = 6
+
+
+def write(folder: Path, **layout: Any) -> Path:
+    content = runs.config(
+        folder / "data",
+        folder / "run",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        train_micro_batch_size_per_gpu=2,
+        # Weights large enough for continuations that are not one token over and over.
+        init_method_std=0.3,
+        **layout,
+    )
+    name = "-".join(str(value) for value in layout.values()) or "whole"
+    return runs.write_config(folder / f"{name.replace(' ', '')}.yml", content)
+
+
+def body(rank: int, world_size: int, files: list[Path]) -> list[dict[str, Any]]:
+    results = []
+    for file in files:
+        harness = Harness(file)
+        harness.run(STEPS)
+        engine, topology = harness.parts.engine, harness.parts.topology
+
+        continued = partial(
+            generate,
+            engine,
+            PROMPTS,
+            topology=topology,
+            vocab_size=120,
+            padded_vocab_size=harness.config.model.padded_vocab_size(topology.tensor_size),
+            seq_length=16,
+            max_new_tokens=NEW,
+        )
+        greedy = continued()
+        before = harness.parts.validation.measure(engine)
+        results.append(
+            {
+                "greedy": greedy,
+                "drawn": continued(sampling=Sampling(temperature=1.0, top_k=50, seed=7)),
+                "stopped": continued(stop_token=greedy[0][2]),
+                "before": before,
+                "after": harness.parts.validation.measure(engine),
+                "parameters": harness.parameters() if world_size == 1 else None,
+            }
+        )
+        with pytest.raises(DataError, match="prompt 0 holds the token id 120"):
+            generate(
+                engine,
+                [[120]],
+                topology=topology,
+                vocab_size=120,
+                padded_vocab_size=128,
+                seq_length=16,
+                max_new_tokens=1,
+            )
+    return results
+
+
+def test_every_layout_continues_alike(tmp_path: Path) -> None:
+    runs.make_data(tmp_path / "data")
+    whole = run_ranks(body, 1, [write(tmp_path)])[0][0]
+    layouts = [
+        write(tmp_path, model_parallel_size=2),
+        write(tmp_path, pipe_parallel_size=2),
+        write(tmp_path, zero_optimization={"stage": 3}),
+    ]
+    for rank in run_ranks(body, 2, layouts):
+        for layout, found in zip(layouts, rank, strict=True):
+            for kind in ("greedy", "drawn", "stopped"):
+                assert found[kind] == whole[kind], (layout.stem, kind)
+            assert found["before"].tolist() == found["after"].tolist()
+    assert len({tuple(row) for row in whole["greedy"]}) == len(PROMPTS)
+    assert all(len(row) == NEW for row in whole["greedy"])
+    assert (
+        whole["stopped"][0] == whole["greedy"][0][: whole["greedy"][0].index(whole["greedy"][0][2])]
+    )
+    assert whole["drawn"] != whole["greedy"]
+    assert greedy_by_hand(tmp_path, whole["parameters"]) == whole["greedy"]
+
+
+def greedy_by_hand(folder: Path, parameters: dict[str, Any]) -> list[list[int]]:
+    """Continue one prompt at a time, unpadded, with the whole model in this process."""
+    from megatron.config import load_config
+
+    model = GPT(load_config([str(write(folder))]).model, seed=0)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in parameters.items()})
+    model.eval()
+    continuations = []
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            tokens = list(prompt)
+            for _ in range(NEW):
+                hidden, weight = model(torch.tensor([tokens]))
+                tokens.append(int((hidden[0, -1] @ weight[:120].T).argmax()))
+            continuations.append(tokens[len(prompt) :])
+    return continuations
