@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from megatron.model.spec import GATED_ACTIVATIONS, ModelSpec, ffn_width, head_size, kv_heads
+from megatron.model.inventory import block_inventory, layer_inventory, stage_inventory
+from megatron.model.spec import ModelSpec
 
 
-def block_parameters(spec: ModelSpec, *, tensor_size: int = 1) -> int:
-    """Return the parameters of one block, or of what one tensor rank holds of it.
-
-    Args:
-        spec: the architecture.
-        tensor_size: ranks that divide the block: the projections in by their outputs with
-            their biases, the projections out by their inputs; norms and the biases of the
-            projections out are whole on every rank.
-    """
-    hidden, width = spec.hidden_size, ffn_width(spec)
-    query_key_value = hidden + 2 * kv_heads(spec) * head_size(spec)
-    up = width * (2 if spec.activation in GATED_ACTIVATIONS else 1)
-    divided = (query_key_value + hidden + up + width) * hidden
-    whole = 2 * norm_parameters(spec)
-    if spec.use_bias_in_attn_linear:
-        divided, whole = divided + query_key_value, whole + hidden
-    if spec.use_bias_in_mlp:
-        divided, whole = divided + up, whole + hidden
-    return divided // tensor_size + whole
+def block_parameters(spec: ModelSpec) -> int:
+    """Return the parameters of one block."""
+    return sum(parameter.count for parameter in block_inventory(spec))
 
 
 def norm_parameters(spec: ModelSpec) -> int:
@@ -65,9 +50,8 @@ def layer_parameters(spec: ModelSpec, tensor_size: int = 1) -> list[int]:
     Returns:
         ``num_layers + 3`` counts.
     """
-    vocabulary = spec.padded_vocab_size(tensor_size) // tensor_size * spec.hidden_size
-    block = block_parameters(spec, tensor_size=tensor_size)
-    return [vocabulary, *[block] * spec.num_layers, norm_parameters(spec), vocabulary]
+    layers = layer_inventory(spec, tensor_size)
+    return [sum(parameter.count for parameter in layer) for layer in layers]
 
 
 def held_parameters(spec: ModelSpec, first: int, last: int, *, tensor_size: int = 1) -> int:
@@ -79,9 +63,8 @@ def held_parameters(spec: ModelSpec, first: int, last: int, *, tensor_size: int 
         last: number of the layer after its last.
         tensor_size: tensor-parallel ranks.
     """
-    counts = layer_parameters(spec, tensor_size)
-    both_ends = first == 0 and last == len(counts) and not spec.no_weight_tying
-    return sum(counts[first:last]) - (counts[-1] if both_ends else 0)
+    held = stage_inventory(spec, first, last, tensor_size=tensor_size)
+    return sum(parameter.count for parameter in held)
 
 
 def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 1) -> float:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.model import GPT, flops_per_token, layers, parameter_count
+from megatron.model import GPT, flops_per_token, layers, param_groups, parameter_count
 from megatron.model.accounting import held_parameters, layer_names, layer_parameters
+from megatron.model.inventory import stage_inventory
 from megatron.parallel import Layout, Topology
 from tests.support.model_spec import TestSpec
 
@@ -67,5 +68,11 @@ def test_layers_agree_with_the_model(changes: dict[str, object], tensor_size: in
     held = held_parameters(spec, 0, len(described), tensor_size=tensor_size)
     assert held == sum(value.numel() for value in model.parameters())
     assert held_parameters(spec, 0, 2, tensor_size=tensor_size) == sum(counted[:2])
+    # The optimizer's groups, in their order: what ZeRO cuts into equal parts.
+    inventory = stage_inventory(spec, 0, len(described), tensor_size=tensor_size)
+    for group, decayed in zip(param_groups(model, 0.1), (True, False), strict=True):
+        assert [value.numel() for value in group["params"]] == [
+            one.count for one in inventory if one.decayed == decayed
+        ]
     if tensor_size == 1:
         assert held == parameter_count(spec)

@@ -1,0 +1,94 @@
+"""Every parameter of the model by size, in the order in which the modules hold them; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.model.spec import GATED_ACTIVATIONS, ModelSpec, ffn_width, head_size, kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSize:
+    """One parameter on one tensor rank.
+
+    Attributes:
+        name: inside its layer.
+        count: numbers that the rank holds of it.
+        decayed: whether weight decay applies (not to norms and biases).
+    """
+
+    name: str
+    count: int
+    decayed: bool
+
+
+def layer_inventory(spec: ModelSpec, tensor_size: int = 1) -> list[list[ParameterSize]]:
+    """Return what one tensor rank holds of each of the ``num_layers + 3`` layers.
+
+    A tied embedding is in both its places.
+
+    Args:
+        spec: the architecture.
+        tensor_size: tensor-parallel ranks.
+    """
+    vocabulary = _weight(
+        "weight", spec.padded_vocab_size(tensor_size) // tensor_size, spec.hidden_size
+    )
+    block = block_inventory(spec, tensor_size)
+    return [[vocabulary], *[block] * spec.num_layers, _norm("norm", spec), [vocabulary]]
+
+
+def stage_inventory(
+    spec: ModelSpec, first: int, last: int, *, tensor_size: int = 1
+) -> list[ParameterSize]:
+    """Return what one tensor rank of a stage holds, each parameter once, as modules order it.
+
+    Args:
+        spec: the architecture.
+        first: number of the stage's first layer.
+        last: number of the layer after its last.
+        tensor_size: tensor-parallel ranks.
+    """
+    layers = layer_inventory(spec, tensor_size)
+    ends = {0, len(layers) - 1}
+    held = range(first, last)
+    if spec.no_weight_tying:
+        return [parameter for layer in held for parameter in layers[layer]]
+    # Tied modules come before all others, whatever their place in the list.
+    tied = layers[0] if ends & set(held) else []
+    return [*tied, *(one for layer in held if layer not in ends for one in layers[layer])]
+
+
+def block_inventory(spec: ModelSpec, ranks: int = 1) -> list[ParameterSize]:
+    """Return what one of ``ranks`` tensor ranks holds of a block."""
+    hidden, width = spec.hidden_size, ffn_width(spec)
+    query_key_value = (hidden + 2 * kv_heads(spec) * head_size(spec)) // ranks
+    up = width * (2 if spec.activation in GATED_ACTIVATIONS else 1) // ranks
+    return [
+        *_norm("input_layernorm", spec),
+        *_linear("attention.query_key_value", query_key_value, hidden, query_key_value, spec),
+        *_linear("attention.dense", hidden, hidden // ranks, hidden, spec),
+        *_norm("post_attention_layernorm", spec),
+        *_linear("mlp.dense_h_to_4h", up, hidden, up, spec),
+        *_linear("mlp.dense_4h_to_h", hidden, width // ranks, hidden, spec),
+    ]
+
+
+def _linear(
+    name: str, outputs: int, inputs: int, bias: int, spec: ModelSpec
+) -> list[ParameterSize]:
+    biased = spec.use_bias_in_mlp if name.startswith("mlp") else spec.use_bias_in_attn_linear
+    weight = _weight(f"{name}.weight", outputs, inputs)
+    return [weight, ParameterSize(name=f"{name}.bias", count=bias, decayed=False)][: 1 + biased]
+
+
+def _norm(name: str, spec: ModelSpec) -> list[ParameterSize]:
+    parts = ("weight", "bias") if spec.norm == "layernorm" else ("scale",)
+    return [
+        ParameterSize(name=f"{name}.{part}", count=spec.hidden_size, decayed=False)
+        for part in parts
+    ]
+
+
+def _weight(name: str, outputs: int, inputs: int) -> ParameterSize:
+    return ParameterSize(name=name, count=outputs * inputs, decayed=True)
