@@ -11,7 +11,8 @@ from pathlib import Path
 # Who may import a library at all, by package of megatron/ ("" is a file directly in it).
 ALLOWED_IN = {
     "torch": {
-        *("parallel", "model", "engine", "signals", "checkpoint", "training", "data", "monitor"),
+        *("parallel", "model", "engine", "signals", "checkpoint", "training", "inference"),
+        *("data", "monitor"),
     },
     "torch.distributed": {"parallel", "engine", "signals", "checkpoint"},
     "deepspeed": {"engine"},
@@ -20,7 +21,9 @@ ALLOWED_IN = {
     "transformers": {"tokenizer", "exchange", "inference"},
 }
 # Who may import torch when the module itself is imported, and not only inside a function.
-TORCH_AT_TOP = {"parallel", "model", "engine", "signals", "checkpoint", "training"}
+TORCH_AT_TOP = {
+    *("parallel", "model", "engine", "signals", "checkpoint", "training", "inference"),
+}
 # Modules about one optional library, which are themselves imported where they are needed.
 ABOUT = {"megatron/monitor/live.py": "rich"}
 LIGHT = {"numpy", "pydantic", "pydantic_core", "yaml", "typing_extensions"}
