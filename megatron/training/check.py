@@ -31,7 +31,8 @@ from megatron.training.compatible import (
 )
 from megatron.training.domains import OpenDomains, open_domains, start_weights
 from megatron.training.layout import layer_bounds, run_layout
-from megatron.training.summary import check_device, complete, estimate, startup_report
+from megatron.training.plan import checkpoint_bytes
+from megatron.training.summary import check_device, complete, startup_report
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -108,8 +109,8 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     checked = preflight(config, world_size=world_size, gpus=gpus)
     config, domains = checked.config, checked.domains
     try:
-        data_size = run_layout(config, world_size).data_size
-        startup_report(config, domains, checked.weights, data_size, say)
+        layout = run_layout(config, world_size)
+        startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
         _check_read(domains)
         _check_disk(config, say)
         _check_resume(config, domains, world_size, say)
@@ -150,7 +151,7 @@ def _check_disk(config: Config, say: Callable[[str], None]) -> None:
     if not os.access(folder, os.W_OK):
         raise RunError(f"cannot write into {folder}; give another run_dir, or make it writable")
     free = shutil.disk_usage(folder).free
-    one = estimate(config, 1).checkpoint_bytes
+    one = checkpoint_bytes(config)
     kept = config.checkpoint.keep_last_n_checkpoints
     last = config.training.train_iters
     saves = sum(config.checkpoint.saves_at(step, last) for step in range(last + 1))

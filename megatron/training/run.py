@@ -29,9 +29,10 @@ from megatron.training.domains import OpenDomains
 from megatron.training.layout import run_layout
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
+from megatron.training.plan import checkpoint_bytes
 from megatron.training.restore import Source, find_checkpoint, prepare_source
 from megatron.training.saving import Saver
-from megatron.training.summary import checkpoint_bytes, startup_report
+from megatron.training.summary import startup_report
 
 EXIT_DONE = 0
 
@@ -63,8 +64,8 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
         return EXIT_DONE
     universal = source is not None and source.universal
     parts = build(config, runtime, domains, checked.mixer, universal=universal)
-    data_size = run_layout(config, runtime.world_size).data_size
-    startup_report(config, domains, checked.weights, data_size, say)
+    layout = run_layout(config, runtime.world_size)
+    startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
     start = _restore(config, parts, source, say) if source is not None else 0
     milestones = _milestones(config, runtime, checked, store, parts)
     if runtime.rank == 0:

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron.config import Config, TokenizerConfig, resolve_batch
+from megatron.config import Config, TokenizerConfig
 from megatron.errors import ConfigError
-from megatron.model.accounting import flops_per_token, parameter_count
 from megatron.monitor.throughput import short
+from megatron.parallel.layout import Layout
 from megatron.training.domains import OpenDomains
+from megatron.training.plan import make_plan
+from megatron.training.plan.units import size
 
 FloatArray = npt.NDArray[np.float64]
-
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Sizes of a run on a layout.
-
-    Attributes:
-        parameters: of the whole model.
-        flops_per_token: forward and backward.
-        total_flops: of the whole run, without validation.
-        state_bytes: weights, gradients and optimizer state on one rank.
-        activation_bytes: activations of one micro-batch on one rank (about 34 bytes per
-            hidden unit, layer and token without recomputation; one block's worth and the
-            block inputs with it).
-        checkpoint_bytes: one checkpoint on disk, all ranks together.
-    """
-
-    parameters: int
-    flops_per_token: float
-    total_flops: float
-    state_bytes: float
-    activation_bytes: float
-    checkpoint_bytes: int
 
 
 def complete(config: Config, domains: OpenDomains) -> Config:
@@ -94,67 +70,41 @@ def check_device(config: Config, *, on_cpu: bool) -> None:
         )
 
 
-def estimate(config: Config, data_size: int) -> Estimate:
-    """Work out the sizes of a run on ``data_size`` data-parallel ranks."""
-    micro, _, total = resolve_batch(config.batch, data_size)
-    parameters = parameter_count(config.model)
-    per_token = flops_per_token(config.model)
-    model, width, stage = config.model, _BYTES[config.precision], config.zero.effective_stage
-    # fp32 master, two Adam moments; a copy of the weights where they are not fp32 themselves
-    optimizer = parameters * 12 / data_size
-    weights = parameters * width / (data_size if stage == 3 else 1)
-    gradients = parameters * width / (data_size if stage >= 2 else 1)
-    tokens = micro * model.context_length
-    per_block = 34 * model.hidden_size * width / 2
-    if model.checkpoint_activations:
-        blocks = per_block * model.checkpoint_num_layers + 2 * width * model.hidden_size * (
-            model.num_layers / model.checkpoint_num_layers
-        )
-    else:
-        blocks = per_block * model.num_layers
-    return Estimate(
-        parameters=parameters,
-        flops_per_token=per_token,
-        total_flops=per_token * config.training.train_iters * total * model.context_length,
-        state_bytes=optimizer + weights + gradients,
-        activation_bytes=blocks * tokens,
-        checkpoint_bytes=checkpoint_bytes(config),
-    )
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Estimate the size of a checkpoint: weights, fp32 master weights and two moments."""
-    return int(parameter_count(config.model) * (12 + _BYTES[config.precision]) * 1.02) + (1 << 17)
-
-
 def startup_report(
     config: Config,
     domains: OpenDomains,
     weights: FloatArray,
-    data_size: int,
+    layout: Layout,
     say: Callable[[str], None],
+    *,
+    on_cpu: bool,
 ) -> None:
     """Say what will be trained on what: batch arithmetic, sizes, tokens and epochs per domain."""
-    micro, accumulation, total = resolve_batch(config.batch, data_size)
-    sizes, model = estimate(config, data_size), config.model
+    plan, model = make_plan(config, layout, on_cpu=on_cpu), config.model
+    micro, accumulation, total = plan.micro, plan.accumulation, plan.total
     iters, tokens = config.training.train_iters, total * model.context_length
     say(
-        f"batch: {micro} per rank × {accumulation} accumulated × {data_size} data ranks = {total} "
-        f"samples of {model.context_length} tokens = {tokens:,} tokens per step; {iters:,} steps = "
-        f"{short(float(tokens * iters))} tokens"
+        f"batch: {micro} per rank × {accumulation} accumulated × {layout.data_size} data ranks = "
+        f"{total} samples of {model.context_length} tokens = {tokens:,} tokens per step; "
+        f"{iters:,} steps = {short(float(tokens * iters))} tokens"
     )
     say(
-        f"model: {sizes.parameters:,} parameters (vocabulary {model.vocab_size:,} padded to "
-        f"{model.padded_vocab_size():,}), {config.precision}, {sizes.flops_per_token / 1e9:.3g} "
-        f"GFLOP per token, {sizes.total_flops:.3g} FLOP in all"
+        f"model: {plan.parameters:,} parameters (vocabulary {model.vocab_size:,} padded to "
+        f"{model.padded_vocab_size(layout.tensor_size):,}), {config.precision}, "
+        f"{plan.flops_per_token / 1e9:.3g} GFLOP per token, "
+        f"{plan.flops_per_token * tokens * iters:.3g} FLOP in all"
     )
     stage = config.zero.stage
     as_run = " (0 is run as 1: the same numbers)" if stage == 0 else ""
+    worst = plan.worst
+    where = f" (stage {worst.stage} of {layout.pipe_size})" if layout.pipe_size > 1 else ""
+    held, activations = worst.states, worst.activations
+    lasting, buffers = held.weights + held.gradients + held.optimizer, held.bucket + held.gathered
     say(
-        f"memory per rank: {_size(sizes.state_bytes)} of weights, gradients and optimizer, about "
-        f"{_size(sizes.activation_bytes)} of activations; ZeRO stage "
-        f"{config.zero.effective_stage}{as_run}; a checkpoint takes about "
-        f"{_size(sizes.checkpoint_bytes)}"
+        f"memory per rank{where}: {size(lasting)} of weights, gradients and optimizer, "
+        f"{size(buffers)} of buffers, about {size(activations.total)} of activations; ZeRO stage "
+        f"{config.zero_stage}{as_run}; a checkpoint takes about {size(plan.checkpoint_bytes)} "
+        "(--plan says more)"
     )
     mixing = config.mixing
     say(
@@ -205,12 +155,3 @@ def _tokenizer_vocab(tokenizer: TokenizerConfig) -> int | None:
             merge_file=tokenizer.merge_file,
         ).vocab_size
     )
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes as people write it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
