@@ -36,6 +36,17 @@ LAUNCH_KEYS = (
     "master_port",
 )
 
+# The flags of --plan: (flag, type, metavar, help).
+PLAN_FLAGS = (
+    ("--world-size", int, "N", "ranks to plan for (default: those a launch would start)"),
+    ("--device-memory", float, "GIB", "memory of one device (default: 80; of a CPU its share)"),
+    ("--peak-tflops", float, "X", "of one device (default: peak_theoretical_tflops, or 989)"),
+    ("--utilisation", float, "SHARE", "of that peak, reached over the run (default: 0.4)"),
+    ("--tokens", float, "N", "to train on, such as 300e9 (default: those of train_iters)"),
+    ("--ranks-per-node", int, "N", "devices of one node (default: num_gpus, or 8)"),
+    ("--bandwidth", float, "GB/S", "that one rank sends; adds the time of communication"),
+)
+
 EXIT_CODES = """exit codes:
   0    the run is complete (or the check passed)
   2    something in the configuration, the data or the machine needs your attention
@@ -76,9 +87,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="open and check all that the run needs, print its arithmetic, and start nothing",
     )
     action.add_argument(
+        "--plan",
+        action="store_true",
+        help="work out memory, communication and time on any number of ranks, and start nothing",
+    )
+    action.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
     action.add_argument("--dry-run", action="store_true", help="print the launch command and stop")
+    planning = parser.add_argument_group("with --plan")
+    for flag, kind, metavar, text in PLAN_FLAGS:
+        planning.add_argument(flag, type=kind, metavar=metavar, help=text)
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="hosts and slots (key hostfile)")
     parser.add_argument("--wandb_group", metavar="NAME", help="key wandb_group")
     parser.add_argument("--wandb_team", metavar="NAME", help="key wandb_team")
@@ -88,7 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse a command line; flags and files may come in any order."""
-    arguments = build_parser().parse_intermixed_args(_spread_set(argv))
+    parser = build_parser()
+    arguments = parser.parse_intermixed_args(_spread_set(argv))
+    for flag, *_ in PLAN_FLAGS:
+        if not arguments.plan and getattr(arguments, flag[2:].replace("-", "_")) is not None:
+            parser.error(f"{flag} belongs to --plan")
     for key in KEY_FLAGS:
         if getattr(arguments, key) is not None:
             arguments.overrides.append(f"{key}={getattr(arguments, key)}")
@@ -159,7 +182,9 @@ def find_script(name: str) -> Path:
 def main(argv: list[str]) -> int:
     """Do what the command line asks for and return the exit code."""
     arguments = parse_arguments(argv)
-    launching = not (arguments.check or arguments.print_config or arguments.dry_run)
+    launching = not (
+        arguments.check or arguments.plan or arguments.print_config or arguments.dry_run
+    )
     ensure_dependencies(argv, launching=launching)
 
     import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
@@ -179,6 +204,10 @@ def main(argv: list[str]) -> int:
         print(config.resolved_yaml(), end="")
         return 0
     request = LaunchRequest(**{key: getattr(config.launch, key) for key in LAUNCH_KEYS})
+    if arguments.plan:
+        from megatron.training.plan.command import plan as plan_run
+
+        return plan_run(config, arguments, launched=lambda: plan_launch(script, [], request))
     resolved = encode_config(config.resolved_yaml())
     plan = plan_launch(script, [RESOLVED_CONFIG_FLAG, resolved], request)
     if arguments.check:

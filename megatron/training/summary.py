@@ -26,7 +26,7 @@ def complete(config: Config, domains: OpenDomains) -> Config:
             they contradict each other.
     """
     from_data = domains.vocab_size
-    from_tokenizer = _tokenizer_vocab(config.tokenizer)
+    from_tokenizer = tokenizer_vocabulary(config.tokenizer)
     given = config.model.vocab_size
     known = [
         (value, name)
@@ -143,7 +143,8 @@ def domain_table(
     return lines
 
 
-def _tokenizer_vocab(tokenizer: TokenizerConfig) -> int | None:
+def tokenizer_vocabulary(tokenizer: TokenizerConfig) -> int | None:
+    """Return the number of token ids of the tokenizer that is named, or None if none is."""
     if tokenizer.tokenizer_type is None:
         return None
     from megatron.tokenizer import build_tokenizer

@@ -18,7 +18,7 @@ class Assumptions:
         headroom: share of them left to the driver, the collectives' own buffers and the
             allocator's gaps.
         peak_flops: floating-point operations a second of one device, dense, in the run's
-            number format.
+            number format; None = times are not estimated.
         utilisation: share of them that the model's own operations get over the whole run
             (what is called MFU: recomputation, bubbles and waiting all lower it).
         tokens: to train on; None = what the configuration's steps make.
@@ -32,7 +32,7 @@ class Assumptions:
 
     device_memory: float = 80.0 * GIB
     headroom: float = 0.06
-    peak_flops: float = 989e12
+    peak_flops: float | None = 989e12
     utilisation: float = 0.4
     tokens: float | None = None
     ranks_per_node: int = 8

@@ -79,6 +79,7 @@ class Plan:
         total: samples per step.
         zero: DeepSpeed's settings.
         stages: one entry per pipeline stage.
+        on_cpu: ranks run on CPUs.
     """
 
     config: Config
@@ -88,6 +89,7 @@ class Plan:
     total: int
     zero: ZeroSettings
     stages: tuple[StagePlan, ...]
+    on_cpu: bool = False
 
     @cached_property
     def worst(self) -> StagePlan:
@@ -108,6 +110,10 @@ class Plan:
     def flops_per_token(self) -> float:
         """Forward and backward, without recomputation."""
         return flops_per_token(self.config.model, tensor_size=self.layout.tensor_size)
+
+    def step_seconds(self, flops: float) -> float:
+        """Return how long a step takes at ``flops`` operations a second and rank."""
+        return self.tokens_per_step * self.flops_per_token / (self.layout.world_size * flops)
 
     @property
     def bubble(self) -> float:
@@ -195,6 +201,7 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
         total=total,
         zero=zero,
         stages=tuple(stages),
+        on_cpu=on_cpu,
     )
 
 
