@@ -66,10 +66,13 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Let every position of ``[B, S, hidden]`` attend to itself and those before it."""
+        """Let every position of ``[B, S, hidden]`` attend to itself and those before it.
+
+        Where the sequence is divided, ``x`` and the result are this rank's part of it.
+        """
         query, key, value = self._heads(self.query_key_value(x))
         attended = self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        batch, length = x.shape[0], x.shape[1]
+        batch, length = query.shape[0], query.shape[1]
         projected: torch.Tensor = self.dense(
             attended.transpose(1, 2).reshape(batch, length, self.heads * self.head_size)
         )

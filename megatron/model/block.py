@@ -46,7 +46,11 @@ class TransformerBlock(nn.Module):
         self.mlp_dropout = Dropout(rate=rate, layer=layer, place="mlp", rng=dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map the residual stream ``[B, S, hidden]`` to its next value."""
+        """Map the residual stream to its next value.
+
+        Args:
+            x: ``[B, S, hidden]``, or this rank's part of the sequence where it is divided.
+        """
         attended = x + self.attention_dropout(self.attention(self.input_layernorm(x)))
         source = x if self.parallel else attended
         out: torch.Tensor = attended + self.mlp_dropout(

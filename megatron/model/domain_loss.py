@@ -8,6 +8,7 @@ import torch
 
 from megatron.model.embedding import Output
 from megatron.parallel.cross_entropy import token_cross_entropy, weighted_cross_entropy
+from megatron.parallel.sequence import enter_shared
 from megatron.parallel.topology import Topology
 
 Labels = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -50,7 +51,8 @@ class DomainLoss:
         """Return the micro-batch's loss (float32 scalar).
 
         Args:
-            output: hidden states ``[B, S, H]`` and this rank's rows of the output weight.
+            output: hidden states ``[B, S, H]`` (or this rank's part of the sequence where it
+                is divided) and this rank's rows of the output weight.
             labels: targets, loss mask, domain ids and sample weights (see ``Labels``).
         """
         hidden, weight = output
@@ -58,7 +60,7 @@ class DomainLoss:
         mask = mask.float()
         token_weights = mask * sample_weight.float()[:, None]
         loss, losses = weighted_cross_entropy(
-            hidden.flatten(0, 1),
+            enter_shared(hidden, self.topology).flatten(0, 1),
             weight,
             targets.flatten(),
             token_weights.flatten(),
@@ -75,9 +77,15 @@ class DomainLoss:
     def token_losses(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Return every token's loss, float32 ``[B, S]`` in nats; no gradient flows."""
+        """Return every token's loss, float32 ``[B, S]`` in nats; no gradient flows.
+
+        Args:
+            hidden: see :meth:`__call__`.
+            weight: this rank's rows of the output weight.
+            targets: int64 ``[B, S]``, of the whole sequence.
+        """
         losses = token_cross_entropy(
-            hidden.flatten(0, 1),
+            enter_shared(hidden, self.topology).flatten(0, 1),
             weight,
             targets.flatten(),
             vocab_size=self.vocab_size,

@@ -10,7 +10,10 @@ from megatron.parallel.rng import DropoutRng
 
 
 class Dropout(nn.Module):
-    """Dropout of values that every tensor rank holds alike, so all drop the same."""
+    """Dropout of values that every tensor rank holds alike, so that all drop the same.
+
+    Where the sequence is divided, ranks hold different tokens and draw masks of their own.
+    """
 
     def __init__(self, *, rate: float, layer: int, place: str, rng: DropoutRng) -> None:
         """Make the dropout at ``place`` ("attention", "mlp") of layer ``layer``."""
@@ -24,5 +27,6 @@ class Dropout(nn.Module):
         """Drop values of ``x`` while training."""
         if not self.training or self.rate == 0.0:
             return x
-        with self.rng.masks(x.device, self.layer, "hidden", self.place, split=False):
+        split = self.rng.topology.splits_sequence
+        with self.rng.masks(x.device, self.layer, "hidden", self.place, split=split):
             return F.dropout(x, self.rate)

@@ -15,7 +15,10 @@ from megatron.parallel.partition import Partition
 from megatron.parallel.rng import DropoutRng
 
 Output = tuple[torch.Tensor, torch.Tensor]
-"""Hidden states ``[B, S, hidden]`` and this rank's rows of the output weight."""
+"""Hidden states and this rank's rows of the output weight.
+
+Hidden states are ``[B, S, hidden]``, or this rank's part of the sequence where it is divided.
+"""
 
 
 class Embedding(nn.Module):
@@ -34,7 +37,7 @@ class Embedding(nn.Module):
         self.dropout = Dropout(rate=spec.hidden_dropout, layer=-1, place="embedding", rng=dropout)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Map tokens (int64 ``[B, S]``) to ``[B, S, hidden]``."""
+        """Map tokens (int64 ``[B, S]``) to ``[B, S, hidden]`` (or this rank's part of S)."""
         embedded: torch.Tensor = self.dropout(self.word_embeddings(tokens))
         return embedded
 
@@ -48,7 +51,7 @@ class FinalNorm(nn.Module):
         self.norm = build_norm(scope.child("norm"), spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``[B, S, hidden]``."""
+        """Normalise ``[…, hidden]``."""
         normalised: torch.Tensor = self.norm(x)
         return normalised
 

@@ -82,7 +82,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[B, S, hidden]`` to the same shape."""
+        """Map ``[B, S, hidden]`` (or this rank's part of the sequence) to the same shape."""
         inner = self.dense_h_to_4h(x)
         if self.gated:
             up, gate = inner.chunk(2, dim=-1)

@@ -9,6 +9,7 @@ from torch import nn
 from megatron.errors import ConfigError
 from megatron.model.spec import ModelSpec
 from megatron.parallel.parameters import ParameterScope, ones, zeros
+from megatron.parallel.sequence import whole_gradients
 
 
 class LayerNorm(nn.Module):
@@ -17,6 +18,7 @@ class LayerNorm(nn.Module):
     def __init__(self, scope: ParameterScope, *, hidden: int, epsilon: float) -> None:
         """Make a norm over the last dimension of size ``hidden``."""
         super().__init__()
+        self.topology = scope.topology
         self.epsilon = epsilon
         self.weight = scope.parameter("weight", (hidden,), ones)
         self.bias = scope.parameter("bias", (hidden,), zeros)
@@ -24,7 +26,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``[…, hidden]``."""
         # torch accumulates mean and variance in float32 for half-precision inputs.
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        weight, bias = whole_gradients(self.topology, self.weight, self.bias)
+        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 
 
 class RMSNorm(nn.Module):
@@ -33,12 +36,14 @@ class RMSNorm(nn.Module):
     def __init__(self, scope: ParameterScope, *, hidden: int, epsilon: float) -> None:
         """Make a norm over the last dimension of size ``hidden``."""
         super().__init__()
+        self.topology = scope.topology
         self.epsilon = epsilon
         self.scale = scope.parameter("scale", (hidden,), ones)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``[…, hidden]``."""
-        return F.rms_norm(x, self.scale.shape, self.scale, self.epsilon)
+        (scale,) = whole_gradients(self.topology, self.scale)
+        return F.rms_norm(x, scale.shape, scale, self.epsilon)
 
 
 def build_norm(scope: ParameterScope, spec: ModelSpec) -> LayerNorm | RMSNorm:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.parallel.autograd import apply
-from megatron.parallel.collectives import copy_to_tensor_ranks, reduce_in_place
+from megatron.parallel.collectives import reduce_in_place
 from megatron.parallel.topology import Topology
 
 # Elements of a chunk that softmax takes at a time.  On a CPU such a block stays in the cache
@@ -43,7 +43,7 @@ def token_cross_entropy(
     """Return every token's loss, for evaluation; nothing flows back.
 
     Args:
-        hidden: ``[N, H]``.
+        hidden: ``[N, H]``, the same on every tensor rank.
         weight: this rank's rows of the output weight, ``[V / tensor_size, H]``.
         targets: int64 ``[N]``, below ``vocab_size``.
         vocab_size: number of token ids, V before it was padded.
@@ -74,7 +74,9 @@ def weighted_cross_entropy(
     """Return Σ token_weight · loss, which gradients flow from, and every token's loss.
 
     Args:
-        hidden: ``[N, H]``; gradients flow to it.
+        hidden: ``[N, H]``, the same on every tensor rank, as
+            :func:`megatron.parallel.sequence.enter_shared` returned it: each rank's gradient
+            is the share of its own part of the vocabulary.
         weight: this rank's rows of the output weight, ``[V / tensor_size, H]``; likewise.
         targets: int64 ``[N]``, below ``vocab_size``.
         token_weights: float32 ``[N]``, constants, ≥ 0.
@@ -95,7 +97,6 @@ def weighted_cross_entropy(
             chunk_tokens=chunk_tokens,
         )
         return torch.dot(losses, token_weights), losses
-    hidden = copy_to_tensor_ranks(hidden, topology)
     total, losses = apply(
         _WeightedCrossEntropy,
         hidden,

@@ -1,7 +1,8 @@
 """Linear layers and the embedding, divided among tensor-parallel ranks.
 
 With one rank each is its plain torch counterpart.  Division follows Megatron-LM
-(Shoeybi et al. 2019, section 3): columns first, rows second, one sum per pair.
+(Shoeybi et al. 2019, section 3): columns first, rows second, one sum per pair.  Where the
+sequence is divided too, a pair takes and gives this rank's part of it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from megatron.parallel.collectives import (
-    copy_to_tensor_ranks,
-    gather_last_dimension,
-    sum_over_tensor_ranks,
-)
+from megatron.parallel.collectives import gather_last_dimension
 from megatron.parallel.parameters import Initializer, ParameterScope, zeros
 from megatron.parallel.partition import Partition
+from megatron.parallel.sequence import leave_shared, shared_linear, whole_gradients
 
 
 class ColumnParallelLinear(nn.Module):
@@ -58,8 +56,11 @@ class ColumnParallelLinear(nn.Module):
         self.bias = scope.parameter("bias", (total,), zeros, rows) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[…, inputs]`` to ``[…, outputs / tensor_size]`` (or all, with ``gather``)."""
-        y = F.linear(copy_to_tensor_ranks(x, self.topology), self.weight, self.bias)
+        """Map ``[B, S, inputs]`` to ``[B, S, outputs / tensor_size]`` (or all, with ``gather``).
+
+        Where the sequence is divided, ``x`` is this rank's part of it.
+        """
+        y = shared_linear(x, self.weight, self.bias, self.topology)
         return gather_last_dimension(y, self.topology) if self.gather else y
 
 
@@ -88,11 +89,17 @@ class RowParallelLinear(nn.Module):
         self.bias = scope.parameter("bias", (outputs,), zeros) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map this rank's part ``[…, inputs / tensor_size]`` to the whole ``[…, outputs]``."""
+        """Map this rank's part ``[B, S, inputs / tensor_size]`` to the whole ``[B, S, outputs]``.
+
+        Where the sequence is divided, the result is this rank's part of it.
+        """
         if self.topology.tensor_size == 1:
             return F.linear(x, self.weight, self.bias)
-        y = sum_over_tensor_ranks(F.linear(x, self.weight), self.topology)
-        return y if self.bias is None else y + self.bias
+        y = leave_shared(F.linear(x, self.weight), self.topology)
+        if self.bias is None:
+            return y
+        (bias,) = whole_gradients(self.topology, self.bias)
+        return y + bias
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -126,11 +133,14 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = scope.parameter("weight", (vocabulary, hidden), initializer, rows)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Look up ``tokens`` (int64 ``[B, S]``): ``[B, S, hidden]`` on every rank."""
+        """Look up ``tokens`` (int64 ``[B, S]``): ``[B, S, hidden]`` on every rank.
+
+        Where the sequence is divided, the result is this rank's part of it.
+        """
         if self.topology.tensor_size == 1:
             return F.embedding(tokens, self.weight)
         rows = self.weight.shape[0]
         local = tokens - self.topology.tensor_rank * rows
         absent = (local < 0) | (local >= rows)
         found = F.embedding(local.masked_fill(absent, 0), self.weight)
-        return sum_over_tensor_ranks(found.masked_fill(absent[..., None], 0), self.topology)
+        return leave_shared(found.masked_fill(absent[..., None], 0), self.topology)

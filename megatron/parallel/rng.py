@@ -46,7 +46,7 @@ class DropoutRng:
     def __init__(self, *, seed: int, topology: Topology) -> None:
         """Make the masks of a run with ``seed`` on the rank of ``topology``."""
         self._seed = seed
-        self._topology = topology
+        self.topology = topology
         self._key: DropoutKey | None = None
 
     def begin(self, *, step: int, micro_batch: int) -> None:
@@ -60,8 +60,8 @@ class DropoutRng:
         Args:
             device: where the masks are drawn.
             place: layer number and name of the place in it.
-            split: whether tensor ranks hold different values here (attention heads), so that
-                each needs a stream of its own; otherwise all draw the same.
+            split: whether tensor ranks hold different values here (heads, parts of the
+                sequence), so that each needs a stream of its own; otherwise all draw the same.
 
         Raises:
             RuntimeError: :meth:`begin` has not been called.
@@ -70,7 +70,7 @@ class DropoutRng:
             raise RuntimeError(
                 "dropout is on, but begin(step=…, micro_batch=…) was not called before forward"
             )
-        coordinates = self._topology.coordinates
+        coordinates = self.topology.coordinates
         shard = coordinates.tensor if split else -1
         step, micro_batch = self._key.step, self._key.micro_batch
         seed = digest(self._seed, "dropout", step, micro_batch, coordinates.data, shard, *place) % (

@@ -10,25 +10,36 @@ import torch
 
 from megatron.model import GPT, DomainLoss, layers, param_groups
 from megatron.parallel import Layout, Topology
+from megatron.parallel.partition import Partition
 from tests.support.gloo import run_ranks
 from tests.support.model_spec import TestSpec
 
-NEOX = TestSpec(vocab_size=90, gpt_j_residual=True, rotary_pct=0.5)
+# Padded to 88 rows on one rank, to 96 on two and on four; Llama's to 128 on four, where the last
+# rank holds nothing but padding.
+NEOX = TestSpec(vocab_size=83, gpt_j_residual=True, rotary_pct=0.5)
 LLAMA = TestSpec(
-    vocab_size=90,
+    vocab_size=83,
+    make_vocab_size_divisible_by=16,
     norm="rmsnorm",
     activation="swiglu",
     intermediate_size=48,
-    num_kv_heads=2,
+    num_attention_heads=8,
+    num_kv_heads=4,
     no_weight_tying=True,
     use_bias_in_attn_linear=False,
     use_bias_in_mlp=False,
 )
-SPECS = [NEOX, LLAMA, dataclasses.replace(LLAMA, checkpoint_activations=True)]
+SPECS = [
+    dataclasses.replace(spec, checkpoint_activations=recompute, no_weight_tying=untied)
+    for spec in (NEOX, LLAMA)
+    for recompute in (False, True)
+    for untied in (False, True)
+]
+MICRO_BATCHES = 2
 
 
 def _batch(row: int = 0) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    tokens = torch.randint(0, 90, (2, 17), generator=torch.Generator().manual_seed(row))
+    tokens = torch.randint(0, 83, (2, 17), generator=torch.Generator().manual_seed(row))
     mask = (tokens[:, 1:] % 4 != 0).float()
     labels = (tokens[:, 1:].contiguous(), mask, torch.arange(2), torch.tensor([0.02, 0.04]))
     return tokens[:, :-1].contiguous(), labels
@@ -43,48 +54,78 @@ def _run(spec: TestSpec, topology: Topology) -> dict[str, Any]:
         observe=lambda sums, *_: seen.append(sums),
     )
     model = GPT(spec, topology, seed=3, loss_fn=loss_fn)
-    tokens, labels = _batch()
-    loss = model(tokens, labels)
-    loss.backward()
+    for micro in range(MICRO_BATCHES):
+        tokens, labels = _batch(micro)
+        loss = model(tokens, labels)
+        loss.backward()
     hidden, weight = model(tokens)
     return {
         "loss": loss.detach(),
-        "sums": seen[0],
+        "sums": torch.stack(seen),
         "losses": loss_fn.token_losses(hidden, weight, labels[0]),
+        "squares": _squares(model, topology),
         "weights": {name: value.detach() for name, value in model.named_parameters()},
         "gradients": {name: value.grad for name, value in model.named_parameters()},
         "partitions": {name: value.partition for name, value in model.named_parameters()},
     }
 
 
-def _tensor_parallel(rank: int, world_size: int) -> list[dict[str, Any]]:
-    topology = Topology.create(Layout(world_size=world_size, tensor_size=world_size), rank)
-    return [_run(spec, topology) for spec in SPECS]
+def _squares(model: GPT, topology: Topology) -> float:
+    """Sum the squared gradients that DeepSpeed counts here: of a copy, the first rank's only."""
+    return sum(
+        parameter.grad.double().square().sum().item()
+        for parameter in model.parameters()
+        if topology.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+    )
 
 
-def test_two_tensor_ranks_are_one_model() -> None:
-    ranks = run_ranks(_tensor_parallel, 2)
-    for index, spec in enumerate(SPECS):
+def _tensor_parallel(rank: int, world_size: int, specs: list[TestSpec]) -> list[dict[str, Any]]:
+    layout = Layout(world_size=world_size, tensor_size=world_size)
+    plain = Topology.create(layout, rank)
+    divided = dataclasses.replace(plain, sequence_parallel=True)
+    return [_run(spec, topology) for spec in specs for topology in (plain, divided)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "specs"),
+    [(2, SPECS), (4, SPECS[::3]), pytest.param(4, SPECS, marks=pytest.mark.slow)],
+)
+def test_tensor_ranks_are_one_model(ranks: int, specs: list[TestSpec]) -> None:
+    results = run_ranks(_tensor_parallel, ranks, specs)
+    for index, spec in enumerate(specs):
         whole = _run(spec, Topology.single())
-        parts = [results[index] for results in ranks]
-        for part in parts:
-            for name in ("loss", "sums", "losses"):
-                torch.testing.assert_close(part[name], whole[name], rtol=2e-6, atol=1e-6)
-        for name, weight in whole["weights"].items():
-            partition = parts[0]["partitions"][name]
-            for kind, expected in (("weights", weight), ("gradients", whole["gradients"][name])):
-                found = [part[kind][name] for part in parts]
-                if partition is None:
-                    joined = found[0]
-                    assert torch.equal(found[0], found[1]), name
-                else:
-                    joined = partition.unpad(partition.join(found))
-                    assert not partition.join(found)[len(joined) :].any(), name
-                    expected = partition.unpad(expected)
-                if kind == "weights":
-                    assert torch.equal(joined, expected), name
-                else:
-                    torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-6)
+        for parts in ([rank[2 * index + divided] for rank in results] for divided in (0, 1)):
+            _check_parts(parts, whole)
+
+
+def _check_parts(parts: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+    for part in parts:
+        for name in ("loss", "sums", "losses"):
+            torch.testing.assert_close(part[name], whole[name], rtol=2e-6, atol=1e-6)
+    squares = sum(part["squares"] for part in parts)
+    assert squares == pytest.approx(whole["squares"], rel=1e-5)
+    for name, partition in parts[0]["partitions"].items():
+        weight, gradient = (
+            _joined([part[kind][name] for part in parts], partition, name)
+            for kind in ("weights", "gradients")
+        )
+        expected, expected_gradient = (
+            _joined([whole[kind][name]], whole["partitions"][name], name)
+            for kind in ("weights", "gradients")
+        )
+        assert torch.equal(weight, expected), name
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def _joined(parts: list[torch.Tensor], partition: Partition | None, name: str) -> torch.Tensor:
+    """Join the ranks' parts and leave out the vocabulary's padding, which is exactly 0."""
+    if partition is None:
+        assert all(torch.equal(parts[0], part) for part in parts), name
+        return parts[0]
+    joined = partition.join(parts)
+    true = partition.unpad(joined)
+    assert not joined[len(true) :].any(), name
+    return true
 
 
 def _pipelines(
