@@ -264,8 +264,9 @@ def _bucket(plan: Plan, assumptions: Assumptions) -> Iterator[str]:
     bucket, count = plan.worst.states.bucket, plan.worst.parameters
     if plan.zero.bucket > count and bucket > 0.05 * assumptions.device_memory:
         yield (
-            f"reduce_bucket_size {plan.zero.bucket:,} makes a buffer of {size(bucket)} for a rank's "
-            f"{count:,} parameters; zero_optimization: {{reduce_bucket_size: {count}}} is enough"
+            f"reduce_bucket_size {plan.zero.bucket:,} makes a buffer of {size(bucket)} for a "
+            f"rank's {count:,} parameters; "
+            f"zero_optimization: {{reduce_bucket_size: {count}}} is enough"
         )
 
 

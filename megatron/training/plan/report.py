@@ -37,8 +37,8 @@ def _layout(plan: Plan) -> Iterator[str]:
     offloaded = ", optimizer on the host" if plan.zero.optimizer_on_host else ""
     yield (
         f"plan: {layout.world_size:,} ranks = pipeline {layout.pipe_size} × data "
-        f"{layout.data_size} × tensor {layout.tensor_size}{sequence}; {plan.config.precision}, ZeRO stage "
-        f"{plan.zero.stage}{offloaded}, {recomputed}"
+        f"{layout.data_size} × tensor {layout.tensor_size}{sequence}; "
+        f"{plan.config.precision}, ZeRO stage {plan.zero.stage}{offloaded}, {recomputed}"
     )
     yield (
         f"model: {plan.parameters:,} parameters (vocabulary padded to "
