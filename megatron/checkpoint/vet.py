@@ -17,12 +17,14 @@ from megatron.errors import CheckpointError
 DEEPSPEED_GLOBALS = frozenset(
     {
         # Optimizer shards of ZeRO 1-3: loss scaling (static and dynamic), the stage, and,
-        # in stages 1 and 2, where each parameter lies in the flat buffer.  Model files,
-        # ZeRO 0 and universal checkpoints name nothing beyond torch's own tensors.
+        # in stages 1 and 2, where each parameter lies in the flat buffer.  Model and layer
+        # files and ZeRO 0 name nothing beyond torch's own tensors; universal checkpoints the
+        # blocks of a fused parameter.
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         "deepspeed.utils.tensor_fragment.fragment_address",
+        "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
     }
 )
 """What DeepSpeed's checkpoints name beyond what torch itself holds to be safe."""

@@ -115,6 +115,9 @@ class CheckpointConfig(Group):
     """Further steps to save at (0 = before the first)."""
     keep_last_n_checkpoints: Count | None = None
     """Delete all but this many newest checkpoints. Default: keep all."""
+    load_universal: bool = False
+    """The checkpoint in `load` is in DeepSpeed's universal format, which
+    `tools/convert_checkpoint.py` writes and a run in any layout can start from."""
     finetune: bool = False
     """Take only the weights from `load` and start at step 0."""
     save_timeout: Positive = 600.0

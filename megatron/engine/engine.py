@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.engine.universal_load import UniversalCheckpoint, load_universal
 from megatron.errors import CheckpointError
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
@@ -154,6 +155,23 @@ class TrainEngine(ABC):
         if path is None:
             raise CheckpointError(f"DeepSpeed could not load the checkpoint {directory / tag}")
         self._separate_groups(hyperparameters)
+
+    def load_universal(
+        self, folder: Path, *, tensor_rank: int, tensor_size: int, weights_only: bool = False
+    ) -> None:
+        """Load a checkpoint in the universal format, whatever layout it was written in.
+
+        Args:
+            folder: the checkpoint's folder.
+            tensor_rank: this rank's number among those that share its layers.
+            tensor_size: how many those are.
+            weights_only: leave the optimizer as it was initialised.
+
+        Raises:
+            CheckpointError: it is not of this model.
+        """
+        checkpoint = UniversalCheckpoint(folder, tensor_rank=tensor_rank, tensor_size=tensor_size)
+        load_universal(self._engine, checkpoint, weights_only=weights_only)
 
     def _separate_groups(self, hyperparameters: list[dict[str, Any]]) -> None:
         """Undo two slips of DeepSpeed's universal load under ZeRO-3 (0.19.8).

@@ -1,82 +1,164 @@
-"""Conversion of a checkpoint to DeepSpeed's universal format, which any layout can load."""
+"""DeepSpeed's universal format: a checkpoint by whole parameters, which any layout can load.
+
+Writing it is DeepSpeed's own conversion, told by :func:`universal_info` how tensor ranks divide
+each parameter; reading it is :mod:`megatron.engine.universal_load`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
+import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def universal_info(padded_vocab_size: int) -> dict[str, Any]:
+    from megatron.parallel.partition import Partition
+
+OPTIMIZER_STATE = "zero/optimizer_state.pt"
+"""Loss scale and hyperparameters in a universal checkpoint; parameters have folders beside it."""
+
+_TIED = r"tied_modules\."
+
+
+def universal_info(parameters: Mapping[str, nn.Parameter], vocab_size: int) -> dict[str, Any]:
     """Return what a checkpoint's client state must carry to be convertible.
 
-    It names how tensor-parallel slices are put together again; without tensor parallelism
-    every parameter is whole and no pattern is needed.
+    It names how tensor-parallel parts are put together again, by patterns that stand for all
+    blocks at once (the conversion compares every pattern with every parameter).
+
+    Args:
+        parameters: of the whole model, undivided, by global name, each with its ``partition``
+            (see :mod:`megatron.parallel.parameters`); on any device.
+        vocab_size: token ids, before padding.
     """
+    vocabulary: set[str] = set()
+    replicated: set[str] = set()
+    rows: set[str] = set()
+    fused: dict[tuple[tuple[int, ...], tuple[int, ...], int], set[str]] = {}
+    for name, parameter in parameters.items():
+        pattern = _pattern(name)
+        partition: Partition | None = getattr(parameter, "partition", None)
+        if partition is None:
+            replicated.add(pattern)
+        elif len(partition.blocks) > 1:
+            key = (partition.blocks, tuple(parameter.shape), partition.dim)
+            fused.setdefault(key, set()).add(pattern)
+        elif partition.padded_from is not None:
+            vocabulary.add(pattern)
+        elif partition.dim == 1:
+            rows.add(pattern)
     return {
         "universal_checkpoint_version": 0.2,
-        "original_vocab_size": padded_vocab_size,
-        "vocabulary_parameter_patterns": [],
-        "tp_replicated_parameter_patterns": [],
+        "original_vocab_size": vocab_size,
+        "vocabulary_parameter_patterns": sorted(vocabulary),
+        "tp_replicated_parameter_patterns": sorted(replicated),
         "parameter_to_average_patterns": [],
-        "parameter_with_row_parallelism_patterns": [],
-        "pipeline_replicated_parameter_patterns": [],
+        "parameter_with_row_parallelism_patterns": sorted(rows),
+        # The last stage holds the first one's tied weights once more.
+        "pipeline_replicated_parameter_patterns": [_TIED],
         "parameter_with_2_sub_params_cat_dim_0": [],
-        "parameter_with_sub_params": [],
+        "parameter_with_sub_params": [
+            {
+                "patterns": sorted(patterns),
+                "shape": (*shape[:dim], blocks, *shape[dim + 1 :]),
+                "partition_dim": dim,
+            }
+            for (blocks, shape, dim), patterns in sorted(fused.items())
+        ],
     }
+
+
+def _pattern(name: str) -> str:
+    """Return the pattern of a parameter and its like in all other blocks."""
+    return re.sub(r"(?<=^)\d+(?=\\\.)", lambda _: r"\d+", re.escape(name)) + "$"
 
 
 def check_convertible(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Check that a checkpoint of one layout can be taken up by another.
 
+    Args:
+        saved: layout of the checkpoint, see ``megatron.training.compatible.layout_facts``.
+        wanted: layout of the run.
+
     Raises:
-        CheckpointError: one of them is ZeRO stage 0, which has no universal format, or they
-            cross the border between ZeRO 3 and ZeRO 1 or 2.
+        CheckpointError: one of them is ZeRO stage 0, which has no universal format.
     """
-    if 0 in (saved["zero_stage"], wanted["zero_stage"]):
+    if 0 in (saved.get("zero_stage"), wanted["zero_stage"]):
         raise CheckpointError(
             "the checkpoint's layout is not the run's, and one of the two is ZeRO stage 0 (forced "
             "by deepspeed_extra_args), which DeepSpeed's universal format does not know; resume "
             "with the layout that wrote it, or start in another run_dir with stage 1"
         )
-    if (saved["zero_stage"] == 3) != (wanted["zero_stage"] == 3):
-        raise CheckpointError(
-            f"the checkpoint was written under ZeRO stage {saved['zero_stage']} and this run asks "
-            f"for stage {wanted['zero_stage']}: DeepSpeed's universal format converts 1 to 2 and "
-            f"back, and 3 to 3, not between them; set zero_optimization.stage to "
-            f"{saved['zero_stage']} or start in another run_dir"
-        )
 
 
-def convert_to_universal(source: Path, target: Path) -> None:
+def convert_to_universal(source: Path, target: Path, *, workers: int = 1) -> None:
     """Write the universal form of the DeepSpeed checkpoint ``source`` into ``target``.
+
+    With one worker no more than one rank's part of the state, or one parameter, is in memory.
+
+    Args:
+        source: folder of the checkpoint.
+        target: folder to write into; made if it is not there.
+        workers: processes, each of which needs that memory.
 
     Raises:
         CheckpointError: DeepSpeed could not convert it; its own message is quoted.
+        OSError: the disk refuses.
     """
     from deepspeed.checkpoint import ds_to_universal
 
     target.mkdir(parents=True, exist_ok=True)
-    arguments = Namespace(
-        input_folder=str(source),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
     chatter = io.StringIO()
     try:
-        with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
-            ds_to_universal.main(arguments)
-    except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
+        # DeepSpeed takes the folders' names for patterns: it is given plain ones.
+        with (
+            tempfile.TemporaryDirectory(prefix="neomix-convert-") as plain,
+            contextlib.redirect_stdout(chatter),
+            contextlib.redirect_stderr(chatter),
+        ):
+            links = Path(plain) / "source", Path(plain) / "target"
+            for link, folder in zip(links, (source, target), strict=True):
+                link.symlink_to(folder.absolute(), target_is_directory=True)
+            ds_to_universal.main(
+                Namespace(
+                    input_folder=str(links[0]),
+                    output_folder=str(links[1]),
+                    num_extract_workers=workers,
+                    num_merge_workers=workers,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=False,
+                )
+            )
+    except (RuntimeError, AssertionError, LookupError, ValueError) as error:
         raise CheckpointError(
             f"cannot convert {source} to the universal format: {type(error).__name__}: {error}; "
             "resume with the layout that wrote it, or start in another run_dir"
         ) from error
+    _keep_common_state(target / OPTIMIZER_STATE)
+
+
+def _keep_common_state(file: Path) -> None:
+    """Drop rank 0's part of the state from the common file: under ZeRO 3 it is left in it."""
+    import torch
+
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    inner = state.get("optimizer_state_dict")
+    if inner is None:
+        return
+    steps = {
+        index: {"step": own["step"].clone() if torch.is_tensor(own["step"]) else own["step"]}
+        for index, own in inner["state"].items()
+        if "step" in own
+    }
+    kept = {key: value for key, value in state.items() if key != "fp32_flat_groups"}
+    kept["optimizer_state_dict"] = {**inner, "state": steps}
+    torch.save(kept, file)

@@ -95,8 +95,6 @@ def build(
     runtime: Runtime,
     domains: OpenDomains,
     mixer: Mixer,
-    *,
-    universal: bool,
 ) -> Parts:
     """Build the parts of a run; collective (DeepSpeed spreads the model here).
 
@@ -105,7 +103,6 @@ def build(
         runtime: ranks and device.
         domains: opened data.
         mixer: the controller, before its first step.
-        universal: whether the engine will load a checkpoint in the universal format.
     """
     layout = run_layout(config, runtime.world_size)
     topology = Topology.create(
@@ -114,7 +111,7 @@ def build(
     batch = Batch(*resolve_batch(config.batch, layout.data_size))
     ledger = _ledger(len(domains.names), runtime, topology)
     observer = LossObserver(ledger)
-    engine = _build_engine(config, topology, batch, observer, universal=universal)
+    engine = _build_engine(config, topology, batch, observer)
     eod_id = _eod_id(config, domains)
     held_out = _HeldOut(config, runtime, topology, batch, domains, observer, eod_id)
     sampler = Sampler(
@@ -192,14 +189,10 @@ def _build_engine(
     topology: Topology,
     batch: Batch,
     observer: LossObserver,
-    *,
-    universal: bool,
 ) -> TrainEngine:
     settings: dict[str, Any] = deepspeed_config(
         config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
     )
-    if universal:
-        settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
     assert config.model.vocab_size is not None
     loss_fn = DomainLoss(topology=topology, vocab_size=config.model.vocab_size, observe=observer)
     dropout = DropoutRng(seed=config.training.seed, topology=topology)

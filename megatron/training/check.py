@@ -19,13 +19,14 @@ from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.domain import Domain
 from megatron.data.ingest.overlap import Overlap, Span, overlap
-from megatron.engine.universal import check_convertible
 from megatron.errors import CheckpointError, NeomixError, RunError
 from megatron.mixing import RunContext, build_mixer
 from megatron.mixing.base import Mixer
 from megatron.training.compatible import (
+    check_form,
     check_same_data,
     check_same_model,
+    how_to_load,
     layout_facts,
     model_facts,
 )
@@ -171,9 +172,16 @@ def _check_disk(config: Config, say: Callable[[str], None]) -> None:
 def _check_resume(
     config: Config, domains: OpenDomains, world_size: int, say: Callable[[str], None]
 ) -> None:
-    """Compare the newest checkpoint with the run; its files' hashes are left to the run."""
-    store = CheckpointStore(config.checkpoint.save_dir)
+    """Compare the checkpoint that the run starts from with it; hashes are left to the run."""
+    own, load = CheckpointStore(config.checkpoint.save_dir), config.checkpoint.load
+    resumes = bool(own.steps())
+    store = own if resumes or load is None else CheckpointStore(load)
     if not (steps := store.steps()):
+        if load is not None:
+            raise CheckpointError(
+                f"load names {load}, which holds no checkpoint; correct it, or leave it out to "
+                "start from new weights"
+            )
         return
     path = store.path(steps[-1])
     try:
@@ -181,19 +189,22 @@ def _check_resume(
     except CheckpointError as error:
         say(f"resume: {path} would be passed over ({error})")
         return
+    if not resumes:
+        check_form(manifest, path, load_universal=config.checkpoint.load_universal)
+    weights_only = config.checkpoint.finetune and not resumes
     check_same_model(manifest, model_facts(config))
-    check_same_data(manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data)
-    if manifest.step >= config.training.train_iters:
-        say(f"resume: the run is complete, by {path}")
-        return
     layout = layout_facts(config, run_layout(config, world_size))
-    same = dict(manifest.layout) == layout
-    if not same:
-        check_convertible(manifest.layout, layout)
-    say(
-        f"resume: the run goes on after step {manifest.step} from {path}"
-        + ("" if same else ", which is converted to this run's layout first")
-    )
+    if weights_only:
+        start = f"finetune: the run starts from the weights of {path}, at step 0"
+    else:
+        allow = config.data.allow_changed_data
+        check_same_data(manifest, domains.fingerprints, allow_changed=allow)
+        if manifest.step >= config.training.train_iters:
+            say(f"resume: the run is complete, by {path}")
+            return
+        start = f"resume: the run goes on after step {manifest.step} from {path}"
+    converted = how_to_load(manifest, layout, weights_only=weights_only) == "convert"
+    say(start + (", which is converted to this run's layout first" if converted else ""))
 
 
 def _warn(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from megatron.checkpoint.manifest import Manifest
 from megatron.config import Config
+from megatron.engine.universal import check_convertible
 from megatron.errors import CheckpointError
 from megatron.parallel.layout import Layout
 from megatron.training.layout import layer_bounds
@@ -26,6 +27,8 @@ _NOT_ARCHITECTURE = {
     "mlp_multiple_of",
 }
 
+_WEIGHTS_FILES = ("tensor_size", "pipe_size", "stage_bounds", "padded_vocab_size")
+
 
 def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
     """Return what decides whether DeepSpeed's files can be loaded as they are.
@@ -43,6 +46,55 @@ def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
         "zero_stage": config.zero_stage,
         "precision": config.precision,
     }
+
+
+def how_to_load(
+    manifest: Manifest, layout: Mapping[str, Any], *, weights_only: bool
+) -> Literal["directly", "universal", "convert"]:
+    """Return how a run of this layout loads a checkpoint.
+
+    Args:
+        manifest: of the checkpoint.
+        layout: of the run, as :func:`layout_facts` gives it.
+        weights_only: whether a new run begins with the checkpoint's weights.
+
+    Returns:
+        ``"directly"`` the files as the layout's own; ``"universal"`` where they are in the
+        universal format; ``"convert"`` where they must be converted to it first.
+
+    Raises:
+        CheckpointError: the layouts cannot be converted into each other.
+    """
+    saved = dict(manifest.layout)
+    if saved.get("universal"):
+        check_convertible(saved, layout)
+        return "universal"
+    keys = _WEIGHTS_FILES if weights_only else layout.keys() | saved.keys()
+    # Under ZeRO 3 weights are divided like the optimizer's state and are nowhere whole.
+    whole = not weights_only or 3 not in (saved.get("zero_stage"), layout["zero_stage"])
+    if whole and all(saved.get(key) == layout.get(key) for key in keys):
+        return "directly"
+    check_convertible(saved, layout)
+    return "convert"
+
+
+def check_form(manifest: Manifest, path: object, *, load_universal: bool) -> None:
+    """Check that the checkpoint that ``load`` names is in the form that was announced.
+
+    Raises:
+        CheckpointError: with the key to set, or the tool to run.
+    """
+    universal = bool(manifest.layout.get("universal"))
+    if load_universal and not universal:
+        raise CheckpointError(
+            f"load_universal is set, and {path} is not in the universal format: convert it with "
+            "tools/convert_checkpoint.py, or leave load_universal out (a run converts what it "
+            "loads by itself where its layout differs)"
+        )
+    if universal and not load_universal:
+        raise CheckpointError(
+            f"{path} is in the universal format; set load_universal: true to start from it"
+        )
 
 
 def model_facts(config: Config) -> dict[str, object]:

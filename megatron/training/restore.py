@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.bundle import read_bundle
 from megatron.checkpoint.manifest import Manifest
 from megatron.checkpoint.store import CheckpointStore
 from megatron.checkpoint.vet import vet_checkpoint
+from megatron.config import Config
 from megatron.engine.runtime import Runtime
-from megatron.engine.universal import check_convertible, convert_to_universal
-from megatron.errors import CheckpointError
-
-UNIVERSAL = "universal"
+from megatron.errors import CheckpointError, RunError
+from megatron.training.build import Parts, run_facts
+from megatron.training.compatible import check_form, how_to_load, layout_facts
+from megatron.training.conversion import UNIVERSAL, source_hashes, write_universal
+from megatron.training.layout import run_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,43 +64,49 @@ def prepare_source(
     store: CheckpointStore,
     found: tuple[Path, Manifest],
     *,
+    own: CheckpointStore,
     layout: Mapping[str, Any],
     weights_only: bool,
     say: Callable[[str], None],
 ) -> Source:
-    """Vet the checkpoint's files and convert them if they were written in another layout.
+    """Vet the checkpoint's files and convert them if this run's layout cannot load them.
 
-    Weights alone are whole in every checkpoint of ZeRO 1 and 2, whatever its layout.
+    Rank 0 does it, the others wait to be told where the files are.
+
+    Args:
+        runtime: ranks and their host-side group.
+        store: where the checkpoint was found.
+        found: its folder and manifest.
+        own: the run's own store, for a conversion where ``store`` cannot be written to.
+        layout: of the run.
+        weights_only: whether a new run begins with its weights.
+        say: takes a line for the console.
 
     Raises:
         CheckpointError: a file holds more than tensors and plain values, or the layouts
             cannot be converted into each other.
+        RunError: there is no room for the conversion.
     """
     path, manifest = found
-    universal = dict(manifest.layout) != dict(layout) and not weights_only
-    if universal:
-        check_convertible(manifest.layout, layout)
-    if weights_only and 3 in (manifest.layout["zero_stage"], layout["zero_stage"]):
-        raise CheckpointError(
-            f"finetune: taking the weights alone of {path} is not offered under ZeRO stage 3; set "
-            "zero_optimization.stage to 2 or less (for the checkpoint as well)"
-        )
-    problem = None
-    engine_files = store.path(manifest.step, UNIVERSAL) if universal else path
+    way = how_to_load(manifest, layout, weights_only=weights_only)
+    answer: dict[str, str] = {}
     if runtime.rank == 0:
         try:
             vet_checkpoint(path)
-            if universal:
-                _convert_once(store, path, manifest, say)
-        except CheckpointError as error:
-            problem = str(error)
-    problem = runtime.broadcast(problem)
-    if problem is not None:
-        raise CheckpointError(problem)
+            files = path
+            if way == "convert":
+                home = store if os.access(store.directory, os.W_OK) else own
+                files = _convert_once(home, path, manifest, say)
+            answer = {"files": str(files)}
+        except (CheckpointError, RunError) as error:
+            answer = {"problem": str(error)}
+    answer = runtime.broadcast(answer)
+    if "problem" in answer:
+        raise CheckpointError(answer["problem"])
     return Source(
         checkpoint=path,
-        engine_files=engine_files,
-        universal=universal,
+        engine_files=Path(answer["files"]),
+        universal=way != "directly",
         manifest=manifest,
         weights_only=weights_only,
     )
@@ -104,26 +114,94 @@ def prepare_source(
 
 def _convert_once(
     store: CheckpointStore, path: Path, manifest: Manifest, say: Callable[[str], None]
-) -> None:
+) -> Path:
     """Write the universal form beside the checkpoint, unless a complete one is there."""
-    source_hash = {name: entry.sha256 for name, entry in manifest.files.items()}
     target = store.path(manifest.step, UNIVERSAL)
-    if target.is_dir() and not store.verify(target):
-        if store.read_manifest(target).extra.get("source") == source_hash:
-            return
+    if target.is_dir():
+        same = not store.verify(target) and (
+            store.read_manifest(target).extra.get("source") == source_hashes(manifest)
+        )
+        if same:
+            vet_checkpoint(target)
+            return target
         shutil.rmtree(target)
     say(f"the layout has changed since {path.name}: converting it to the universal format")
-    temporary = store.begin(manifest.step, kind=UNIVERSAL, bytes_needed=2 * manifest.total_bytes)
-    convert_to_universal(path, temporary)
-    # DeepSpeed notes the newest conversion in a file beside the folder; the store's own
-    # manifests say which are complete.
-    (store.directory / "latest_universal").unlink(missing_ok=True)
-    files = [file for file in temporary.rglob("*") if file.is_file()]
-    store.commit(
-        manifest.step,
-        store.seal_files(files),
-        layout={"universal": True},
-        config_hash=manifest.config_hash,
-        extra={"source": source_hash},
-        kind=UNIVERSAL,
+    return write_universal(path, manifest, store, kind=UNIVERSAL)
+
+
+def find_source(
+    config: Config, runtime: Runtime, store: CheckpointStore, say: Callable[[str], None]
+) -> Source | None:
+    """Return what to start from: the run's own newest checkpoint, else that of ``load``.
+
+    Collective; rank 0 looks, verifies and converts.
+
+    Args:
+        config: with ``model.vocab_size`` filled in.
+        runtime: ranks and their host-side group.
+        store: the run's own checkpoints.
+        say: takes a line for the console.
+
+    Raises:
+        CheckpointError: ``load`` names nothing valid, or what is found cannot be taken up.
+    """
+    layout = layout_facts(config, run_layout(config, runtime.world_size))
+    own, found, weights_only = store, find_checkpoint(runtime, store, say), False
+    if found is None and config.checkpoint.load is not None:
+        store, weights_only = CheckpointStore(config.checkpoint.load), config.checkpoint.finetune
+        found = find_checkpoint(runtime, store, say)
+        if found is None:
+            raise CheckpointError(
+                f"load names {config.checkpoint.load}, which holds no valid checkpoint; correct "
+                "it, or leave it out to start from new weights"
+            )
+        check_form(found[1], found[0], load_universal=config.checkpoint.load_universal)
+    if found is None:
+        return None
+    return prepare_source(
+        runtime, store, found, own=own, layout=layout, weights_only=weights_only, say=say
     )
+
+
+def restore(
+    config: Config, runtime: Runtime, parts: Parts, source: Source, say: Callable[[str], None]
+) -> int:
+    """Load weights, optimizer, data and mixing state; return the step they are of.
+
+    Args:
+        config: of the run.
+        runtime: tells which rank this is.
+        parts: newly built; filled here.
+        source: what :func:`find_source` found.
+        say: takes a line for the console.
+
+    Raises:
+        CheckpointError: the state does not fit the run.
+    """
+    manifest, files = source.manifest, source.engine_files
+    if source.universal:
+        layout = run_layout(config, runtime.world_size)
+        parts.engine.load_universal(
+            files,
+            tensor_rank=layout.coordinates(runtime.rank).tensor,
+            tensor_size=layout.tensor_size,
+            weights_only=source.weights_only,
+        )
+    else:
+        parts.engine.load(files.parent, files.name, weights_only=source.weights_only)
+    if source.weights_only:
+        say(f"starting from the weights of {source.checkpoint}, and from step 0")
+        return 0
+    bundle = read_bundle(source.checkpoint)
+    parts.planner.load_state_dict(bundle["planner"])
+    parts.guard.load_state_dict(bundle["guard"])
+    say(f"loaded {source.checkpoint}")
+    if manifest.config_hash != config.hash():
+        say("note: the configuration is not the one that the checkpoint was written with")
+    before, now = manifest.extra.get("threads"), run_facts(config)["threads"]
+    if before != now:
+        say(
+            f"note: the checkpoint was written with {before} threads per rank and this process "
+            f"has {now}; the last bits of its results may differ"
+        )
+    return manifest.step

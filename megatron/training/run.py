@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.bundle import read_bundle
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config
 from megatron.engine.runtime import Runtime
-from megatron.errors import CheckpointError
+from megatron.engine.universal import universal_info
 from megatron.launch.stop import StopFlag
 from megatron.model.accounting import parameter_count
+from megatron.model.gpt import GPT
 from megatron.training.agreement import Agreement
 from megatron.training.build import Parts, build, run_facts
 from megatron.training.check import Checked, preflight
@@ -30,7 +30,7 @@ from megatron.training.layout import run_layout
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
 from megatron.training.plan import checkpoint_bytes
-from megatron.training.restore import Source, find_checkpoint, prepare_source
+from megatron.training.restore import Source, find_source, restore
 from megatron.training.saving import Saver
 from megatron.training.summary import startup_report
 
@@ -55,18 +55,17 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
     )
     if runtime.rank == 0:
         store.sweep()
-    source = _find_source(config, runtime, store, say)
+    source = find_source(config, runtime, store, say)
     if source is not None and _complete(config, source, domains):
         say(
             f"nothing to do: {source.checkpoint} is complete ({source.manifest.step} of "
             f"{config.training.train_iters} steps); raise train_iters to go on"
         )
         return EXIT_DONE
-    universal = source is not None and source.universal
-    parts = build(config, runtime, domains, checked.mixer, universal=universal)
+    parts = build(config, runtime, domains, checked.mixer)
     layout = run_layout(config, runtime.world_size)
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
-    start = _restore(config, parts, source, say) if source is not None else 0
+    start = restore(config, runtime, parts, source, say) if source is not None else 0
     milestones = _milestones(config, runtime, checked, store, parts)
     if runtime.rank == 0:
         _write_config(config)
@@ -125,7 +124,7 @@ def _milestones(
         config_hash=config.hash(),
         fingerprints=checked.domains.fingerprints,
         facts=run_facts(config),
-        padded_vocab_size=config.model.padded_vocab_size(config.parallel.model_parallel_size),
+        universal_info=_universal_info(config),
         bytes_needed=checkpoint_bytes(config),
     )
     return Milestones(
@@ -177,45 +176,11 @@ def _complete(config: Config, source: Source, domains: OpenDomains) -> bool:
     return False
 
 
-def _find_source(
-    config: Config, runtime: Runtime, store: CheckpointStore, say: Callable[[str], None]
-) -> Source | None:
-    """Return what to start from: the run's own newest checkpoint, else that of ``load``."""
-    layout = layout_facts(config, run_layout(config, runtime.world_size))
-    found, weights_only = find_checkpoint(runtime, store, say), False
-    if found is None and config.checkpoint.load is not None:
-        store, weights_only = CheckpointStore(config.checkpoint.load), config.checkpoint.finetune
-        found = find_checkpoint(runtime, store, say)
-        if found is None:
-            raise CheckpointError(
-                f"load names {config.checkpoint.load}, which holds no valid checkpoint; correct "
-                "it, or leave it out to start from new weights"
-            )
-    if found is None:
-        return None
-    return prepare_source(runtime, store, found, layout=layout, weights_only=weights_only, say=say)
-
-
-def _restore(config: Config, parts: Parts, source: Source, say: Callable[[str], None]) -> int:
-    """Load weights, optimizer, data and mixing state; return the step they are of."""
-    manifest, files = source.manifest, source.engine_files
-    parts.engine.load(files.parent, files.name, weights_only=source.weights_only)
-    if source.weights_only:
-        say(f"starting from the weights of {source.checkpoint}, and from step 0")
-        return 0
-    bundle = read_bundle(source.checkpoint)
-    parts.planner.load_state_dict(bundle["planner"])
-    parts.guard.load_state_dict(bundle["guard"])
-    say(f"loaded {source.checkpoint}")
-    if manifest.config_hash != config.hash():
-        say("note: the configuration is not the one that the checkpoint was written with")
-    before, now = manifest.extra.get("threads"), run_facts(config)["threads"]
-    if before != now:
-        say(
-            f"note: the checkpoint was written with {before} threads per rank and this process "
-            f"has {now}; the last bits of its results may differ"
-        )
-    return manifest.step
+def _universal_info(config: Config) -> dict[str, Any]:
+    """Describe the parameters of the whole model, of which this rank may hold but a part."""
+    assert config.model.vocab_size is not None
+    whole = GPT(config.model, seed=config.training.seed, device="meta")
+    return universal_info(dict(whole.named_parameters()), config.model.vocab_size)
 
 
 def _write_config(config: Config) -> None:

@@ -11,7 +11,6 @@ from megatron.checkpoint.files import disk_errors
 from megatron.checkpoint.store import CheckpointStore
 from megatron.engine.engine import TrainEngine
 from megatron.engine.runtime import Runtime
-from megatron.engine.universal import universal_info
 from megatron.errors import RunError
 from megatron.monitor.sink import SinkGroup
 from megatron.training.guard import NonFiniteGuard
@@ -34,7 +33,8 @@ class Saver:
         config_hash: hash of the resolved configuration.
         fingerprints: data fingerprint by domain.
         facts: further facts for the manifest (threads, versions).
-        padded_vocab_size: rows of the embedding.
+        universal_info: how the files can be converted to another layout, see
+            :func:`megatron.engine.universal.universal_info`.
         bytes_needed: estimated size of a checkpoint.
     """
 
@@ -49,7 +49,7 @@ class Saver:
     config_hash: str
     fingerprints: Mapping[str, Any]
     facts: Mapping[str, Any]
-    padded_vocab_size: int
+    universal_info: Mapping[str, Any]
     bytes_needed: int | None = None
 
     def save(self, step: int) -> None:
@@ -75,7 +75,7 @@ class Saver:
         first, temporary = self.runtime.rank == 0, self.store.temporary_path(step)
         client_state = {
             "iteration": step,
-            "universal_checkpoint_info": universal_info(self.padded_vocab_size),
+            "universal_checkpoint_info": dict(self.universal_info),
         }
         written = self.engine.save(temporary.parent, temporary.name, client_state)
         if first:

@@ -25,9 +25,7 @@ class Harness:
         checked = preflight(load_config([str(file)]), world_size=self.runtime.world_size, gpus=0)
         self.config: Config = checked.config
         self.domains: OpenDomains = checked.domains
-        self.parts: Parts = build(
-            self.config, self.runtime, self.domains, checked.mixer, universal=False
-        )
+        self.parts: Parts = build(self.config, self.runtime, self.domains, checked.mixer)
         self.ledger: list[dict[str, Any]] = []
 
     def loop(self) -> Loop:
@@ -71,6 +69,12 @@ class Harness:
             return self.loop().run(start=0, last=last)
         finally:
             self.parts.loader.close()
+
+    def close(self) -> None:
+        """Let go of files, hooks and memory, so that this process can build another."""
+        self.parts.loader.close()
+        self.domains.close()
+        self.parts.engine._engine.destroy()
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Return the model's parameters by name."""

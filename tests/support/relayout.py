@@ -1,0 +1,112 @@
+"""Whole runs inside a pool of ranks, and the state of a run put together from all its ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron.mixing  # noqa: F401
+from megatron.checkpoint.store import CheckpointStore
+from megatron.config import load_config
+from megatron.engine.runtime import start_runtime
+from megatron.launch.stop import StopFlag
+from megatron.parallel.partition import Partition
+from megatron.training.build import build
+from megatron.training.check import preflight
+from megatron.training.layout import run_layout
+from megatron.training.restore import find_source, restore
+from megatron.training.run import run
+
+Part = tuple[torch.Tensor, Partition | None]
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def train(rank: int, world: int, file: Path) -> int:
+    """Train what a configuration file describes; to be called on every rank of a pool."""
+    return run(load_config([str(file)]), start_runtime(deterministic=True), StopFlag())
+
+
+def loaded_state(rank: int, world: int, file: Path) -> dict[str, Any]:
+    """Build a run, take up its checkpoint, and return this rank's part of the state.
+
+    Under data parallelism the parts are whole: DeepSpeed gathers them.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    runtime = start_runtime(deterministic=True)
+    checked = preflight(load_config([str(file)]), world_size=world, gpus=0)
+    config = checked.config
+    source = find_source(config, runtime, CheckpointStore(config.checkpoint.save_dir), print)
+    assert source is not None
+    parts = build(config, runtime, checked.domains, checked.mixer)
+    step = restore(config, runtime, parts, source, print)
+    engine: Any = parts.engine._engine
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    tensors: dict[str, dict[str, Part]] = {}
+    for name, parameter in engine.module.named_parameters():
+        division = getattr(parameter, "partition", None)
+        whole = {"fp32": safe_get_full_fp32_param(parameter)}
+        for key in STATES[1:]:
+            whole[key] = safe_get_full_optimizer_state(parameter, key)
+        with torch.no_grad():
+            tensors[name] = {
+                key: (value.detach().clone().cpu(), division) for key, value in whole.items()
+            }
+    steps = {float(state["step"]) for state in engine.optimizer.optimizer.state.values() if state}
+    result = {
+        "tensors": tensors,
+        "steps": steps,
+        "step": step,
+        "planner": parts.planner.state_dict(),
+        "guard": parts.guard.state_dict(),
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in engine.optimizer.optimizer.param_groups
+        ],
+        "module": {
+            name: value.detach().float().clone()
+            for name, value in engine.module.named_parameters()
+            if not hasattr(value, "ds_id")
+        },
+    }
+    parts.sinks.close()
+    parts.loader.close()
+    checked.domains.close()
+    engine.destroy()
+    layout = run_layout(config, world)
+    return {"tensor": layout.coordinates(rank).tensor, **result}
+
+
+def whole_state(parts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Put the model together from every rank's part, checking that copies agree."""
+    ranks = 1 + max(part["tensor"] for part in parts)
+    found: dict[tuple[str, str], dict[int, Part]] = {}
+    for part in parts:
+        for name, states in part["tensors"].items():
+            for key, (value, division) in states.items():
+                held = found.setdefault((name, key), {})
+                if part["tensor"] in held:
+                    assert torch.equal(held[part["tensor"]][0], value), (name, key)
+                held[part["tensor"]] = (value, division)
+    whole = {}
+    for (name, key), held in found.items():
+        values = [held[tensor][0] for tensor in range(ranks)]
+        division = held[0][1]
+        if division is None:
+            assert all(torch.equal(values[0], other) for other in values), (name, key)
+            full = values[0]
+        else:
+            padded = division.join(values)
+            full = division.unpad(padded)
+            if padded.shape != full.shape:
+                rest = padded.narrow(
+                    division.dim,
+                    full.shape[division.dim],
+                    padded.shape[division.dim] - full.shape[division.dim],
+                )
+                assert not rest.any(), f"the padding of {name} {key} is not 0"
+        whole[f"{name} {key}"] = full
+    return whole
