@@ -63,40 +63,13 @@ def write(folder: Path, ranks: int, accumulation: int, **changes: Any) -> Path:
     return runs.write_config(folder / f"config-{ranks}-{accumulation}.yml", content)
 
 
-def append_sidecars(folder: Path) -> None:
-    """Let the data say which token ends a document."""
-    from megatron.data.reader import TokenReader
-    from megatron.data.sidecar import FileStamp, Sidecar, write_sidecar
-
-    for name in runs.DOMAINS:
-        reader = TokenReader(folder / name)
-        stamps = {
-            kind: FileStamp(size=(folder / f"{name}.{kind}").stat().st_size, sha256="0" * 64)
-            for kind in ("bin", "idx")
-        }
-        write_sidecar(
-            folder / name,
-            Sidecar(
-                documents=reader.num_documents,
-                tokens=reader.num_tokens,
-                bytes=4 * reader.num_tokens,
-                dtype="uint16",
-                vocab_size=120,
-                append_eod=True,
-                eod_id=runs.EOD,
-                bin=stamps["bin"],
-                idx=stamps["idx"],
-            ),
-        )
-
-
 @pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_masks_and_weights_mean_the_same_on_every_layout(tmp_path: Path, weighted: bool) -> None:
     layouts = [(1, 1), (1, 4), (2, 1), (2, 4)]
     results = []
     for ranks, accumulation in layouts:
         file = write(tmp_path, ranks, accumulation, eod_mask_loss=True)
-        append_sidecars(tmp_path / "data")
+        runs.add_sidecars(tmp_path / "data")
         per_rank = run_ranks(body, ranks, file, weighted)
         assert all(result["ledger"] == per_rank[0]["ledger"] for result in per_rank)
         results.append(per_rank[0])

@@ -47,7 +47,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = [
             context.Process(
-                target=_rank,
+                target=run_rank,
                 args=(body, rank, world_size, folder, environment or {}, list(sys.path), arguments),
                 daemon=True,
             )
@@ -78,20 +78,21 @@ def _wait(ranks: list[Any], folder: Path, deadline: float) -> None:
             del running[index]
         if running and time.monotonic() >= deadline:
             stuck = ", ".join(str(index) for index in running)
-            raise RankFailedError(f"ranks {stuck} did not end in time{_others(folder)}")
+            raise RankFailedError(f"ranks {stuck} did not end in time{reports(folder)}")
 
 
 def _story(folder: Path, index: int, code: int | None) -> str:
     time.sleep(0.2)
-    return f"rank {index} ended with exit code {code}{_others(folder)}"
+    return f"rank {index} ended with exit code {code}{reports(folder)}"
 
 
-def _others(folder: Path) -> str:
-    reports = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-    return "".join(f"\n--- {path.name}\n{path.read_text()}" for path in reports)
+def reports(folder: Path) -> str:
+    """Return what the failed ranks wrote, in the order in which they failed."""
+    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    return "".join(f"\n--- {path.name}\n{path.read_text()}" for path in errors)
 
 
-def _rank(
+def run_rank(
     body: Callable[..., Any],
     rank: int,
     world_size: int,
@@ -100,6 +101,7 @@ def _rank(
     path: list[str],
     arguments: tuple[Any, ...],
 ) -> None:
+    """Be one rank: join the others, call ``body``, leave its result in ``folder``."""
     sys.path[:] = path
     os.environ.update(
         {
@@ -125,7 +127,7 @@ def _rank(
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=300),
         )
         result = body(rank, world_size, *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")

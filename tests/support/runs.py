@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import yaml
 
+from megatron.data.reader import TokenReader
+from megatron.data.sidecar import FileStamp, Sidecar, write_sidecar
 from megatron.data.writer import TokenWriter
 from megatron.monitor.record import TIME_FIELDS
 
@@ -38,6 +40,30 @@ def make_data(folder: Path, documents: int = 200) -> None:
                 steps = np.cumsum(random.integers(0, 3, length))
                 tokens = (random.integers(0, states) + steps) % states
                 writer.add(np.append(tokens, EOD).astype(np.uint16))
+
+
+def add_sidecars(folder: Path) -> None:
+    """Let the data say which token ends a document."""
+    for name in DOMAINS:
+        reader = TokenReader(folder / name)
+        stamps = {
+            kind: FileStamp(size=(folder / f"{name}.{kind}").stat().st_size, sha256="0" * 64)
+            for kind in ("bin", "idx")
+        }
+        write_sidecar(
+            folder / name,
+            Sidecar(
+                documents=reader.num_documents,
+                tokens=reader.num_tokens,
+                bytes=4 * reader.num_tokens,
+                dtype="uint16",
+                vocab_size=120,
+                append_eod=True,
+                eod_id=EOD,
+                bin=stamps["bin"],
+                idx=stamps["idx"],
+            ),
+        )
 
 
 def config(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -206,15 +232,40 @@ def steps_done(run_dir: Path) -> int:
         return 0
 
 
-def weights_hash(run_dir: Path, step: int) -> str:
-    """Return a hash over all weights of a checkpoint."""
+def weights_hash(run_dir: Path, step: int) -> dict[str, str]:
+    """Return a hash of each of DeepSpeed's files in a checkpoint: every tensor and number in it.
+
+    Weights, optimizer, loss scale and counters, as all ranks wrote them.
+    """
     folder = run_dir / "checkpoints" / f"global_step{step}"
-    state = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    files = sorted(folder.glob("*.pt"))
+    assert files, f"{folder} holds no files"
+    return {file.name: _hash_file(file) for file in files}
+
+
+def _hash_file(file: Path) -> str:
     digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().view(torch.uint8).numpy().tobytes())
+    for place, value in _leaves(torch.load(file, map_location="cpu", weights_only=False), ""):
+        digest.update(f"{place} {getattr(value, 'dtype', type(value))}".encode())
+        if torch.is_tensor(value):
+            digest.update(f"{tuple(value.shape)}".encode())
+            value = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
     return digest.hexdigest()
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield all tensors and numbers within ``value``, each with its place."""
+    if torch.is_tensor(value) or isinstance(value, (bool, int, float)):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _leaves(value[key], f"{place}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{place}/{index}")
+    elif hasattr(value, "__dict__"):
+        yield from _leaves(vars(value), place)
 
 
 def assert_same_run(one: Path, other: Path, last: int) -> None:
