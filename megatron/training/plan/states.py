@@ -96,6 +96,9 @@ def _flat_division(
     bucket_width = added if zero.stage == 1 else width
     bucket = zero.bucket * zero.buckets * bucket_width if zero.contiguous and zero.stage else 0
     reducing = owned if zero.stage == 1 else min(total, zero.bucket) * width
+    if zero.kept_float32:
+        gradients = updating = sum(padded) * added
+        bucket, reducing = 0, min(total, zero.bucket) * added
     if zero.optimizer_on_host and zero.stage:
         # Master weights, their gradients, moments, a copy in the model's format; and the sums.
         host = own * (_MASTER + 4 + _MOMENTS + width) + (own * width if accumulation > 1 else 0)
@@ -128,9 +131,9 @@ def _whole_division(groups: list[list[int]], zero: ZeroSettings, data_size: int)
             persistent += count
     working = min(sum(counts), max(zero.live, max(counts)) + persistent)
     weights, gradients = own * width, own * added
-    # The update takes float32 weights; where they are that already, they are not copied.
-    master = own * _MASTER if width < _MASTER or zero.optimizer_on_host else 0
-    moments = own * _MOMENTS
+    # Weights that are float32 already are meant not to be copied, and are: DeepSpeed compares
+    # a tensor's device with a device's name.
+    master, moments = own * _MASTER, own * _MOMENTS
     updating = min(own, zero.sub_group) * 4
     host = 0
     if zero.optimizer_on_host:

@@ -21,6 +21,8 @@ class ZeroSettings:
         bucket: numbers in a buffer of gradients on their way.
         buckets: how many such buffers there are.
         contiguous: gradients are copied into those buffers (which are then made whole).
+        kept_float32: gradients have float32 buffers of their own that are never freed, and go
+            out in no other (DeepSpeed's ``BF16_Optimizer``: bf16 weights, stage 1, float32 sums).
         all_reduced: gradients reach their owner by an all-reduce (DeepSpeed's default for
             stages 1 and 2) and not by a reduction to it alone.
         optimizer_on_host: master weights, moments and their gradients are in host memory.
@@ -38,6 +40,7 @@ class ZeroSettings:
     bucket: int
     buckets: int
     contiguous: bool
+    kept_float32: bool
     all_reduced: bool
     optimizer_on_host: bool
     weights_on_host: bool
@@ -64,18 +67,22 @@ def zero_settings(deepspeed: Mapping[str, Any]) -> ZeroSettings:
     def on_host(name: str) -> bool:
         return str((zero.get(name) or {}).get("device", "none")) != "none"
 
+    added = BYTES.get(str(accumulated), width)
+    bf16 = bool(deepspeed.get("bf16", {}).get("enabled"))
+    host = on_host("offload_optimizer")
     return ZeroSettings(
         stage=stage,
         width=width,
-        accumulated_width=BYTES.get(str(accumulated), width),
+        accumulated_width=added,
         communicated_width=BYTES.get(str(communicated), width),
         bucket=number(5e8, "reduce_bucket_size"),
         buckets=2 if overlapped and stage in (1, 2) else 1,
         contiguous=bool(zero.get("contiguous_gradients", True)),
+        kept_float32=bf16 and stage == 1 and added == 4 and not host,
         all_reduced=stage < 2
         or not zero.get("reduce_scatter", True)
         or bool(zero.get("use_multi_rank_bucket_allreduce", True)),
-        optimizer_on_host=on_host("offload_optimizer"),
+        optimizer_on_host=host,
         weights_on_host=stage == 3 and on_host("offload_param"),
         persistent=number(1e5, "stage3_param_persistence_threshold", "param_persistence_threshold"),
         persistent_total=number(
