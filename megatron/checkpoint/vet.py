@@ -18,16 +18,20 @@ DEEPSPEED_GLOBALS = frozenset(
     {
         # Optimizer shards of ZeRO 1-3: loss scaling (static and dynamic), the stage, and,
         # in stages 1 and 2, where each parameter lies in the flat buffer.  Model and layer
-        # files and ZeRO 0 name nothing beyond torch's own tensors; universal checkpoints the
-        # blocks of a fused parameter.
+        # files and ZeRO 0 name nothing beyond torch's own tensors.
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         "deepspeed.utils.tensor_fragment.fragment_address",
-        "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
     }
 )
 """What DeepSpeed's checkpoints name beyond what torch itself holds to be safe."""
+
+UNIVERSAL_GLOBALS = DEEPSPEED_GLOBALS | {
+    # The blocks that a fused parameter is a concatenation of.
+    "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
+}
+"""The same for checkpoints in DeepSpeed's universal format."""
 
 _NOT_PICKLED = frozenset({".json", ".jsonl", ".npz", ".npy", ".safetensors", ".yml", ".txt"})
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from megatron.engine.universal_load import UniversalCheckpoint, load_universal
 from megatron.errors import CheckpointError
+from megatron.parallel.partition import Partition
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 """Takes the last layer's output and the labels; returns a scalar."""
@@ -43,6 +44,8 @@ class TrainEngine(ABC):
     Args:
         engine: DeepSpeed's engine.
         optimizer: as DeepSpeed returned it.
+        partitions: how tensor ranks divide each parameter, by name, as
+            :func:`tensor_partitions` found it before DeepSpeed took the model.
         before_micro_batch: called with the step and the micro-batch's number before its
             forward pass (dropout generators are re-seeded there).
     """
@@ -51,11 +54,13 @@ class TrainEngine(ABC):
         self,
         engine: Any,
         optimizer: Any,
+        partitions: Mapping[str, Partition | None],
         before_micro_batch: Callable[[int, int], None] | None = None,
     ) -> None:
         """Take the engine over."""
         self._engine = engine
         self._optimizer = optimizer
+        self.partitions = dict(partitions)
         self._before_micro_batch = before_micro_batch or (lambda step, micro: None)
         self._writer = _RecordingWriter(engine.checkpoint_engine)
         engine.checkpoint_engine = self._writer
@@ -170,7 +175,12 @@ class TrainEngine(ABC):
         Raises:
             CheckpointError: it is not of this model.
         """
-        checkpoint = UniversalCheckpoint(folder, tensor_rank=tensor_rank, tensor_size=tensor_size)
+        checkpoint = UniversalCheckpoint(
+            folder,
+            partitions=self.partitions,
+            tensor_rank=tensor_rank,
+            tensor_size=tensor_size,
+        )
         load_universal(self._engine, checkpoint, weights_only=weights_only)
 
     def _separate_groups(self, hyperparameters: list[dict[str, Any]]) -> None:
@@ -185,6 +195,16 @@ class TrainEngine(ABC):
         for state in self._optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
+
+
+def tensor_partitions(model: nn.Module) -> dict[str, Partition | None]:
+    """Return how tensor ranks divide each parameter; None if each of them holds all of it.
+
+    Ask before DeepSpeed takes the model: ZeRO 3 has another use for the attribute's name.
+    """
+    return {
+        name: getattr(parameter, "partition", None) for name, parameter in model.named_parameters()
+    }
 
 
 class _RecordingWriter:

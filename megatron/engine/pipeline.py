@@ -16,7 +16,7 @@ import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-from megatron.engine.engine import LossFunction, TrainEngine
+from megatron.engine.engine import LossFunction, TrainEngine, tensor_partitions
 from megatron.engine.mpu import forget_grid, process_topology
 from megatron.model.gpt import LayerDescription
 from megatron.model.layer_run import LayerRun
@@ -102,10 +102,11 @@ class PipelineEngine(TrainEngine):
             before_micro_batch: see :class:`TrainEngine`.
         """
         forget_grid()
+        partitions = tensor_partitions(stage)
         engine, wrapped, _, _ = deepspeed.initialize(
             model=stage, optimizer=optimizer, config=dict(config), dist_init_required=False
         )
-        super().__init__(engine, wrapped, before_micro_batch)
+        super().__init__(engine, wrapped, partitions, before_micro_batch)
         self._stage = stage
 
     def _train(self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]]) -> None:

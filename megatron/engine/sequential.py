@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.engine.engine import LossFunction, TrainEngine
+from megatron.engine.engine import LossFunction, TrainEngine, tensor_partitions
 from megatron.engine.mpu import forget_grid, grid
 from megatron.parallel.topology import Topology
 
@@ -38,6 +38,7 @@ class SequentialEngine(TrainEngine):
         import deepspeed
 
         forget_grid()
+        partitions = tensor_partitions(model)
         engine, wrapped, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -45,7 +46,7 @@ class SequentialEngine(TrainEngine):
             mpu=grid(topology.layout),
             dist_init_required=False,
         )
-        super().__init__(engine, wrapped, before_micro_batch)
+        super().__init__(engine, wrapped, partitions, before_micro_batch)
 
     def _train(self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]]) -> None:
         count = 0

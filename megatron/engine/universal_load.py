@@ -10,7 +10,7 @@ the parameters that it holds a part of, and cuts that part out.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ class _Fragment:
 
     Attributes:
         name: the parameter's name.
-        parameter: as the module holds it.
         shape: this tensor rank's shape of it.
         start: where the piece begins in the parameter, flattened.
         size: numbers in it.
@@ -39,7 +38,6 @@ class _Fragment:
     """
 
     name: str
-    parameter: torch.Tensor
     shape: tuple[int, ...]
     start: int
     size: int
@@ -49,24 +47,32 @@ class _Fragment:
 class UniversalCheckpoint:
     """The files of a universal checkpoint, as one tensor rank sees them."""
 
-    def __init__(self, folder: Path, *, tensor_rank: int, tensor_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        partitions: Mapping[str, Partition | None],
+        tensor_rank: int,
+        tensor_size: int,
+    ) -> None:
         """Name the folder.
 
         Args:
             folder: of the checkpoint.
+            partitions: how tensor ranks divide each parameter, by name.
             tensor_rank: this rank's number among those that share its layers.
             tensor_size: how many those are.
         """
         self.folder = folder
+        self._partitions = partitions
         self._rank, self._ranks = tensor_rank, tensor_size
 
-    def part(self, name: str, key: str, parameter: Any, shape: Sequence[int]) -> torch.Tensor:
+    def part(self, name: str, key: str, shape: Sequence[int]) -> torch.Tensor:
         """Return this rank's part of a parameter's weights or of one of its moments.
 
         Args:
             name: global name of the parameter.
             key: ``fp32``, ``exp_avg`` or ``exp_avg_sq``.
-            parameter: tells by its ``partition`` how it is divided.
             shape: of the part.
 
         Raises:
@@ -74,9 +80,8 @@ class UniversalCheckpoint:
         """
         stored = self._read(f"zero/{name}/{key}.pt")
         full: torch.Tensor = stored["param"] if isinstance(stored, dict) else stored
-        partition: Partition | None = getattr(parameter, "partition", None)
         try:
-            part = _divide(full, partition, shape, self._rank, self._ranks)
+            part = _divide(full, self._partitions[name], shape, self._rank, self._ranks)
         except (RuntimeError, ValueError):
             part = None
         if part is None or part.shape != tuple(shape):
@@ -178,7 +183,7 @@ def _fill(
             continue  # the optimizer makes a state of its own for padding alone
         filled = torch.zeros_like(flat, requires_grad=False)
         for one in fragments:
-            part = checkpoint.part(one.name, key, one.parameter, one.shape).reshape(-1)
+            part = checkpoint.part(one.name, key, one.shape).reshape(-1)
             filled.narrow(0, one.offset, one.size).copy_(part.narrow(0, one.start, one.size))
         if key == _WEIGHTS:
             flat.data.copy_(filled)
@@ -204,7 +209,6 @@ def _fragments(optimizer: Any) -> Iterator[tuple[torch.Tensor, list[_Fragment]]]
             found.append(
                 _Fragment(
                     name=optimizer.param_names[parameter],
-                    parameter=parameter,
                     shape=tuple(parameter.shape),
                     start=own.start,
                     size=own.numel,
@@ -252,7 +256,6 @@ def _stage_3_fragments(optimizer: Any, parameters: Sequence[Any]) -> Iterator[_F
         if size:
             yield _Fragment(
                 name=optimizer.param_names[parameter],
-                parameter=parameter,
                 shape=tuple(parameter.ds_shape),
                 start=start,
                 size=size,

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.checkpoint.bundle import read_bundle
 from megatron.checkpoint.manifest import Manifest
 from megatron.checkpoint.store import CheckpointStore
-from megatron.checkpoint.vet import vet_checkpoint
+from megatron.checkpoint.vet import DEEPSPEED_GLOBALS, UNIVERSAL_GLOBALS, vet_checkpoint
 from megatron.config import Config
 from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError, RunError
@@ -92,7 +92,9 @@ def prepare_source(
     answer: dict[str, str] = {}
     if runtime.rank == 0:
         try:
-            vet_checkpoint(path)
+            vet_checkpoint(
+                path, allowed=UNIVERSAL_GLOBALS if way == "universal" else DEEPSPEED_GLOBALS
+            )
             files = path
             if way == "convert":
                 home = store if os.access(store.directory, os.W_OK) else own
@@ -122,7 +124,7 @@ def _convert_once(
             store.read_manifest(target).extra.get("source") == source_hashes(manifest)
         )
         if same:
-            vet_checkpoint(target)
+            vet_checkpoint(target, allowed=UNIVERSAL_GLOBALS)
             return target
         shutil.rmtree(target)
     say(f"the layout has changed since {path.name}: converting it to the universal format")

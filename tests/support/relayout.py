@@ -47,7 +47,7 @@ def loaded_state(rank: int, world: int, file: Path) -> dict[str, Any]:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     tensors: dict[str, dict[str, Part]] = {}
     for name, parameter in engine.module.named_parameters():
-        division = getattr(parameter, "partition", None)
+        division = parts.engine.partitions[name]
         whole = {"fp32": safe_get_full_fp32_param(parameter)}
         for key in STATES[1:]:
             whole[key] = safe_get_full_optimizer_state(parameter, key)
