@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.observation import BoolArray, FloatArray
 from megatron.mixing.options import CommonOptions, require
@@ -45,6 +45,21 @@ class SmoothingOptions(CommonOptions):
         super().__post_init__()
         value = self.smoothing_factor
         require("smoothing_factor", value, 0 <= value < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceOptions(CommonOptions):
+    """Options of the methods that divide a reward by the chance of having seen it."""
+
+    importance: Literal["probability", "inclusion"] = field(
+        default="probability",
+        metadata={
+            "help": "what a seen domain's reward is divided by: its probability p, as in the "
+            "papers, which is right for one draw a step; or its chance 1 - (1 - p)^n to be among "
+            "the n draws of the step (of all the steps since the last update), which keeps the "
+            "estimate unbiased for any n"
+        },
+    )
 
 
 class Bandit(Mixer):
@@ -131,6 +146,45 @@ def importance_weighted(loss: FloatArray, drawn_by: FloatArray) -> FloatArray:
     with np.errstate(over="ignore"):
         weighted = loss / np.where(possible, drawn_by, 1.0)
     return np.where(possible, saturate(weighted), 0.0)
+
+
+class Importance:
+    """What a bandit divides rewards by, as its options say.
+
+    Args:
+        kind: ``probability`` or ``inclusion``.
+        method: the bandit's name, for the error.
+        context: names the draws of a step, which ``inclusion`` needs.
+
+    Raises:
+        ConfigError: ``inclusion`` without the number of draws.
+    """
+
+    def __init__(self, kind: str, *, method: str, context: RunContext) -> None:
+        self._draws: int | None = None
+        if kind == "inclusion":
+            self._draws = context.draws_per_step
+            if self._draws is None:
+                raise ConfigError(
+                    f"mixing method '{method}': importance is 'inclusion', but the draws of a "
+                    f"step are not known; give context=RunContext(draws_per_step=…)"
+                )
+
+    def __call__(self, window: Window) -> FloatArray:
+        """Return the chance of each domain to be in the window, [K]; 0 where p = 0."""
+        p = window.sampling_weights
+        if self._draws is None:
+            return p
+        return inclusion_probability(p, self._draws * window.step_count)
+
+
+def inclusion_probability(p: FloatArray, draws: FloatArray | int) -> FloatArray:
+    """Return 1 - (1 - p)^n, [K]: the chance of a domain to be among n independent draws.
+
+    Computed so that tiny probabilities keep their digits.
+    """
+    with np.errstate(divide="ignore"):
+        return -np.expm1(draws * np.log1p(-np.minimum(p, 1.0)))
 
 
 def perplexity(loss: FloatArray) -> FloatArray:

@@ -36,12 +36,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from megatron.errors import CheckpointError
+from megatron.mixing.decision import Decision, RunContext
 from megatron.mixing.observation import (
     FloatArray,
     Observation,
@@ -55,40 +55,6 @@ from megatron.mixing.window import Window
 from megatron.state import check_state
 
 __all__ = ["Decision", "Mixer", "Observation", "ObservationError", "RunContext", "Signal"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Decision:
-    """What the next step draws, and how its losses count.
-
-    Attributes:
-        sampling_weights: the distribution that draws the step, float64 [K], sum 1.
-        loss_weights: weight of each token of a domain in the loss, [K]; None = all 1.
-        validate: before this step, measure ``valid_loss``, observe it as the previous
-            step with counts of 0, and ask again.
-        fresh_quota: apportion this step and the following ones, this many in all, as
-            one block, closing the carry of earlier steps; None = go on as usual.
-        probe: index of the probe mixture this step belongs to, for the log.
-    """
-
-    sampling_weights: FloatArray
-    loss_weights: FloatArray | None = None
-    validate: bool = False
-    fresh_quota: int | None = None
-    probe: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """What a method may know of the run it steers; None = not known.
-
-    Attributes:
-        total_steps: optimizer steps of the whole run.
-        tokens_per_step: tokens of a global batch.
-    """
-
-    total_steps: int | None = None
-    tokens_per_step: int | None = None
 
 
 class Mixer(ABC):
@@ -148,7 +114,8 @@ class Mixer(ABC):
             )
         if step <= self._options.warmup_steps:
             return Decision(sampling_weights=self._initial.copy())
-        return self._decide(step)
+        decision = self._decide(step)
+        return self._shadowed(decision) if self._options.shadow else decision
 
     def observe(self, observation: Observation) -> None:
         """Learn from the step that ``observation.step`` names.
@@ -183,8 +150,8 @@ class Mixer(ABC):
         elif not (due and self._window is not None):
             return
         if due and self._window is not None:
-            window, self._window = self._window, None
-            updated = self._update(step, window)
+            window, self._window = self._window.release(self._options.min_tokens)
+            updated = None if window is None else self._update(step, window)
             if updated is not None:
                 self._set_weights(updated)
         self._step = step
@@ -237,12 +204,15 @@ class Mixer(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return what a log shows of the method: weights and estimates by name, JSON-able."""
-        return {
+        decision = self.decide(self._step + 1)
+        shown: dict[str, Any] = {
             "method": self.method,
             "step": self._step,
-            "weights": self._by_name(self._weights),
-            **self._estimates(),
+            "weights": self._by_name(decision.sampling_weights),
         }
+        if decision.controller_weights is not None:
+            shown["controller_weights"] = self._by_name(decision.controller_weights)
+        return shown | self._estimates()
 
     # What a method adds.
 
@@ -324,6 +294,14 @@ class Mixer(ABC):
 
     # How it hangs together.
 
+    def _shadowed(self, decision: Decision) -> Decision:
+        """Return the decision of a shadow: the given mixture trains, measurements are made."""
+        return Decision(
+            sampling_weights=self._initial.copy(),
+            validate=decision.validate,
+            controller_weights=decision.sampling_weights,
+        )
+
     def _drawn_by(self, observation: Observation) -> FloatArray:
         """Return the distribution that drew the observed step."""
         given = observation.vector("sampling_weights")
@@ -331,13 +309,9 @@ class Mixer(ABC):
 
     def _pool(self, observation: Observation, drawn_by: FloatArray, *, due: bool) -> None:
         """Add a step to the window of the next update."""
-        if self._options.pool:
+        if self._options.pool or due:
             window = self._window or Window.empty(len(self.domains))
-        elif due:
-            window = Window.empty(len(self.domains))
-        else:
-            return
-        self._window = window.add(observation, drawn_by)
+            self._window = window.add(observation, drawn_by)
 
     def _take_measurement(self, observation: Observation) -> None:
         """Hand over a validation; measurements have an order of their own."""

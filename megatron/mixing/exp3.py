@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from megatron.mixing.bandit import Bandit, exponential_weights, importance_weighted
+from megatron.mixing.bandit import (
+    Bandit,
+    Importance,
+    ImportanceOptions,
+    exponential_weights,
+    importance_weighted,
+)
+from megatron.mixing.base import RunContext
 from megatron.mixing.observation import FloatArray
-from megatron.mixing.options import CommonOptions
 from megatron.mixing.simplex import saturate
 from megatron.mixing.window import Window
 
@@ -18,7 +25,7 @@ REWARD_SCALE: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exp3Options(CommonOptions):
+class Exp3Options(ImportanceOptions):
     """Options of ``exp3``."""
 
 
@@ -33,11 +40,23 @@ class Exp3(Bandit):
 
     method = "exp3"
 
+    def __init__(
+        self,
+        *,
+        domains: Sequence[str],
+        weights: FloatArray,
+        options: Exp3Options,
+        context: RunContext,
+    ) -> None:
+        super().__init__(domains=domains, weights=weights, options=options, context=context)
+        self._chance = Importance(options.importance, method=self.method, context=context)
+
     def _learn(self, window: Window) -> FloatArray | None:
-        seen = window.present & (window.sampling_weights > 0)
+        chance = self._chance(window)
+        seen = window.present & (chance > 0)
         if not seen.any():
             return None
-        reward = importance_weighted(window.mean_loss / REWARD_SCALE, window.sampling_weights)
+        reward = importance_weighted(window.mean_loss / REWARD_SCALE, chance)
         with np.errstate(over="ignore"):
             return np.where(seen, saturate(self._estimate + reward), self._estimate)
 

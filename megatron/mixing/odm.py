@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.mixing.bandit import (
+    Importance,
+    ImportanceOptions,
     SmoothingBandit,
     SmoothingOptions,
     exponential_weights,
     importance_weighted,
 )
+from megatron.mixing.base import RunContext
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.window import Window
 
 
 @dataclass(frozen=True, kw_only=True)
-class OdmOptions(SmoothingOptions):
+class OdmOptions(SmoothingOptions, ImportanceOptions):
     """Options of ``odm``."""
 
 
@@ -30,11 +34,23 @@ class Odm(SmoothingBandit):
 
     method = "odm"
 
+    def __init__(
+        self,
+        *,
+        domains: Sequence[str],
+        weights: FloatArray,
+        options: OdmOptions,
+        context: RunContext,
+    ) -> None:
+        super().__init__(domains=domains, weights=weights, options=options, context=context)
+        self._chance = Importance(options.importance, method=self.method, context=context)
+
     def _learn(self, window: Window) -> FloatArray | None:
-        seen = window.present & (window.sampling_weights > 0)
+        chance = self._chance(window)
+        seen = window.present & (chance > 0)
         if not seen.any():
             return None
-        reward = importance_weighted(window.mean_loss, window.sampling_weights)
+        reward = importance_weighted(window.mean_loss, chance)
         return self._smooth(reward, seen)
 
     def _rule(self, estimate: FloatArray, previous: float, epsilon: float) -> FloatArray:

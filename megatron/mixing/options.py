@@ -64,11 +64,28 @@ class CommonOptions:
             "up (true), or from the update's own step alone (false)"
         },
     )
+    min_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "least evidence: a domain's training losses are held back and added up until "
+            "they speak for this many tokens, and only then move its estimate; a loss measured "
+            "on held-out data always counts",
+            "unit": "tokens",
+        },
+    )
+    shadow: bool = field(
+        default=False,
+        metadata={
+            "help": "train on the given weights and only log what the method would have drawn; "
+            "a run that goes on without it hands control over"
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         require("update_every", self.update_every, self.update_every >= 1, "at least 1")
+        require("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
 
 
 def require(name: str, value: object, condition: bool, rule: str) -> None:

@@ -139,7 +139,3 @@ class Schedule(Mixer):
     def _row(self, step: int) -> int:
         """Return the row in force at ``step``: the last that has started by then, or the first."""
         return max(int(np.searchsorted(self._starts, step, side="right")) - 1, 0)
-
-    def _estimates(self) -> dict[str, Any]:
-        planned = self._decide(self._step + 1).sampling_weights
-        return {"weights": self._by_name(planned)}

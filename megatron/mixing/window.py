@@ -15,6 +15,7 @@ from megatron.state import check_state
 _ADDED: Final = ("loss_sum", "token_count", "loss_square_sum", "sample_count")
 _VECTORS: Final = (
     *_ADDED,
+    "step_count",
     "sampling_weights",
     "excess_sum",
     "excess_tokens",
@@ -29,10 +30,12 @@ class Window:
 
     Attributes:
         steps: how many observations it holds.
+        step_count: how many of them speak for each domain, [K]: as many, or more where
+            evidence was held back from an earlier update.
         loss_sum: added, [K].
         token_count: added, [K].
-        sampling_weights: mean over the steps of the distributions that drew them, [K]:
-            the expected share of each domain in the window.
+        sampling_weights: mean over a domain's steps of its probability, [K]: its expected
+            share in the window.
         excess_sum: excess loss times the domain's tokens, added over the steps that
             measured it, [K].
         excess_tokens: tokens of those steps, [K].
@@ -46,6 +49,7 @@ class Window:
     steps: int
     loss_sum: FloatArray
     token_count: FloatArray
+    step_count: FloatArray
     sampling_weights: FloatArray
     excess_sum: FloatArray
     excess_tokens: FloatArray
@@ -64,14 +68,15 @@ class Window:
 
     def add(self, observation: Observation, sampling_weights: FloatArray) -> Window:
         """Return the window with one more step, which ``sampling_weights`` drew."""
-        steps = self.steps + 1
+        steps, step_count = self.steps + 1, self.step_count + 1.0
 
         def mean(old: FloatArray, new: FloatArray) -> FloatArray:
             # This form leaves the mean of equal values equal to them, bit for bit.
-            return old + (new / steps - old / steps)
+            return old + (new / step_count - old / step_count)
 
         changes: dict[str, Any] = {
             "steps": steps,
+            "step_count": step_count,
             "sampling_weights": mean(self.sampling_weights, sampling_weights),
         }
         present = observation.present
@@ -92,6 +97,30 @@ class Window:
             rate = self.learning_rate
             changes["learning_rate"] = rate + (observation.learning_rate - rate) / steps
         return replace(self, **changes)
+
+    def release(self, min_tokens: int) -> tuple[Window | None, Window | None]:
+        """Divide into what an update may learn from, and what waits for more evidence.
+
+        Args:
+            min_tokens: tokens that a domain must have for its estimate to move.
+
+        Returns:
+            The window of the domains with that many tokens (the others absent), None if
+            there is no such domain; and the window of the others, None if they have none.
+        """
+        short = self.present & (self.token_count < min_tokens)
+        if not short.any():
+            return self, None
+        held = self._only(short)
+        return (self._only(~short) if (self.present & ~short).any() else None), held
+
+    def _only(self, kept: BoolArray) -> Window:
+        """Return the window of the domains in ``kept``; the others start anew."""
+        fresh = Window.empty(len(kept))
+        vectors = {
+            name: np.where(kept, getattr(self, name), getattr(fresh, name)) for name in _VECTORS
+        }
+        return replace(self, **vectors)
 
     def _excess(self, observation: Observation) -> dict[str, FloatArray]:
         """Return the excess sums with one more step; a mean counts for its domain's tokens."""

@@ -85,7 +85,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
         config = complete(config, domains)
         layer_bounds(config)
         weights = start_weights(config.mixing, config.domains, domains)
-        mixer = _build_mixer(config, domains, weights, total)
+        mixer = _build_mixer(config, domains, weights, micro=micro, total=total)
     except NeomixError:
         domains.close()
         raise
@@ -122,8 +122,11 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     return 0
 
 
-def _build_mixer(config: Config, domains: OpenDomains, weights: FloatArray, total: int) -> Mixer:
+def _build_mixer(
+    config: Config, domains: OpenDomains, weights: FloatArray, *, micro: int, total: int
+) -> Mixer:
     """Build the mixer and let it decide once: its own checks belong to the run's."""
+    samples_per_draw = {"sample": 1, "micro_batch": micro, "step": total}[config.mixing.unit]
     mixer = build_mixer(
         config.mixing.method,
         domains=domains.names,
@@ -131,6 +134,8 @@ def _build_mixer(config: Config, domains: OpenDomains, weights: FloatArray, tota
         context=RunContext(
             total_steps=config.training.train_iters,
             tokens_per_step=total * config.model.context_length,
+            samples_per_step=total,
+            draws_per_step=total // samples_per_draw,
         ),
         **config.mixing.options,
     )

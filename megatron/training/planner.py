@@ -156,7 +156,7 @@ class Planner:
         self._pending = _decode(state["ahead"]) if state["ahead"] is not None else None
 
 
-_ARRAYS = ("sampling_weights", "loss_weights")
+_ARRAYS = ("sampling_weights", "loss_weights", "controller_weights")
 
 
 def _encode(decision: Decision, valid_loss: FloatArray | None) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class RunRecorder:
                 fresh_quota=decision.fresh_quota,
                 probe=decision.probe,
                 skipped=skipped,
+                controller_probability=decision.controller_weights,
                 estimates=self._describe() if logged else {},
             )
         )

@@ -14,7 +14,15 @@ from megatron.errors import ConfigError
 from megatron.mixing.options import CommonOptions, fits
 from megatron.registry import mixing_methods
 
-COMMON = {"floor", "ceiling", "warmup_steps", "update_every", "pool"}
+COMMON = {
+    "floor",
+    "ceiling",
+    "warmup_steps",
+    "update_every",
+    "pool",
+    "min_tokens",
+    "shadow",
+}
 
 
 def build(method="odm", domains=("code", "prose"), **arguments):

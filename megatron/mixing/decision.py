@@ -1,0 +1,49 @@
+"""What a mixing method tells the training loop, and what it may know of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.mixing.observation import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """What the next step draws, and how its losses count.
+
+    Attributes:
+        sampling_weights: the distribution that draws the step, float64 [K], sum 1.
+        loss_weights: weight of each token of a domain in the loss, [K]; None = all 1.
+        validate: before this step, measure ``valid_loss``, observe it as the previous
+            step with counts of 0, and ask again.
+        fresh_quota: apportion this step and the following ones, this many in all, as
+            one block, closing the carry of earlier steps; None = go on as usual.
+        probe: index of the probe mixture this step belongs to, for the log.
+        controller_weights: what a controller in shadow would have drawn from, [K], for
+            the log; None when it is in control.
+    """
+
+    sampling_weights: FloatArray
+    loss_weights: FloatArray | None = None
+    validate: bool = False
+    fresh_quota: int | None = None
+    probe: int | None = None
+    controller_weights: FloatArray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a method may know of the run it steers; None = not known.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+        tokens_per_step: tokens of a global batch.
+        samples_per_step: samples of a global batch.
+        draws_per_step: independent draws that make a global batch: as many as it has
+            samples, or micro-batches when those are drawn whole.
+    """
+
+    total_steps: int | None = None
+    tokens_per_step: int | None = None
+    samples_per_step: int | None = None
+    draws_per_step: int | None = None
