@@ -66,6 +66,7 @@ def loaded_state(rank: int, world: int, file: Path) -> dict[str, Any]:
             {key: value for key, value in group.items() if key != "params"}
             for group in engine.optimizer.optimizer.param_groups
         ],
+        "dtype": next(engine.module.parameters()).dtype,
         "module": {
             name: value.detach().float().clone()
             for name, value in engine.module.named_parameters()

@@ -123,6 +123,18 @@ def run(*arguments: str | Path, timeout: float = 240, **env: str) -> Done:
     )
 
 
+def tool(name: str, *arguments: str) -> Done:
+    """Run one of ``tools/`` to its end."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 def train(file: Path, *arguments: str, timeout: float = 240) -> Done:
     """Train to the end, and fail with what was printed if that does not succeed."""
     done = run("train.py", file, *arguments, timeout=timeout)
