@@ -78,15 +78,17 @@ class Bench:
         return lambda whole: Partition(dim=2, blocks=blocks).part(whole, rank, ranks)
 
     def whole(self, part: torch.Tensor, partition: Partition | None) -> torch.Tensor:
-        """Gather a parameter, or its gradient, from the tensor ranks; no padding is left."""
+        """Gather a divided parameter, or its gradient, from the tensor ranks."""
+        if partition is None:
+            return part
         parts = [torch.empty_like(part) for _ in range(self.topology.tensor_size)]
         dist.all_gather(parts, part.contiguous(), group=self.topology.tensor_group)
-        if partition is None:
-            assert all(torch.equal(parts[0], other) for other in parts)
-            return parts[0]
-        joined = partition.join(parts)
-        assert not joined[len(partition.unpad(joined)) :].any()
-        return partition.unpad(joined)
+        return partition.join(parts)
+
+    def true(self, part: torch.Tensor, partition: Partition | None) -> torch.Tensor:
+        """Gather likewise; leave out what pads the vocabulary."""
+        joined = self.whole(part, partition)
+        return joined if partition is None else partition.unpad(joined)
 
     def shake(self, module: nn.Module) -> None:
         """Move all parameters away from their trivial first values, padding excepted."""
@@ -116,7 +118,7 @@ class Bench:
         partitions = {name: each.partition for name, each in module.named_parameters()}
         twin = build(
             {
-                name: self.whole(each.detach(), partitions[name]).clone()
+                name: self.true(each.detach(), partitions[name]).clone()
                 for name, each in module.named_parameters()
             }
         )
@@ -132,7 +134,10 @@ class Bench:
             pairs["input"] = (own.grad, cut_input(all_of_it.grad))
         for name, parameter in module.named_parameters():
             gradient = self.whole(parameter.grad, partitions[name])
-            pairs[name] = (gradient, twin.get_parameter(name).grad)
+            wanted = twin.get_parameter(name).grad
+            pairs[name] = (gradient[: len(wanted)], wanted)
+            if len(padding := gradient[len(wanted) :]):
+                pairs[f"{name}, padding"] = (padding, torch.zeros_like(padding))
         return pairs
 
 
