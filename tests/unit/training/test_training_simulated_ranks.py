@@ -87,7 +87,7 @@ def test_deepspeeds_grid_puts_every_rank_in_the_same_place(sizes: tuple[int, int
         ((64, 4, 4), 0),
         ((64, 4, 4), 37),
         ((64, 4, 4), 63),
-        pytest.param((4096, 8, 16), 4095, marks=pytest.mark.slow),
+        ((4096, 8, 16), 4095),
     ],
 )
 def test_process_groups_are_the_layouts(
