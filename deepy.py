@@ -13,6 +13,11 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.config import Config
+    from megatron.launch.request import LaunchRequest
 
 ROOT = Path(__file__).resolve().parent
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -25,15 +30,11 @@ LAUNCH_MODULES = (("torch", "torch"), ("deepspeed", "deepspeed"))
 # GPT-NeoX's own flags that are other spellings of configuration keys.
 KEY_FLAGS = ("hostfile", "wandb_group", "wandb_team", "wandb_run_name")
 
-# The keys of the configuration's launch group, handed on as they are.
-LAUNCH_KEYS = (
-    "num_gpus",
-    "num_nodes",
-    "hostfile",
-    "include",
-    "exclude",
-    "master_addr",
-    "master_port",
+# The flags of --sbatch: (flag, metavar, help).
+SBATCH_FLAGS = (
+    ("--time", "LIMIT", "time limit of the job, such as 12:00:00"),
+    ("--partition", "NAME", "partition of the job (default: the cluster's)"),
+    ("--sbatch-args", "FLAGS", "more flags in one word, such as '--qos=high --mem=0'"),
 )
 
 # The flags of --plan: (flag, type, metavar, help).
@@ -95,9 +96,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
     action.add_argument("--dry-run", action="store_true", help="print the launch command and stop")
+    action.add_argument(
+        "--sbatch", action="store_true", help="print a job script for Slurm and stop"
+    )
     planning = parser.add_argument_group("with --plan")
     for flag, kind, metavar, text in PLAN_FLAGS:
         planning.add_argument(flag, type=kind, metavar=metavar, help=text)
+    scheduling = parser.add_argument_group("with --sbatch")
+    for flag, metavar, text in SBATCH_FLAGS:
+        scheduling.add_argument(flag, metavar=metavar, help=text)
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="hosts and slots (key hostfile)")
     parser.add_argument("--wandb_group", metavar="NAME", help="key wandb_group")
     parser.add_argument("--wandb_team", metavar="NAME", help="key wandb_team")
@@ -109,9 +116,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse a command line; flags and files may come in any order."""
     parser = build_parser()
     arguments = parser.parse_intermixed_args(_spread_set(argv))
-    for flag, *_ in PLAN_FLAGS:
-        if not arguments.plan and getattr(arguments, flag[2:].replace("-", "_")) is not None:
-            parser.error(f"{flag} belongs to --plan")
+    for action, flags in (("plan", PLAN_FLAGS), ("sbatch", SBATCH_FLAGS)):
+        for flag, *_ in flags:
+            given = getattr(arguments, flag[2:].replace("-", "_")) is not None
+            if given and not getattr(arguments, action):
+                parser.error(f"{flag} belongs to --{action}")
     for key in KEY_FLAGS:
         if getattr(arguments, key) is not None:
             arguments.overrides.append(f"{key}={getattr(arguments, key)}")
@@ -182,19 +191,14 @@ def find_script(name: str) -> Path:
 def main(argv: list[str]) -> int:
     """Do what the command line asks for and return the exit code."""
     arguments = parse_arguments(argv)
-    launching = not (
-        arguments.check or arguments.plan or arguments.print_config or arguments.dry_run
-    )
+    actions = ("check", "plan", "print_config", "dry_run", "sbatch")
+    launching = not any(getattr(arguments, action) for action in actions)
     ensure_dependencies(argv, launching=launching)
 
     import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
     from megatron.config import load_config
-    from megatron.launch.command import (
-        RESOLVED_CONFIG_FLAG,
-        LaunchRequest,
-        encode_config,
-        plan_launch,
-    )
+    from megatron.launch.command import RESOLVED_CONFIG_FLAG, encode_config, plan_launch
+    from megatron.launch.request import LAUNCH_KEYS, LaunchRequest
 
     script = find_script(arguments.user_script)
     config = load_config(
@@ -208,8 +212,18 @@ def main(argv: list[str]) -> int:
         from megatron.training.plan.command import plan as plan_run
 
         return plan_run(config, arguments, launched=lambda: plan_launch(script, [], request))
-    resolved = encode_config(config.resolved_yaml())
-    plan = plan_launch(script, [RESOLVED_CONFIG_FLAG, resolved], request)
+    if arguments.sbatch:
+        print(job_script(script, arguments, request, config), end="")
+        return 0
+    run_dir = Path(config.checkpoint.run_dir)
+    log_dir = Path(config.logging.log_dir) if config.logging.log_dir else run_dir / "logs"
+    plan = plan_launch(
+        script,
+        [RESOLVED_CONFIG_FLAG, encode_config(config.resolved_yaml())],
+        request,
+        log_dir=log_dir,
+        save_timeout=config.checkpoint.save_timeout,
+    )
     if arguments.check:
         from megatron.training.check import check
 
@@ -218,15 +232,34 @@ def main(argv: list[str]) -> int:
         print(plan.shell())
         return 0
 
-    from megatron.launch.lock import RunLock
-    from megatron.launch.supervise import supervise
+    from megatron.launch.start import start
     from megatron.training.check import preflight
 
     preflight(config, world_size=plan.ranks, gpus=plan.gpus).domains.close()
-    run_dir = Path(config.checkpoint.run_dir)
-    log_dir = Path(config.logging.log_dir) if config.logging.log_dir else run_dir / "logs"
-    with RunLock(run_dir):
-        return supervise(plan, log_dir, save_timeout=config.checkpoint.save_timeout)
+    return start(plan, run_dir, log_dir, save_timeout=config.checkpoint.save_timeout)
+
+
+def job_script(
+    script: Path, arguments: argparse.Namespace, request: LaunchRequest, config: Config
+) -> str:
+    """Return a Slurm job script that does what this command line would do."""
+    from megatron.launch.sbatch import JobOptions, sbatch_script
+
+    words = [str(script), *arguments.conf_file]
+    if arguments.conf_dir:
+        words += ["-d", str(Path(arguments.conf_dir).absolute())]
+    for override in arguments.overrides:
+        words += ["--set", override]
+    run_dir = Path(config.checkpoint.run_dir).absolute()
+    options = JobOptions(
+        name=run_dir.name,
+        output=Path("slurm-%j.out"),
+        save_timeout=config.checkpoint.save_timeout,
+        partition=arguments.partition,
+        time=arguments.time,
+        further=arguments.sbatch_args,
+    )
+    return sbatch_script(words, request, options)
 
 
 def console_script() -> int:

@@ -21,6 +21,7 @@ from megatron.config.draft import Draft
 from megatron.config.neox import (
     ALIASES,
     DATA_KEYS,
+    LAUNCHER_KEYS,
     REFUSED,
     SAMPLING_KEYS,
     WITHOUT_EFFECT,
@@ -54,6 +55,7 @@ _OWN = (
     "bias_gelu_fusion",
     "use_bias_in_norms",
     "fp32_allreduce",
+    *LAUNCHER_KEYS,
 )
 
 
@@ -108,6 +110,8 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
         _read_attention(draft, node)
     elif key == "fp32_allreduce":
         _read_allreduce(draft, node)
+    elif key in LAUNCHER_KEYS:
+        _read_launcher(draft, key, node)
     elif key in ("bias_gelu_fusion", "use_bias_in_norms"):
         draft.put("", key, node)
     else:
@@ -190,6 +194,15 @@ def _read_allreduce(draft: Draft, node: Node) -> None:
             draft.problems.add(node, "should be true or false")
     elif node.value:
         draft.put("parallel", "communication_data_type", replace(node, value="fp32"))
+
+
+def _read_launcher(draft: Draft, key: str, node: Node) -> None:
+    """Let ``deepspeed_mpi: true`` and the like name the launcher."""
+    if not isinstance(node.value, bool):
+        if node.value is not None:
+            draft.problems.add(node, "should be true or false")
+    elif node.value:
+        draft.put("launch", "launcher", replace(node, value=LAUNCHER_KEYS[key]))
 
 
 _NOT_EXTRA = {

@@ -60,6 +60,9 @@ ZERO_ALIASES = {
     "zero_allgather_bucket_size": "allgather_bucket_size",
 }
 
+# key -> the launcher that it asks for when it is true
+LAUNCHER_KEYS = {"deepspeed_mpi": "openmpi", "deepspeed_slurm": "slurm"}
+
 # Keys that the mapping onto `domains:` and `mixing:` reads.
 DATA_KEYS = frozenset(
     {
@@ -101,13 +104,6 @@ _TE = Refusal(instead="TransformerEngine layers are not offered; use precision: 
 REFUSED: dict[str, Refusal] = {
     # layout and launch
     "world_size": Refusal(instead="the launcher knows the number of ranks; set num_gpus"),
-    "deepspeed_mpi": Refusal(instead="only the local launcher is offered yet; set num_gpus"),
-    "deepspeed_slurm": Refusal(instead="only the local launcher is offered yet; set num_gpus"),
-    "force_multi": Refusal(instead="only one node is offered yet; remove the key"),
-    "launcher": Refusal(
-        instead="only the local launcher is offered yet; remove the key",
-        neutral=("pdsh", "local"),
-    ),
     "autotuning": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     "autotuning_run": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     # model
@@ -280,11 +276,9 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "user_script",
         "global_num_gpus",
         "config_files",
-        "no_ssh_check",
-        "detect_nvlink_pairs",
-        "comment",
-        "account",
     ),
+    "a host that cannot be reached is named when the launcher fails": ("no_ssh_check",),
+    "devices are taken in the order of the driver": ("detect_nvlink_pairs",),
     "NCCL on GPUs, gloo on CPUs": ("distributed_backend",),
     _DERIVED: ("do_train", "do_valid", "do_test", "dynamic_loss_scale", "git_hash"),
     _UNUSED: (

@@ -46,22 +46,37 @@ class ZeroConfig(Group):
 
 
 class LaunchConfig(Group):
-    """Where ranks are started."""
+    """Where ranks are started, and by what."""
 
+    launcher: Literal["local", "pdsh", "openmpi", "mpich", "impi", "slurm", "torchrun"] | None = (
+        None
+    )
+    """What starts the ranks. Default: `pdsh` if the hostfile has several hosts, `slurm` in a
+    Slurm job of several nodes, else `local`."""
     num_gpus: Count | None = None
-    """Ranks on this node. Default: one per GPU, or one on CPU."""
+    """Ranks on each node. Default: one per slot of the hostfile, or per GPU, or one on CPU."""
     num_nodes: Count | None = None
-    """Number of nodes."""
+    """Number of nodes. Default: all of the hostfile or of the Slurm job."""
+    node_rank: NonNegativeInt | None = None
+    """Number of this node under `launcher: torchrun` on several; also the variable NODE_RANK."""
     hostfile: Text | None = None
-    """File of hosts and slots. (Several nodes come with a later release.)"""
+    """File of hosts and slots, with lines such as `worker-0 slots=8`."""
     include: Text | None = None
-    """Devices to use, in DeepSpeed's form (`localhost:0,2`)."""
+    """Hosts and devices to use, in DeepSpeed's form (`worker-0:0,2@worker-1`)."""
     exclude: Text | None = None
-    """Devices to leave out, in the same form."""
+    """Hosts and devices to leave out, in the same form."""
+    force_multi: bool = False
+    """Start the ranks through the remote launcher even if there is one host."""
     master_addr: Text | None = None
-    """Address of rank 0. Default: this node."""
+    """Address of rank 0. Default: this node, or the first of several hosts."""
     master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Port of rank 0. Default: a free one."""
+    """Port of rank 0. Default: a free one, or 29500 with several hosts."""
+    launcher_args: Text | None = None
+    """Further words for pdsh, mpirun or srun (`--partition=gpu`), quoted as for a shell."""
+    comment: Text | None = None
+    """Comment of the Slurm job."""
+    account: Text | None = None
+    """Account that the Slurm job is charged to."""
 
 
 class TokenizerConfig(Group):

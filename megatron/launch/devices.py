@@ -35,6 +35,13 @@ def detect_devices(environ: Mapping[str, str]) -> Devices:
     return Devices(cuda=_cuda_devices(environ), cores=usable_cores())
 
 
+def cuda_possible(environ: Mapping[str, str]) -> bool:
+    """Tell whether hosts set up like this one, but with GPUs, would use them."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    switched_off = visible is not None and visible.strip() in ("", "-1")
+    return environ.get("DS_ACCELERATOR") != "cpu" and not switched_off and _torch_has_cuda()
+
+
 def usable_cores() -> int:
     """Return the CPU cores this process may use: its affinity, or a container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

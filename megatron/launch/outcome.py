@@ -28,6 +28,7 @@ class RankEnd:
         log: file that holds its output.
         seen: whether its output went to the user as it came.
         lost: whether its guardian vanished without a report (killed, with its rank).
+        host: where it ran, if that is not this host alone.
     """
 
     rank: int
@@ -37,6 +38,12 @@ class RankEnd:
     log: str = ""
     seen: bool = False
     lost: bool = False
+    host: str = ""
+
+    @property
+    def name(self) -> str:
+        """How it is called: by its number, and by its host where there are several."""
+        return f"rank {self.rank} on {self.host}" if self.host else f"rank {self.rank}"
 
     @property
     def exit_code(self) -> int:
@@ -67,8 +74,12 @@ def culprit(ends: Sequence[RankEnd]) -> RankEnd | None:
 
 def _precedence(end: RankEnd) -> tuple[bool, bool, float]:
     killed = -end.code in _BLOWS
-    bereft = any(_PEER_GONE.search(line) for line in end.tail[-3:])
-    return not killed, bereft, end.at
+    return not killed, bereft(end), end.at
+
+
+def bereft(end: RankEnd) -> bool:
+    """Tell whether a rank's last words only say that another one is gone."""
+    return any(_PEER_GONE.search(line) for line in end.tail[-3:])
 
 
 def explain(end: RankEnd, ends: Sequence[RankEnd]) -> list[str]:
@@ -82,17 +93,19 @@ def explain(end: RankEnd, ends: Sequence[RankEnd]) -> list[str]:
     if end.code < 0:
         name = _signal_name(-end.code)
         hint = " (often the kernel, out of memory)" if -end.code == signal.SIGKILL else ""
-        return [f"deepy: rank {end.rank} was killed by {name}{hint}; its output: {end.log}"]
+        return [f"deepy: {end.name} was killed by {name}{hint}; its output: {end.log}"]
     shown = any(
         other.seen and other.code == end.code and other.last_words() == end.last_words()
         for other in ends
     )
     if shown and end.last_words():
         return []
-    head = f"deepy: rank {end.rank} failed with exit code {end.code}"
+    head = f"deepy: {end.name} failed with exit code {end.code}"
     if not end.last_words():
         return [f"{head} and said nothing; its output: {end.log}"]
-    return [f"{head}; its last words (all of them: {end.log}):", *_last_block(end.tail)]
+    mark = f"{end.host}: " if end.host else ""
+    words = [f"{mark}{line}" for line in _last_block(end.tail)]
+    return [f"{head}; its last words (all of them: {end.log}):", *words]
 
 
 def _last_block(tail: Sequence[str]) -> list[str]:

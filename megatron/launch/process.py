@@ -12,8 +12,8 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent_pid: int | None = None) -> None:
-    """Ask the kernel to kill this process (SIGKILL) as soon as its parent is gone.
+def die_with_parent(parent_pid: int | None = None, signum: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to kill this process as soon as its parent is gone.
 
     The request survives ``exec`` but not ``fork``: every process makes its own.
     Call it from the main thread.  Elsewhere than on Linux it does nothing.
@@ -23,12 +23,13 @@ def die_with_parent(parent_pid: int | None = None) -> None:
             before the request was made cannot trigger it, so a process that finds
             another parent than this one ends at once.  ``None`` (the parent of the
             moment) leaves the time before the call uncovered.
+        signum: the signal to kill it with.
     """
     if not sys.platform.startswith("linux"):
         return
     before = os.getppid() if parent_pid is None else parent_pid
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
     if os.getppid() != before:

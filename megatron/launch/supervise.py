@@ -22,8 +22,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from megatron.errors import RunError
 from megatron.launch import wire
@@ -35,6 +35,21 @@ from megatron.launch.stop import EXIT_INTERRUPTED, EXIT_SAVED
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_SECONDS = 3.0
 _TICK_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agent:
+    """How the supervisor of one node serves the parent of all nodes.
+
+    Attributes:
+        address: name of the supervisor's socket, at which it also takes the order to stop.
+        concluded: gets how the ranks of this node ended, and the exit code, at the end.
+        stopping: is told when the ranks have been asked to save and stop.
+    """
+
+    address: str
+    concluded: Callable[[list[RankEnd], int], None]
+    stopping: Callable[[], None]
 
 
 class _Rank:
@@ -63,6 +78,7 @@ def supervise(
     save_timeout: float = 600.0,
     grace: float = GRACE_SECONDS,
     say: Callable[[str], None] | None = None,
+    agent: Agent | None = None,
 ) -> int:
     """Run the job to its end and return the exit code for the command.
 
@@ -73,6 +89,8 @@ def supervise(
         grace: seconds that ranks may go on after one has failed (to fail with a message
             of their own) before they are killed.
         say: where the supervisor's own few lines go; the error output if not given.
+        agent: what a supervisor of one node among several does beside; none if there is
+            one node.
 
     Returns:
         0 when every rank ended with 0; 143 when the ranks saved and stopped;
@@ -82,10 +100,39 @@ def supervise(
     Raises:
         RunError: the launcher could not start, or ended before any rank did.
     """
-    return _Supervisor(plan, log_dir, save_timeout, grace, say or _say).run()
+    return _Supervisor(plan, log_dir, save_timeout, grace, say or print_error, agent).run()
 
 
-def _say(message: str) -> None:
+@contextlib.contextmanager
+def caught_signals(arrived: deque[int]) -> Iterator[None]:
+    """Collect the stopping signals in ``arrived`` instead of dying of them."""
+    previous = {}
+    for signum in WATCHED:
+        # Under nohup SIGHUP is ignored, and stays so.
+        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
+            previous[signum] = signal.signal(signum, lambda number, _frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def kill_session(leader: int, say: Callable[[str], None]) -> None:
+    """Kill every process of the session that ``leader`` began."""
+    give_up = time.monotonic() + 10
+    while members := [pid for pid in session_members(leader) if pid != os.getpid()]:
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > give_up:
+            say(f"deepy: processes {members} cannot be killed (stuck in the kernel?)")
+            return
+        time.sleep(0.02)
+
+
+def print_error(message: str) -> None:
+    """Write a line of the supervisor's own to the error output, if that is still open."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
@@ -98,6 +145,7 @@ class _Supervisor:
         save_timeout: float,
         grace: float,
         say: Callable[[str], None],
+        agent: Agent | None,
     ) -> None:
         self._plan = plan
         self._log_dir = log_dir
@@ -109,7 +157,10 @@ class _Supervisor:
         self._stopping: int | None = None
         self._deadline: float | None = None
         self._verdict: int | None = None
-        self._address = f"neomix-{os.getpid()}-{secrets.token_hex(8)}"
+        self._agent = agent
+        self._address = agent.address if agent else f"neomix-{os.getpid()}-{secrets.token_hex(8)}"
+        self._numbers = plan.numbers
+        self._log = log_dir / plan.log_name
         self._selector = selectors.DefaultSelector()
         self._launcher: subprocess.Popen[bytes]
 
@@ -123,7 +174,7 @@ class _Supervisor:
                 f"the folder {self._log_dir} for the ranks' output cannot be made: "
                 f"{error.strerror}; give another log_dir or run_dir"
             ) from error
-        with self._signals(), self._listener() as listener:
+        with caught_signals(self._arrived), self._listener() as listener:
             self._launcher = self._start()
             try:
                 while not self._finished():
@@ -132,7 +183,11 @@ class _Supervisor:
                     self._judge()
                     if self._launcher.poll() is not None:
                         break
-                return self._conclude()
+                code = self._conclude()
+                if self._agent:
+                    ends = [rank.end for rank in self._ranks.values() if rank.end is not None]
+                    self._agent.concluded(ends, code)
+                return code
             finally:
                 self._end_everything()
 
@@ -148,7 +203,7 @@ class _Supervisor:
             die_with_parent(own)
 
         try:
-            with open(self._log_dir / "launcher.log", "wb") as log:
+            with open(self._log, "wb") as log:
                 return subprocess.Popen(
                     self._plan.command,
                     env=environment,
@@ -163,7 +218,7 @@ class _Supervisor:
 
     def _finished(self) -> bool:
         ended = [rank for rank in self._ranks.values() if rank.end is not None]
-        return len(ended) == self._plan.ranks or self._verdict is not None
+        return len(ended) == len(self._numbers) or self._verdict is not None
 
     def _conclude(self) -> int:
         """Return the exit code, having said what the user should read last."""
@@ -174,7 +229,7 @@ class _Supervisor:
         guilty = culprit(ends)
         if guilty is not None and guilty.failed and self._stopping == -guilty.code:
             return guilty.exit_code  # stopped before it could take the signal in hand
-        if launcher_code is not None and len(reported) < self._plan.ranks:
+        if launcher_code is not None and len(reported) < len(self._numbers):
             guilty = culprit([end for end in reported if end.failed])
             if guilty is None:
                 return self._launcher_ended(launcher_code)
@@ -187,7 +242,7 @@ class _Supervisor:
         return guilty.exit_code
 
     def _launcher_ended(self, code: int) -> int:
-        log = self._log_dir / "launcher.log"
+        log = self._log
         if self._ranks:
             how = "was killed" if code < 0 else f"ended with exit code {code}"
             self._say(f"deepy: DeepSpeed's launcher {how}, and its ranks with it ({log})")
@@ -200,7 +255,7 @@ class _Supervisor:
 
     def _end_everything(self) -> None:
         """Let guardians go, and leave no process of a job that did not end well."""
-        clean = len(self._ranks) == self._plan.ranks and all(
+        clean = len(self._ranks) == len(self._numbers) and all(
             rank.end is not None and not rank.end.failed for rank in self._ranks.values()
         )
         for rank in self._ranks.values():
@@ -212,40 +267,13 @@ class _Supervisor:
                 self._launcher.wait(timeout=5)
         self._launcher.kill()
         if not clean:
-            self._kill_session()
+            kill_session(self._launcher.pid, self._say)
         self._launcher.wait()
         for rank in self._ranks.values():
             rank.connection.close()
         self._selector.close()
 
-    def _kill_session(self) -> None:
-        give_up = time.monotonic() + 10
-        while members := [pid for pid in session_members(self._launcher.pid) if pid != os.getpid()]:
-            for pid in members:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > give_up:
-                self._say(f"deepy: processes {members} cannot be killed (stuck in the kernel?)")
-                return
-            time.sleep(0.02)
-
     # -- signals ------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        previous = {}
-        for signum in WATCHED:
-            # Under nohup SIGHUP is ignored, and stays so.
-            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-                previous[signum] = signal.signal(signum, self._note)
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self._arrived.append(signum)
 
     def _obey(self) -> None:
         """Pass the first stopping signal on to every rank; kill on a second Ctrl-C."""
@@ -256,15 +284,22 @@ class _Supervisor:
                     self._say("deepy: interrupted again: the ranks are killed")
                     self._verdict = EXIT_INTERRUPTED
                 continue
-            self._stopping = signal.SIGTERM if signum == signal.SIGHUP else signum
+            # An agent is told by whatever signal its launcher lets through.
+            unlike = signum == signal.SIGHUP or self._agent is not None
+            self._stopping = signal.SIGTERM if unlike else signum
             self._deadline = time.monotonic() + self._save_timeout
             running = [rank for rank in self._ranks.values() if rank.pid and rank.end is None]
             for rank in running:
                 rank.signal(self._stopping)
+            if self._agent:
+                self._agent.stopping()
             name = signal.Signals(signum).name
             if not running and not any(rank.end for rank in self._ranks.values()):
-                self._say(f"deepy: {name}: no rank had started yet; nothing to save")
                 self._verdict = EXIT_SAVED
+            if self._agent:
+                continue
+            if self._verdict is not None:
+                self._say(f"deepy: {name}: no rank had started yet; nothing to save")
             else:
                 self._say(
                     f"deepy: {name}: asked {len(running)} rank(s) to save and stop, within "
@@ -277,7 +312,7 @@ class _Supervisor:
     def _listener(self) -> Iterator[socket.socket]:
         with wire.make_socket() as listener:
             listener.bind("\0" + self._address)
-            listener.listen(max(16, self._plan.ranks))
+            listener.listen(max(16, len(self._numbers)))
             self._selector.register(listener, selectors.EVENT_READ)
             yield listener
 
@@ -298,7 +333,9 @@ class _Supervisor:
         connection, _ = listener.accept()
         connection.settimeout(10)
         hello = wire.receive(connection)[0] if wire.same_user(connection) else None
-        if hello is None or hello.get("hello") not in range(self._plan.ranks):
+        if hello is not None and hello.get("stop") in WATCHED:
+            self._arrived.append(hello["stop"])
+        if hello is None or hello.get("hello") not in self._numbers:
             connection.close()
             return
         number = int(hello["hello"])

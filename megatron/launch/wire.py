@@ -13,6 +13,7 @@ supervisor ``{"launcher": pid, "log": path, "live": bool}``     start your rank 
 guardian   ``{"started": pid}``                                 the rank runs
 guardian   ``{"ended": code, "at": time, "tail": lines}``       the rank has ended
 supervisor ``{"leave": true}``                                  end with your rank's code
+anyone     ``{"stop": signal}`` (:mod:`megatron.launch.tell`)   save and stop
 =========  ===================================================  =========================
 """
 
