@@ -1,344 +1,23 @@
-"""Runs of the same configuration in many layouts, and how far they are from the reference."""
+"""Runs of the same scenario in many layouts, and how far they are from the reference."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from support import runs
-from support.reference import Fixed, Odm, Reference, piecewise_linear
+from support.scenarios import STEPS, Order, loss_weights
 from support.training import Harness
 
-from megatron.config import load_config
 from megatron.mixing.base import Decision
-from megatron.model.gpt import GPT
 from megatron.parallel.layout import Layout
 from megatron.parallel.partition import Partition
-from megatron.parallel.topology import Topology
-from megatron.training.check import preflight
 from megatron.training.loop import Ending
 
-STEPS = 50
-"""What the schedules are cut for; a shorter run is the beginning of this one."""
-TOKEN_WEIGHTS = np.array([0.25, 1.0, 3.0])
-VOCABULARY = 123
-_VALIDATED = 7  # windows per domain: not a multiple of any layout's rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A layout and a ZeRO stage."""
-
-    tensor: int = 1
-    pipe: int = 1
-    data: int = 1
-    zero: int = 1
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.tensor * self.pipe * self.data
-
-    @property
-    def layout(self) -> Layout:
-        """The arrangement of the ranks."""
-        return Layout(world_size=self.world, tensor_size=self.tensor, pipe_size=self.pipe)
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """What a configuration says of it."""
-        return {
-            "num_gpus": self.world,
-            "model_parallel_size": self.tensor,
-            "pipe_parallel_size": self.pipe,
-            "zero_optimization": {"stage": self.zero},
-        }
-
-    def __str__(self) -> str:
-        return f"tp{self.tensor}-pp{self.pipe}-dp{self.data}-zero{self.zero}"
-
-
-SHAPES = [
-    Shape(tensor=tensor, pipe=pipe, data=data, zero=zero)
-    for tensor, pipe, data in (
-        (1, 1, 1),
-        (2, 1, 1),
-        (1, 2, 1),
-        (1, 1, 2),
-        (2, 2, 1),
-        (2, 1, 2),
-        (1, 2, 2),
-        (2, 2, 2),
-    )
-    for zero in ((1, 2, 3) if pipe == 1 else (1,))
-]
-"""Every layout of at most two ranks an axis, with every ZeRO stage that it allows."""
-
-NEOX = {"gpt_j_residual": True, "rotary_pct": 0.5, "make_vocab_size_divisible_by": 50}
-SEQUENTIAL = {"rotary_pct": 1.0, "no_weight_tying": True, "make_vocab_size_divisible_by": 40}
-LLAMA = {
-    "rotary_pct": 1.0,
-    "no_weight_tying": True,
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "intermediate_size": 48,
-    "num_kv_heads": 2,
-    "use_bias_in_attn_linear": False,
-    "use_bias_in_mlp": False,
-    # Of two tensor ranks the second holds nothing but padding.
-    "make_vocab_size_divisible_by": 128,
-}
-GIVEN = {"walk": 0.2, "drift": 0.5, "noise": 0.3}
-LATER = {"walk": 0.6, "drift": 0.1, "noise": 0.3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """What is trained and how it is mixed, whatever the layout.
-
-    Attributes:
-        name: of the scenario.
-        changes: keys of the configuration that are the scenario's own.
-        mixing: the block ``mixing``; "replay" stands for the ledger of another scenario.
-        mixture: the same rule in the reference.
-        weighted: whether the mixer also weighs the domains' losses.
-        masked: whether the loss is masked behind ends of documents.
-        replays: scenario whose ledger is replayed.
-    """
-
-    name: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    mixing: Mapping[str, Any] = field(default_factory=dict)
-    mixture: Callable[[], Fixed | Odm]
-    weighted: bool = False
-    masked: bool = False
-    replays: str | None = None
-
-
-def _given() -> np.ndarray:
-    weights = np.array(list(GIVEN.values()))
-    return weights / weights.sum()
-
-
-SCENARIOS = {
-    scenario.name: scenario
-    for scenario in (
-        Scenario(
-            name="odm",
-            changes=NEOX,
-            mixing={"method": "odm", "draw": "multinomial", "weights": "uniform"},
-            mixture=lambda: Odm(np.ones(3)),
-        ),
-        Scenario(
-            name="odm-apportion",
-            changes={**LLAMA, "pipe_partition_method": "parameters"},
-            mixing={
-                "method": "odm",
-                "draw": "apportion",
-                "weights": GIVEN,
-                "smoothing_factor": 0.5,
-            },
-            mixture=lambda: Odm(_given(), alpha=0.5),
-            masked=True,
-        ),
-        Scenario(
-            name="static",
-            changes={
-                **SEQUENTIAL,
-                "no_weight_tying": False,
-                "pipe_partition_method": "uniform",
-                "checkpoint_activations": True,
-                "checkpoint_num_layers": 2,
-            },
-            mixing={"method": "static", "draw": "apportion", "weights": GIVEN},
-            mixture=lambda: Fixed(lambda step: _given()),
-            weighted=True,
-        ),
-        Scenario(
-            name="schedule",
-            changes={**SEQUENTIAL, "pipe_partition_method": "type:transformer|final"},
-            mixing={
-                "method": "schedule",
-                "draw": "multinomial",
-                "interpolation": "linear",
-                "stages": [
-                    {"weights": GIVEN, "steps": 6},
-                    {"weights": LATER, "steps": 20},
-                    {"weights": "uniform"},
-                ],
-            },
-            mixture=lambda: Fixed(
-                piecewise_linear([1, 7, 27], [[*GIVEN.values()], [*LATER.values()], [1, 1, 1]])
-            ),
-            masked=True,
-        ),
-        Scenario(
-            name="replay",
-            changes={**LLAMA, "no_weight_tying": False, "pipe_partition_method": "uniform"},
-            mixing={"method": "schedule", "draw": "apportion"},
-            mixture=lambda: Fixed(lambda step: _given()),
-            weighted=True,
-            replays="odm",
-        ),
-    )
-}
-
-
-class Case:
-    """A scenario with its data and its reference run, ready to be trained in any layout."""
-
-    def __init__(self, scenario: Scenario, folder: Path, replayed: Case | None = None) -> None:
-        self.scenario, self.folder = scenario, folder
-        mixing, self._mixture = dict(scenario.mixing), scenario.mixture()
-        if replayed is not None:
-            # The recorded distributions and loss weights decide, to the bit.
-            mixing["replay"] = str(folder / f"{scenario.name}.jsonl")
-            rows = [np.array(record["weights"]) for record in replayed.records]
-            self._mixture = Fixed(lambda step: rows[step - 1])
-            _write_ledger(Path(mixing["replay"]), rows)
-        self.content = self._content(mixing)
-
-    def _content(self, mixing: Mapping[str, Any]) -> dict[str, Any]:
-        return runs.config(
-            self.folder / "data",
-            self.folder / "run",
-            **{
-                "num_layers": 4,
-                "num_attention_heads": 4,
-                "vocab_size": VOCABULARY,
-                "seed": 1234,
-                "train_iters": STEPS,
-                "hidden_dropout": 0.0,
-                "attention_dropout": 0.0,
-                "weight_decay": 0.1,
-                "gradient_clipping": 0.7,
-                "warmup": 0.1,
-                "lr_decay_style": "cosine",
-                "min_lr": 1e-3,
-                "max_validation_samples_per_dataset": _VALIDATED,
-                # A large eps keeps Adam from blowing a gradient of rounding's size up to a step.
-                "optimizer": {
-                    "type": "Adam",
-                    "params": {"lr": 3e-2, "betas": [0.9, 0.95], "eps": 1e-2},
-                },
-                "eod_mask_loss": self.scenario.masked,
-                "mixing": mixing,
-                **self.scenario.changes,
-            },
-        )
-
-    def file(self, shape: Shape, **changes: Any) -> Path:
-        """Write the configuration of one layout."""
-        text = json.dumps({str(shape): changes}, sort_keys=True, default=str)
-        tag = hashlib.sha256(text.encode()).hexdigest()[:8]
-        path = self.folder / f"{self.scenario.name}-{shape}-{tag}.yml"
-        return runs.write_config(path, {**self.content, **shape.keys, **changes})
-
-    @property
-    def order(self) -> Order:
-        """How ranks are told to run it."""
-        return Order(weighted=self.scenario.weighted and self.scenario.replays is None)
-
-    def cuts(self, layout: Layout) -> dict[str, Partition | None]:
-        """Return how a layout's tensor ranks divide every parameter."""
-        model = self._model(Topology(layout=layout, rank=0), device="meta")
-        return {name: value.partition for name, value in model.named_parameters()}
-
-    def _model(self, topology: Topology, device: str) -> GPT:
-        checked = preflight(load_config([str(self.file(Shape()))]), world_size=1, gpus=0)
-        checked.domains.close()
-        seed = checked.config.training.seed
-        return GPT(checked.config.model, topology, seed=seed, device=device)
-
-    @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The initial weights by name, without padding."""
-        model = self._model(Topology.single(), device="cpu")
-        return {
-            name: value.detach() if value.partition is None else value.partition.unpad(value.data)
-            for name, value in model.named_parameters()
-        }
-
-    @cached_property
-    def _run(self) -> dict[str, Any]:
-        reference = Reference(
-            self.content,
-            self.weights,
-            self._mixture,
-            loss_weights=loss_weights if self.scenario.weighted else None,
-            eod=runs.EOD if self.scenario.masked else None,
-        )
-        records, valid = [], {0: reference.validation(_VALIDATED)}
-        for step in range(1, STEPS + 1):
-            records.append(reference.step(step))
-            if step in (10, STEPS):
-                valid[step] = reference.validation(_VALIDATED)
-        final = {name: value.detach() for name, value in reference.weights.items()}
-        return {"records": records, "valid": valid, "final": final}
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """The reference's ledger."""
-        records: list[dict[str, Any]] = self._run["records"]
-        return records
-
-    @property
-    def valid(self) -> dict[int, np.ndarray]:
-        """The reference's validation losses, by step."""
-        valid: dict[int, np.ndarray] = self._run["valid"]
-        return valid
-
-    @property
-    def final(self) -> dict[str, torch.Tensor]:
-        """The reference's weights after the last step."""
-        final: dict[str, torch.Tensor] = self._run["final"]
-        return final
-
-
-def _write_ledger(path: Path, rows: Sequence[np.ndarray]) -> None:
-    lines = [
-        json.dumps(
-            {
-                "step": step,
-                "probability": dict(zip(runs.DOMAINS, row.tolist(), strict=True)),
-                "loss_weight": dict(zip(runs.DOMAINS, loss_weights(step).tolist(), strict=True)),
-            }
-        )
-        for step, row in enumerate(rows, start=1)
-    ]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def loss_weights(step: int) -> np.ndarray:
-    """Weigh the domains' tokens, differently at every step."""
-    return np.roll(TOKEN_WEIGHTS, step) * step
-
-
 # Inside a rank.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a rank does with a configuration.
-
-    Attributes:
-        steps: to train.
-        weighted: let the mixer weigh losses too.
-        validate: steps after which the validation sets are measured.
-        keep: steps after which the weights are kept.
-    """
-
-    steps: int = 10
-    weighted: bool = False
-    validate: tuple[int, ...] = ()
-    keep: tuple[int, ...] = ()
 
 
 class Weighted:
@@ -350,9 +29,7 @@ class Weighted:
     def decide(self, step: int) -> Decision:
         """Decide as the inner mixer does."""
         decision = self._inner.decide(step)
-        return Decision(
-            sampling_weights=decision.sampling_weights, loss_weights=loss_weights(step)
-        )
+        return Decision(sampling_weights=decision.sampling_weights, loss_weights=loss_weights(step))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -470,12 +147,12 @@ def assert_equal(
         The worst relative difference of each quantity at step 1, and up to 10 and all steps.
     """
     worst = {name: {1: 0.0, 10: 0.0, STEPS: 0.0} for name in compared}
-    for own, other in zip(ledger, records, strict=False):
+    for own, other in zip(ledger, records[: len(ledger)], strict=True):
         step = own["step"]
         assert step == other["step"]
         assert own["samples"] == other["samples"], f"step {step} drew other samples"
         assert own["tokens"] == other["tokens"], f"step {step} counts other tokens"
-        assert own["lr"] == _close(other["lr"]), f"step {step} has another learning rate"
+        assert relative(own["lr"], other["lr"]) < 1e-12, f"step {step} has another learning rate"
         assert not own["skipped"]
         for name in compared:
             difference = relative(own[name], other[name])
@@ -486,9 +163,3 @@ def assert_equal(
                 if step <= until:
                     worst[name][until] = max(worst[name][until], difference)
     return worst
-
-
-def _close(value: float) -> Any:
-    import pytest
-
-    return pytest.approx(value, rel=1e-12)

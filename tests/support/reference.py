@@ -161,7 +161,7 @@ class Fixed:
         """Return the distribution of ``step``."""
         return self.by_step(step)
 
-    def observe(self, step: int, loss: np.ndarray, seen: np.ndarray) -> None:
+    def observe(self, step: int, loss: np.ndarray, seen: np.ndarray, drawn_by: np.ndarray) -> None:
         """Learn nothing."""
 
 
@@ -178,12 +178,12 @@ class Odm:
         """Return the distribution of ``step``."""
         return self.p
 
-    def observe(self, step: int, loss: np.ndarray, seen: np.ndarray) -> None:
+    def observe(self, step: int, loss: np.ndarray, seen: np.ndarray, drawn_by: np.ndarray) -> None:
         """Smooth L / p into the estimate, and weigh its exponentials."""
         k = len(self.p)
         for i in range(k):
             if seen[i]:
-                reward = loss[i] / self.p[i]
+                reward = loss[i] / drawn_by[i]
                 self.estimate[i] = self.alpha * self.estimate[i] + (1 - self.alpha) * reward
         epsilon = min(1.0 / k, math.sqrt(math.log(k) / (k * step)))
         scores = self.last_epsilon * self.estimate
@@ -233,6 +233,8 @@ class Reference:
             foreach=False,
             fused=False,
         )
+        self.lag = content["mixing"].get("lag", 0)
+        self.ahead: np.ndarray | None = None
         self.names = list(content["domains"])
         self.domains = self._open("train")
         self.sampler = Sampler(
@@ -268,7 +270,9 @@ class Reference:
 
     def step(self, step: int) -> dict[str, Any]:
         """Train one step; return what the layouts' ledger holds of it."""
-        p = np.asarray(self.mixture.decide(step), dtype=np.float64)
+        p = self.mixture.decide(step) if self.ahead is None else self.ahead
+        if self.lag:
+            self.ahead = self.mixture.decide(step + 1)  # before this step is observed
         drawn = self.sampler.plan(step, p).sample_ids(self.names)
         place = np.array([self.names.index(name) for name, _, _ in drawn])
         windows = [
@@ -286,7 +290,7 @@ class Reference:
             group["lr"] = lr
         self.optimizer.step()
         loss, count = self._by_domain(losses, mask, place)
-        self.mixture.observe(step, loss, count > 0)
+        self.mixture.observe(step, loss, count > 0, p)
         return {
             "step": step,
             "samples": drawn,
