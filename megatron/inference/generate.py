@@ -17,6 +17,7 @@ from megatron.engine.engine import TrainEngine
 from megatron.errors import DataError
 from megatron.inference.sample import Sampling
 from megatron.parallel.collectives import broadcast_from_last_stage, gather_last_dimension
+from megatron.parallel.sequence import enter_shared
 from megatron.parallel.topology import Topology
 
 
@@ -47,7 +48,8 @@ class NextTokenLogits:
 
     def __call__(self, output: Any, labels: Any) -> torch.Tensor:
         """Keep the logits at ``labels[0]`` (int64 ``[B]``); returns a scalar, as a loss would."""
-        hidden, weight = output
+        part, weight = output
+        hidden = enter_shared(part, self._topology)
         (positions,) = labels
         rows = torch.arange(len(positions), device=hidden.device)
         own = hidden[rows, positions] @ weight.T

@@ -84,6 +84,7 @@ def test_every_layout_continues_alike(tmp_path: Path) -> None:
     whole = run_ranks(body, 1, [write(tmp_path)])[0][0]
     layouts = [
         write(tmp_path, model_parallel_size=2),
+        write(tmp_path, model_parallel_size=2, sequence_parallel=True),
         write(tmp_path, pipe_parallel_size=2),
         write(tmp_path, zero_optimization={"stage": 3}),
     ]
