@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.utils.timer import NoopTimer
 
 from megatron.engine.engine import LossFunction, TrainEngine, tensor_partitions
 from megatron.engine.mpu import forget_grid, process_topology
@@ -160,3 +162,15 @@ def _specification(layer: LayerDescription) -> LayerSpec:
         tied_weight_attr=list(layer.tied_weights),
         **layer.arguments,
     )
+
+
+def _silence(engine: Any) -> None:
+    """Leave out what DeepSpeed does at each step for a report that nobody asked for.
+
+    It would spread the step's loss over all ranks (two collectives; the ledger says more) and
+    keep the time of every step for ever.
+    """
+    asked = engine.steps_per_print() not in (None, math.inf)
+    if not (asked or engine.wall_clock_breakdown() or engine.monitor.enabled):
+        engine._aggregate_total_loss = lambda: None
+        engine.timers = NoopTimer()

@@ -181,6 +181,7 @@ def test_deepspeed_dictionary(load):
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": math.inf,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
     }
 
 
