@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.engine.universal import plain_path
 from megatron.engine.universal_load import UniversalCheckpoint, load_universal
 from megatron.errors import CheckpointError
 from megatron.parallel.partition import Partition
@@ -150,13 +151,14 @@ class TrainEngine(ABC):
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        path, _ = self._engine.load_checkpoint(
-            str(directory),
-            tag=tag,
-            load_optimizer_states=not weights_only,
-            load_lr_scheduler_states=False,
-            load_module_only=weights_only,
-        )
+        with plain_path(directory) as plain:
+            path, _ = self._engine.load_checkpoint(
+                str(plain),
+                tag=tag,
+                load_optimizer_states=not weights_only,
+                load_lr_scheduler_states=False,
+                load_module_only=weights_only,
+            )
         if path is None:
             raise CheckpointError(f"DeepSpeed could not load the checkpoint {directory / tag}")
         self._separate_groups(hyperparameters)

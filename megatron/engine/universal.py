@@ -11,7 +11,7 @@ import io
 import re
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,19 +118,16 @@ def convert_to_universal(source: Path, target: Path, *, workers: int = 1) -> Non
     target.mkdir(parents=True, exist_ok=True)
     chatter = io.StringIO()
     try:
-        # DeepSpeed takes the folders' names for patterns: it is given plain ones.
         with (
-            tempfile.TemporaryDirectory(prefix="neomix-convert-") as plain,
+            plain_path(source) as plain_source,
+            plain_path(target) as plain_target,
             contextlib.redirect_stdout(chatter),
             contextlib.redirect_stderr(chatter),
         ):
-            links = Path(plain) / "source", Path(plain) / "target"
-            for link, folder in zip(links, (source, target), strict=True):
-                link.symlink_to(folder.absolute(), target_is_directory=True)
             ds_to_universal.main(
                 Namespace(
-                    input_folder=str(links[0]),
-                    output_folder=str(links[1]),
+                    input_folder=str(plain_source),
+                    output_folder=str(plain_target),
                     num_extract_workers=workers,
                     num_merge_workers=workers,
                     keep_temp_folder=False,
@@ -144,6 +141,19 @@ def convert_to_universal(source: Path, target: Path, *, workers: int = 1) -> Non
             "resume with the layout that wrote it, or start in another run_dir"
         ) from error
     _keep_common_state(target / OPTIMIZER_STATE)
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """Yield another path of a folder, with nothing special in it.
+
+    DeepSpeed looks for files by patterns that begin with the folder's name, and finds none where
+    that holds a bracket or a plus sign.
+    """
+    with tempfile.TemporaryDirectory(prefix="neomix-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
 
 
 def _keep_common_state(file: Path) -> None:

@@ -212,6 +212,18 @@ def test_a_run_changes_its_layout(
     assert max(worst[STOP:]) < later
 
 
+@pytest.mark.slow
+def test_a_run_changes_its_precision(
+    references: References, pools: RankPools, tmp_path: Path
+) -> None:
+    whole, states = references.run("neox", Cell(1, 1, 2, 1))
+    references.stop(whole, tmp_path / "run")
+    after = Cell(1, 1, 2, 2)
+    file = write(tmp_path, references.data, "neox", after, precision="bfloat16")
+    assert_same_state(states, pools.call(relayout.loaded_state, 2, file))
+    assert pools.call(relayout.train, 2, file) == [0, 0]
+
+
 @pytest.mark.parametrize(
     "after",
     [Cell(1, 1, 2, 3), pytest.param(Cell(1, 2, 1, 1), marks=pytest.mark.slow)],
