@@ -35,7 +35,7 @@ in vectors keyed by domain name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -287,10 +287,28 @@ class Mixer(ABC):
                 raise KeyError(name)
             read = [np.nan if values[d] is None else float(values[d]) for d in self.domains]
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the state of mixing method '{self.method}' is damaged: {name} is {values!r}"
-            ) from error
+            raise self._damaged(name, values) from error
         return np.array(read, dtype=np.float64)
+
+    def _check_rule(self, rule: Mapping[str, Any], keys: Collection[str]) -> None:
+        """Refuse what :meth:`_restore` got unless it holds exactly ``keys``."""
+        if rule.keys() != set(keys):
+            raise CheckpointError(
+                f"the state of mixing method '{self.method}' holds {sorted(rule)} where "
+                f"{sorted(keys)} belong"
+            )
+
+    def _damaged(self, name: str, value: object) -> CheckpointError:
+        """Return the error of a state that no run of ours can have written."""
+        return CheckpointError(
+            f"the state of mixing method '{self.method}' is damaged: {name} is {value!r}"
+        )
+
+    def _whole(self, value: object, name: str, *, least: int) -> int:
+        """Read back a whole number of at least ``least``."""
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._damaged(name, value)
+        return value
 
     # How it hangs together.
 

@@ -9,13 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.errors import ConfigError
+from megatron.mixing.ado import Ado, AdoOptions
+from megatron.mixing.aioli import Aioli, AioliOptions
+from megatron.mixing.average_of_ledger import AverageOfLedger
 from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.dynamic_loading import DynamicLoading, DynamicLoadingOptions
 from megatron.mixing.ema import Ema, EmaOptions
 from megatron.mixing.exp3 import Exp3, Exp3Options
+from megatron.mixing.naive_validation import NaiveValidation, NaiveValidationOptions
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.odm import Odm, OdmOptions
 from megatron.mixing.options import CommonOptions, by_domain, read_options
+from megatron.mixing.replay_run import Replay, ReplayOptions
 from megatron.mixing.schedule import Schedule, ScheduleOptions
+from megatron.mixing.skillit import SkillIt, SkillItOptions
 from megatron.mixing.smoothed_mean import SmoothedMean, SmoothedMeanOptions
 from megatron.mixing.smoothed_mean_exp import SmoothedMeanExp, SmoothedMeanExpOptions
 from megatron.mixing.static import Static, StaticOptions
@@ -44,6 +51,13 @@ for _mixer, _options in (
     (SmoothedMeanExp, SmoothedMeanExpOptions),
     (Exp3, Exp3Options),
     (Ema, EmaOptions),
+    (Ado, AdoOptions),
+    (NaiveValidation, NaiveValidationOptions),
+    (SkillIt, SkillItOptions),
+    (DynamicLoading, DynamicLoadingOptions),
+    (Aioli, AioliOptions),
+    (Replay, ReplayOptions),
+    (AverageOfLedger, ReplayOptions),
 ):
     register(_mixer, _options)
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.errors import DataError, did_you_mean
+from megatron.mixing.earlier_run import how_to_make
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.simplex import is_distribution, normalise
 
@@ -58,7 +59,7 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
             domains are not ``domains``; the message names file and line.
     """
     file = Path(path)
-    file = file / LEDGER_NAME if file.is_dir() else file
+    file = file / LEDGER_NAME if file.is_dir() or not file.suffix else file
     steps, rows = array("q"), array("d")  # compact: a long run has millions of numbers
     loss_weight: dict[int, FloatArray] = {}
     fresh_quota: dict[int, int] = {}
@@ -83,7 +84,8 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
                         target[step] = _whole(f"{where}: {key}", record[key])
     except OSError as error:
         raise DataError(
-            f"replay: cannot read {file} ({error.strerror}); give a run's {LEDGER_NAME} or folder"
+            f"replay: cannot read {file} ({error.strerror}); give a run's {LEDGER_NAME} or folder "
+            f"({how_to_make(file)})"
         ) from error
     if not steps:
         raise DataError(f"replay: {file} holds no complete record; give the ledger of a run")

@@ -16,8 +16,18 @@ import sys
 sys.path[:0] = sys.argv[1:]
 from data_sampling_utils import Observation, available_methods, build_mixer
 
+import json, pathlib, tempfile
+ledger = pathlib.Path(tempfile.mkdtemp()) / "mixture.jsonl"
+ledger.write_text(json.dumps({"step": 1, "probability": {"code": 0.5, "prose": 0.5}}) + "\\n")
+needed = {
+    "ado": {"first_fit": 2},
+    "dynamic_loading": {"targets": [1.0, 2.0]},
+    "replay": {"ledger": str(ledger)},
+    "average_of_ledger": {"ledger": str(ledger)},
+}
 for method in available_methods():
-    mixer = build_mixer(method, domains=["code", "prose"], weights=[0.5, 0.5])
+    options = needed.get(method, {})
+    mixer = build_mixer(method, domains=["code", "prose"], weights=[0.5, 0.5], **options)
     for step in range(1, 4):
         p = mixer.decide(step=step).sampling_weights
         mixer.observe(Observation(step=step, loss_sum=[20.0, 5.0], token_count=[8, 4]))
