@@ -60,23 +60,24 @@ def main() -> None:
     options = parser.parse_args()
     from support.memory import compare, write
 
-    print("| case | stage | quantity | measured MiB | predicted MiB | measured ÷ predicted |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("MiB measured (measured ÷ predicted); the rank of a stage that holds most\n")
+    names = ("weights", "gradients", "master", "moments", "bucket", "activations", "in_flight")
+    print(f"| case | stage | {' | '.join(names)} |")
+    print("|---" * (2 + len(names)) + "|", flush=True)
     for name, (ranks, changes) in _cases().items():
         if options.only not in name:
             continue
         with tempfile.TemporaryDirectory() as folder:
             rows = compare(write(Path(folder), **_SHAPE, **changes), ranks)
-        for stage, quantity, measured, predicted in rows:
-            if quantity == "in_flight":
-                print(f"| {name} | {stage} | in flight | {measured:.0f} | {predicted:.0f} | |")
-                continue
-            ratio = f"{measured / predicted:.4f}" if predicted else ""
-            print(
-                f"| {name} | {stage} | {quantity} | {measured / 2**20:.2f} | "
-                f"{predicted / 2**20:.2f} | {ratio} |",
-                flush=True,
-            )
+        for stage in sorted({row[0] for row in rows}):
+            cells = [_cell(*row[1:]) for row in rows if row[0] == stage]
+            print(f"| {name} | {stage} | {' | '.join(cells)} |", flush=True)
+
+
+def _cell(quantity: str, measured: float, predicted: float) -> str:
+    if quantity == "in_flight":
+        return f"{measured:.0f} ({predicted:.0f})"
+    return f"{measured / 2**20:.2f} ({measured / predicted:.4f})"
 
 
 if __name__ == "__main__":

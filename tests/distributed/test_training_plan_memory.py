@@ -13,7 +13,7 @@ LLAMA = {"activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False}
 RECOMPUTED = {"checkpoint_activations": True, "checkpoint_num_layers": 2}
 
 STATES = 0.01
-ACTIVATIONS = 0.05
+ACTIVATIONS = 0.01
 """How far a plan may be off: tables and counters of a few bytes are not predicted."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -71,6 +71,37 @@ def compare(file: Path, world_size: int) -> list[tuple[int, str, float, float]]:
 
 def measure(rank: int, world_size: int, file: Path) -> dict[str, float]:
     """Return bytes on this rank: states, buckets, activations; and micro-batches in flight."""
+    meter = _build(rank, world_size, file)
+    found = meter.activations()
+    found.update(meter.step())
+    found.update(meter.states())
+    found["stage"] = meter.topology.stage
+    return found
+
+
+def traffic(rank: int, world_size: int, file: Path) -> dict[str, tuple[float, float]]:
+    """Return the bytes that this rank sends in a step: (counted, planned) by axis of the layout.
+
+    Counted is what torch's collectives are handed, sent as rings do; messages of less than a
+    KiB (norms, shapes, flags) are no part of it.
+    """
+    meter = _build(rank, world_size, file)
+    layout = meter.topology.layout
+    counter = _Counter(layout)
+    engine = meter.engine
+    with counter:
+        engine.train_step(1, iter(meter._batches()), lr=1e-3)
+    plan = make_plan(meter.config, layout, on_cpu=True)
+    sent = plan.stages[meter.topology.stage].sent
+    planned = {
+        "tensor": sent.get("tensor", 0.0),
+        "data": sent.get("gradients", 0.0) + sent.get("weights", 0.0),
+        "pipe": sent.get("pipeline", 0.0) + sent.get("tied embedding", 0.0),
+    }
+    return {axis: (counter.sent.get(axis, 0.0), value) for axis, value in planned.items()}
+
+
+def _build(rank: int, world_size: int, file: Path) -> _Meter:
     from megatron.engine.runtime import start_runtime
     from megatron.training.build import Batch, _build_engine
 
@@ -80,12 +111,116 @@ def measure(rank: int, world_size: int, file: Path) -> dict[str, float]:
     topology = Topology.create(layout, rank, sequence_parallel=config.parallel.sequence_parallel)
     batch = Batch(*resolve_batch(config.batch, layout.data_size))
     engine = _build_engine(config, topology, batch, lambda *_: None)  # type: ignore[arg-type]
-    meter = _Meter(engine, config, topology, batch)
-    found = meter.activations()
-    found.update(meter.step())
-    found.update(meter.states())
-    found["stage"] = topology.stage
-    return found
+    return _Meter(engine, config, topology, batch)
+
+
+class _Counter:
+    """Counts what goes through torch.distributed while it is entered."""
+
+    # Name, which argument says how much, and the share of it that a ring of k sends:
+    # factor × (k − 1) / k of a tensor that is handed in (or, for gathers, comes out) whole.
+    _RINGS: ClassVar = {
+        "all_reduce": (0, 2),
+        "all_gather_into_tensor": (0, 1),
+        "all_gather_single": (0, 1),
+        "reduce_scatter_tensor": (1, 1),
+        "reduce_scatter_single": (1, 1),
+        "all_gather": (0, 1),
+        "_all_gather_base": (0, 1),
+        "_reduce_scatter_base": (1, 1),
+    }
+
+    def __init__(self, layout: Any) -> None:
+        self.sent: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self._layout = layout
+        self._undo: list[Any] = []
+        self._inside = False
+
+    def __enter__(self) -> None:
+        import deepspeed.comm.comm as backend
+        import torch.distributed as dist
+
+        from megatron.parallel import sequence
+
+        for name, (argument, factor) in self._RINGS.items():
+            if hasattr(dist, name):
+                self._wrap(dist, name, self._ring(getattr(dist, name), argument, factor))
+        for name, argument in (("_ALL_GATHER", 0), ("_REDUCE_SCATTER", 1)):
+            self._wrap(sequence, name, self._ring(getattr(sequence, name), argument, 1))
+        # DeepSpeed holds on to these two by themselves.
+        for name, argument in (("all_gather_function", 0), ("reduce_scatter_function", 1)):
+            held = self._ring(getattr(backend.cdb, name), argument, 1)
+            self._wrap(backend.cdb, name, held)
+        for name in ("send", "isend"):
+            self._wrap(dist, name, self._message(getattr(dist, name)))
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, original in self._undo:
+            setattr(module, name, original)
+
+    def _wrap(self, module: Any, name: str, wrapper: Any) -> None:
+        self._undo.append((module, name, getattr(module, name)))
+        setattr(module, name, wrapper)
+
+    def _ring(self, original: Any, argument: int, factor: int) -> Any:
+        import torch.distributed as dist
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            names = (
+                ("tensor", "output_tensor", "output")
+                if argument == 0
+                else ("input_tensor", "input")
+            )
+            value = arguments[argument] if len(arguments) > argument else None
+            if value is None:
+                value = next(named[name] for name in names if name in named)
+            size = sum(map(_bytes, value)) if isinstance(value, list) else _bytes(value)
+            members = dist.get_process_group_ranks(named.get("group") or dist.group.WORLD)
+            self._count(members, size, factor)
+            return self._once(original, arguments, named)
+
+        return counted
+
+    def _message(self, original: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            import torch.distributed as dist
+
+            tensor = arguments[0] if arguments else named["tensor"]
+            target = arguments[1] if len(arguments) > 1 else named["dst"]
+            self._count([dist.get_rank(), target], _bytes(tensor), None)
+            return self._once(original, arguments, named)
+
+        return counted
+
+    def _once(self, original: Any, arguments: Any, named: Any) -> Any:
+        # One name of a collective may call another: it is still one.
+        outer, self._inside = self._inside, True
+        try:
+            return original(*arguments, **named)
+        finally:
+            self._inside = outer
+
+    def _count(self, members: list[int], size: float, factor: int | None) -> None:
+        if self._inside or size < 1024:
+            return
+        axis = next(
+            (
+                name
+                for name in ("tensor", "data", "pipe")
+                if self._lies_in(members, getattr(self._layout, f"{name}_groups")())
+            ),
+            "other",
+        )
+        share = 1.0 if factor is None else factor * (len(members) - 1) / len(members)
+        self.sent[axis] = self.sent.get(axis, 0.0) + share * size
+
+    def _lies_in(self, members: list[int], groups: list[list[int]]) -> bool:
+        return len(members) > 1 and any(set(members) <= set(ranks) for ranks in groups)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class _Meter:
@@ -162,9 +297,12 @@ class _Meter:
                 output = self._forward(value, labels)
         finally:
             DropoutRng.recomputed = original  # type: ignore[method-assign]
+        kept = float(sum(size for size, _ in seen.values()))
         if not self.topology.is_last_stage:
-            keep(output)
-        return {"activations": sum(size for size, _ in seen.values())}
+            # DeepSpeed keeps it in parts where all tensor ranks hold the same.
+            alike = 1 if self.topology.splits_sequence else self.topology.tensor_size
+            kept += _bytes(output) / alike
+        return {"activations": kept}
 
     def _forward(self, value: torch.Tensor, labels: Any) -> Any:
         if self.topology.pipe_size == 1:

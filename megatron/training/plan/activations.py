@@ -70,12 +70,14 @@ def stage_activations(
     """Count the activations of the layers from ``first`` up to before ``last``."""
     total = spec.num_layers + 3
     blocks = max(0, min(last, spec.num_layers + 1) - max(first, 1))
-    residual = setting.residual(spec)
+    tokens = setting.tokens(spec)
     saved = blocks_saved(spec, setting, blocks)
-    saved += setting.tokens(spec) * 24  # ids, targets, mask, weights
+    saved += tokens * 24  # ids, targets, mask, weights
     saved += embedding_saved(spec, setting) if first == 0 else 0
     saved += norm_saved(spec, setting) if first <= spec.num_layers + 1 < last else 0
-    saved += residual if last < total else loss_saved(spec, setting)
+    # A stage keeps its output for backward; tensor ranks that hold the same share it out.
+    handed_on = tokens * spec.hidden_size * setting.width / setting.tensor_size
+    saved += handed_on if last < total else loss_saved(spec, setting)
     workspace = _block_workspace(spec, setting) if blocks else 0.0
     if last == total:
         workspace = max(workspace, loss_workspace(spec, setting))

@@ -86,7 +86,10 @@ def _tensor(spec: ModelSpec, setting: Setting, shape: StageShape) -> float:
     whole = tokens * spec.hidden_size * setting.width
     once = _all_reduce(ranks) * whole
     blocks = max(0, min(shape.last, spec.num_layers + 1) - max(shape.first, 1))
-    sums = blocks * (6 if spec.checkpoint_activations else 4)
+    sums = blocks * 4
+    if spec.checkpoint_activations:
+        # Forward again, up to the last result that backward needs: not a group's last sum.
+        sums += blocks * 2 - -(-blocks // spec.checkpoint_num_layers)
     if setting.sequence_parallel:
         sums += blocks  # twice the half of a sum
     if shape.first == 0:
@@ -95,6 +98,10 @@ def _tensor(spec: ModelSpec, setting: Setting, shape: StageShape) -> float:
     if shape.last == spec.num_layers + 3:
         # The gradient of the hidden states; largest logit, sum and target's logit per token.
         sent += once + _all_reduce(ranks) * tokens * 3 * 4
+    if not setting.sequence_parallel:
+        # What stages hand over in parts is put together again: activations that arrive, the
+        # stage's own output for backward, and its gradient.
+        sent += ((shape.stage > 0) + 2 * (shape.stage < shape.stages - 1)) * once / 2
     return sent
 
 
