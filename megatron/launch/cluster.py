@@ -16,6 +16,7 @@ import secrets
 import selectors
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from megatron.launch.supervise import (
 
 _TICK_SECONDS = 0.1
 _TELL_SECONDS = 5.0
+# From the first agent's first word to that of the last.
+_START_SECONDS = 180.0
 # Beyond what the agents themselves allow, for the way there and back.
 _MARGIN_SECONDS = 5.0
 _LOST = re.compile(r"pdsh@[^:]*: (\S+): (.*exited with (?:exit code|signal) \d+)")
@@ -121,7 +124,9 @@ class _Parent:
         self._verdict: int | None = None
         self._reader = ReportReader()
         self._errors = b""
-        self._tail: deque[str] = deque(maxlen=20)
+        self._tail: deque[str] = deque(maxlen=20)  # what was not shown
+        self._first_heard: float | None = None
+        self._silent = False
         self._quiet = False
         self._selector = selectors.DefaultSelector()
         self._tellers: list[subprocess.Popen[bytes]] = []
@@ -181,10 +186,13 @@ class _Parent:
         now = time.monotonic()
         if any(node.failed for node in self._nodes):
             self._quiet = True  # what comes now is the remote shell's view of the end
-            limit = now + self._grace + _MARGIN_SECONDS
+            limit = now + self._grace
             self._deadline = min(self._deadline or limit, limit)
         elif self._deadline is None and any(node.code for node in self._nodes):
             self._deadline = now + self._save_timeout + _MARGIN_SECONDS
+        absent = any(not node.here and not node.over for node in self._nodes)
+        if absent and self._first_heard and now > self._first_heard + _START_SECONDS:
+            self._silent, self._verdict = True, EXIT_KILLED
         if self._deadline is not None and now > self._deadline and not self._finished():
             self._verdict = EXIT_KILLED
 
@@ -197,6 +205,8 @@ class _Parent:
         if not failed and not missing:
             codes = [node.code for node in self._nodes if node.code]
             return (max(codes) if codes else 0), []
+        if self._silent:
+            return self._without_report(missing)
         if not failed and self._verdict is not None:
             late = ", ".join(node.host for node in missing)
             text = f"deepy: not saved after {self._save_timeout:g} s on {late}: killed"
@@ -214,17 +224,20 @@ class _Parent:
 
     def _without_report(self, nodes: list[_Node]) -> tuple[int, list[str]]:
         """Explain nodes that ended, or never began, without a word of their own."""
-        node = next((node for node in nodes if not node.here), nodes[0])
         program = self._plan.command()[0]
-        how = node.lost or f"{program} ended with exit code {self._shell.poll()}"
-        heard = [f"  {line}" for line in self._tail]
-        words = [f"its last words (all of them: {self._log.name}):", *heard] if heard else []
-        if not node.here:
+        absent = [node for node in nodes if not node.here]
+        how = nodes[0].lost or f"{program} ended with exit code {self._shell.poll()}"
+        if self._silent:
+            how = f"nothing was heard from there in {_START_SECONDS:g} s"
+        heard = "".join(f"\n  {line}" for line in self._tail)
+        if absent:
             raise RunError(
-                f"no ranks could be started on host {node.host}: {how}; check that {program} "
-                f"reaches it, and that {self._plan.folder} is there\n" + "\n".join(words)
+                f"no ranks could be started on {', '.join(node.host for node in absent)}: {how}; "
+                f"check that {program} reaches every host, and that the folder "
+                f"{self._plan.folder} and {sys.executable} are there{heard}"
             )
-        return EXIT_KILLED, [f"deepy: the ranks on {node.host} were lost: {how}", *words]
+        names = ", ".join(node.host for node in nodes)
+        return EXIT_KILLED, [f"deepy: the ranks on {names} were lost: {how}{heard}"]
 
     def _end_everything(self) -> None:
         clean = all(node.over and not node.failed for node in self._nodes)
@@ -316,6 +329,7 @@ class _Parent:
         node = self._nodes[number]
         if "hello" in report:
             node.here = True
+            self._first_heard = self._first_heard or time.monotonic()
         elif "stopping" in report:
             node.stopping = True
         elif "ended" in report:
@@ -334,7 +348,8 @@ class _Parent:
         self._errors = rest
         for line in lines:
             text = line.decode("utf-8", errors="replace")
-            self._tail.append(text)
+            if self._quiet or text.startswith("pdsh@"):
+                self._tail.append(text)
             if not text.startswith("pdsh@"):
                 self._show(2, line + b"\n")
                 continue
