@@ -17,6 +17,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_tensor_ranks(config, draft)
     _check_pipeline(config, draft)
     _check_offload(config, draft)
+    _check_extra(config, draft)
     _check_weights(config, draft)
     _check_tokenizer(config, draft)
     _check_bounds(config, draft)
@@ -115,18 +116,40 @@ def _check_pipeline(config: Config, draft: Draft) -> None:
             (config.precision == "bf16", "cannot reload bf16 weights", "bf16"),
         ):
             if hindered:
-                draft.problems.add_plain(
-                    "deepspeed_extra_args: zero_optimization.stage 0 is forced, under which "
-                    f"DeepSpeed {what} in a pipeline; use stage 1, no {remedy} or no pipeline"
+                _at(
+                    draft,
+                    draft.get("deepspeed", "zero_optimization"),
+                    "deepspeed_extra_args.zero_optimization",
+                    f"stage 0 is forced, under which DeepSpeed {what} in a pipeline; use stage 1, "
+                    f"no {remedy} or no pipeline",
                 )
+
+
+def _check_extra(config: Config, draft: Draft) -> None:
+    """DeepSpeed's own options do not contradict what the layout rests on."""
+    pipeline = config.deepspeed.get("pipeline")
+    if not config.parallel.sequence_parallel or not isinstance(pipeline, dict):
+        return
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        if pipeline.get(key):
+            _at(
+                draft,
+                draft.get("deepspeed", "pipeline"),
+                "deepspeed_extra_args",
+                f"{key} takes the activations of tensor ranks for "
+                "copies of each other, which sequence_parallel makes untrue; remove one of the two",
+            )
 
 
 def _check_offload(config: Config, draft: Draft) -> None:
     """Parameters can be kept on the host only where they are divided."""
     if "offload_param" in config.zero.options and config.zero_stage != 3:
-        draft.problems.add_plain(
-            f"zero_optimization: offload_param belongs to stage 3, and the stage is "
-            f"{config.zero_stage}; use stage: 3, or offload_optimizer alone"
+        _at(
+            draft,
+            draft.get("zero", "options"),
+            "zero_optimization",
+            f"offload_param belongs to stage 3, and the stage is "
+            f"{config.zero_stage}; use stage: 3, or offload_optimizer alone",
         )
 
 

@@ -133,6 +133,16 @@ def test_domain_names_keep_their_hyphens(load):
             "pipe_parallel_size: 2\nzero_optimization: {stage: 2}\n",
             "zero_optimization.stage: 2: .*use zero_optimization: {stage: 1}, or no pipeline",
         ),
+        (
+            "sequence_parallel: true\nmodel_parallel_size: 2\n"
+            "deepspeed_extra_args: {pipeline: {pipe_partitioned: true}}\n",
+            "pipeline: pipe_partitioned takes the activations of tensor ranks for copies",
+        ),
+        (
+            "pipe_parallel_size: 2\ngradient_clipping: 1.0\n"
+            "deepspeed_extra_args: {zero_optimization: {stage: 0}}\n",
+            "zero_optimization: stage 0 is forced.*clips by the first stage's norm alone",
+        ),
         ("pipe_partition_method: layers\n", "should be 'parameters', 'uniform' or 'type:REGEX'"),
         ("pipe_partition_method: 'type:('\n", "should be 'parameters', 'uniform' or 'type:REGEX'"),
         ("model_parallel_size: 3\n", "model_parallel_size: 3: does not divide num_attention"),
