@@ -81,6 +81,11 @@ class TrainEngine(ABC):
         """The current loss scale (1 in fp32 and bf16)."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
 
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that DeepSpeed has counted, the loaded checkpoint's included."""
+        return int(self._engine.global_steps)
+
     def train_step(
         self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]], *, lr: float
     ) -> StepOutcome:
@@ -137,7 +142,7 @@ class TrainEngine(ABC):
         return list(self._writer.written)
 
     def load(self, directory: Path, tag: str, *, weights_only: bool = False) -> None:
-        """Load a checkpoint that :meth:`save` (or the conversion) wrote.
+        """Load a checkpoint that :meth:`save` wrote in this layout.
 
         Args:
             directory: folder of the checkpoint's folder.
@@ -161,7 +166,9 @@ class TrainEngine(ABC):
             )
         if path is None:
             raise CheckpointError(f"DeepSpeed could not load the checkpoint {directory / tag}")
-        self._separate_groups(hyperparameters)
+        # The configuration's hyperparameters hold, not those that the checkpoint remembers.
+        for group, own in zip(self._optimizer.param_groups, hyperparameters, strict=True):
+            group.update(own)
 
     def load_universal(
         self, folder: Path, *, tensor_rank: int, tensor_size: int, weights_only: bool = False
@@ -184,19 +191,6 @@ class TrainEngine(ABC):
             tensor_size=tensor_size,
         )
         load_universal(self._engine, checkpoint, weights_only=weights_only)
-
-    def _separate_groups(self, hyperparameters: list[dict[str, Any]]) -> None:
-        """Undo two slips of DeepSpeed's universal load under ZeRO-3 (0.19.8).
-
-        It gives every parameter group the first group's hyperparameters (biases would
-        decay), and every parameter the same step tensor, which the fused optimizer then
-        advances once for each of them.
-        """
-        for group, own in zip(self._optimizer.param_groups, hyperparameters, strict=True):
-            group.update(own)
-        for state in self._optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
 
 
 def tensor_partitions(model: nn.Module) -> dict[str, Partition | None]:

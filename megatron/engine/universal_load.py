@@ -148,9 +148,9 @@ def load_universal(engine: Any, checkpoint: UniversalCheckpoint, *, weights_only
     if weights_only:
         return
     common, counters = checkpoint.common, checkpoint.counters
-    for key in ("loss_scaler", "dynamic_loss_scale", "overflow"):
-        if key in common and hasattr(optimizer, key):
-            setattr(optimizer, key, common[key])
+    # Another precision scales in its own way.
+    if type(common.get("loss_scaler")) is type(getattr(optimizer, "loss_scaler", None)):
+        optimizer.loss_scaler = common["loss_scaler"]
     for key in ("global_steps", "global_samples", "skipped_steps"):
         if key in counters:
             setattr(engine, key, counters[key])
@@ -181,13 +181,11 @@ def _fill(
     for key in keys:
         if not fragments and key != _WEIGHTS:
             continue  # the optimizer makes a state of its own for padding alone
-        filled = torch.zeros_like(flat, requires_grad=False)
+        filled = flat.data.zero_() if key == _WEIGHTS else torch.zeros_like(flat.data)
         for one in fragments:
             part = checkpoint.part(one.name, key, one.shape).reshape(-1)
             filled.narrow(0, one.offset, one.size).copy_(part.narrow(0, one.start, one.size))
-        if key == _WEIGHTS:
-            flat.data.copy_(filled)
-        else:
+        if key != _WEIGHTS:
             states[flat][key] = filled
     if not weights_only and fragments:
         # A tensor of its own: the fused optimizer advances it in place.

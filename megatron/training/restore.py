@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.bundle import read_bundle
+from megatron.checkpoint.bundle import STATE_NAME, read_bundle
 from megatron.checkpoint.manifest import Manifest
 from megatron.checkpoint.store import CheckpointStore
 from megatron.checkpoint.vet import DEEPSPEED_GLOBALS, UNIVERSAL_GLOBALS, vet_checkpoint
@@ -195,6 +196,7 @@ def restore(
         say(f"starting from the weights of {source.checkpoint}, and from step 0")
         return 0
     bundle = read_bundle(source.checkpoint)
+    _check_same_on_all_ranks(runtime, source, [bundle["step"], parts.engine.steps_done])
     parts.planner.load_state_dict(bundle["planner"])
     parts.guard.load_state_dict(bundle["guard"])
     say(f"loaded {source.checkpoint}")
@@ -207,3 +209,20 @@ def restore(
             f"has {now}; the last bits of its results may differ"
         )
     return manifest.step
+
+
+def _check_same_on_all_ranks(runtime: Runtime, source: Source, steps: list[int]) -> None:
+    """Check that no rank has read another checkpoint of the same name.
+
+    Raises:
+        CheckpointError: naming the ranks that differ from rank 0.
+    """
+    content = (source.checkpoint / STATE_NAME).read_bytes()
+    held = runtime.gather([*steps, hashlib.sha256(content).hexdigest()])
+    strangers = [str(rank) for rank, one in enumerate(held) if one != held[0]]
+    if strangers:
+        raise CheckpointError(
+            f"{source.checkpoint} is not the same for all ranks: what rank {', '.join(strangers)} "
+            "read there differs from what rank 0 read; the folder must be on a file system that "
+            "all nodes share"
+        )
