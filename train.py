@@ -45,8 +45,12 @@ def _guarded(arguments: argparse.Namespace, stop: StopFlag) -> tuple[int, bool]:
             lock = RunLock(config.run_dir).acquire()
         from megatron.engine.runtime import start_runtime
         from megatron.training.run import run
+        from megatron.training.stall import collective_minutes
 
-        runtime = start_runtime(deterministic=config.training.deterministic)
+        runtime = start_runtime(
+            deterministic=config.training.deterministic,
+            timeout_minutes=collective_minutes(config.training.stall_timeout),
+        )
         return run(config, runtime, stop), True
     except NeomixError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from megatron.config.base import (
     Count,
     Group,
+    NonNegative,
     NonNegativeInt,
     Positive,
     Text,
@@ -60,6 +61,12 @@ class TrainingConfig(Group):
     state_check_interval: NonNegativeInt = 100
     """Steps between two comparisons of the ranks' mixing and data state (a hash of a few bytes;
     the run ends if they differ). 0 = only before a checkpoint is written."""
+    stall_report: NonNegative = 300.0
+    """Seconds without a move after which a rank says where it waits, and rank 0 where all do.
+    0 = never."""
+    stall_timeout: NonNegative = 1800.0
+    """Seconds without a move after which the run ends, with that message. Saving, restoring and
+    validating may take longer. 0 = never; a collective then fails by itself after half an hour."""
     deterministic: bool = False
     """Deterministic kernels on GPU, so that a resumed run is bit-identical there too (on CPU it
     always is)."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron.engine.board import NoticeBoard
 from megatron.errors import RunError
 
 
@@ -138,6 +139,11 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         host_group=host_group,
     )
+
+
+def open_board(runtime: Runtime) -> NoticeBoard | None:
+    """Return the notice board of all ranks; ``None`` in a job of one."""
+    return NoticeBoard(runtime.rank, runtime.world_size) if runtime.world_size > 1 else None
 
 
 def end_process(code: int, *, collective: bool) -> NoReturn:

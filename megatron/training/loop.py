@@ -7,7 +7,7 @@ maybe validate → maybe save.  Nothing here knows the name of a mixing method.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from megatron.mixing.base import Observation
 from megatron.signals.ledger import Ledger, StepTotals
 from megatron.training.guard import NonFiniteGuard
 from megatron.training.planner import Planned, Planner
+from megatron.training.stall import PLANNING, RECORDING, REDUCING, Heartbeat
 
 
 class Ending(Enum):
@@ -77,6 +78,7 @@ class Loop:
         after_step: validates and saves where that is due; gets the step and whether it is
             the last one of this process.
         device: where the model is.
+        heartbeat: is told where the loop is.
     """
 
     engine: TrainEngine
@@ -90,6 +92,7 @@ class Loop:
     exits_at: Callable[[int], bool]
     after_step: Callable[[int, Ending | None], None]
     device: torch.device
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def run(self, *, start: int, last: int) -> tuple[int, Ending]:
         """Train from the step after ``start`` up to ``last``.
@@ -101,6 +104,7 @@ class Loop:
             NonFiniteError: a step was not finite and the policy is to stop.
         """
         for step in range(start + 1, last + 1):
+            self.heartbeat.at(PLANNING, step)
             planned = self.planner.take(step)
             if planned is None:
                 if step - 1 > start:
@@ -119,8 +123,11 @@ class Loop:
     def _step(self, planned: Planned, batches: Iterator[MicroBatch]) -> bool:
         """Do one step; return whether some rank was asked to stop."""
         lr = self.learning_rate(planned.step)
+        batches = self.heartbeat.reading(batches, planned.step)
         outcome = self.engine.train_step(planned.step, all_to_device(batches, self.device), lr=lr)
+        self.heartbeat.at(REDUCING, planned.step)
         totals = self.ledger.reduce(skipped=outcome.skipped, stop=self.stop_requested())
+        self.heartbeat.at(RECORDING, planned.step)
         skipped = self.guard.check(planned.plan, totals)
         if not skipped:
             self.planner.observe(_observation(planned.plan, totals, lr))

@@ -16,6 +16,7 @@ from megatron.training.agreement import Agreement
 from megatron.training.loop import Ending
 from megatron.training.recorder import RunRecorder
 from megatron.training.saving import Saver
+from megatron.training.stall import SAVING, VALIDATING, Heartbeat
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -35,6 +36,7 @@ class Milestones:
         eval_interval: steps between two validations.
         saves_at: whether a checkpoint is due after a step.
         weights: the mixture's start weights [K], for the weighted average.
+        heartbeat: is told when a measurement or a save begins.
     """
 
     engine: TrainEngine
@@ -47,6 +49,7 @@ class Milestones:
     eval_interval: int
     saves_at: Callable[[int], bool]
     weights: FloatArray
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     _validated: int = field(default=-1, init=False)
     _saved: int = field(default=-1, init=False)
 
@@ -87,6 +90,7 @@ class Milestones:
     def _measure(self, validation: Validation, step: int, split: str) -> None:
         if validation.empty:
             return
+        self.heartbeat.at(VALIDATING, step)
         started = time.perf_counter()
         losses = validation.measure(self.engine)
         self.recorder.validation(
@@ -99,6 +103,7 @@ class Milestones:
 
     def _save(self, step: int) -> None:
         if self._saved != step:
+            self.heartbeat.at(SAVING, step)
             self.agreement.compare(step)
             self.saver.save(step)
             self._saved = step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config
-from megatron.engine.runtime import Runtime
+from megatron.engine.runtime import Runtime, open_board
 from megatron.engine.universal import universal_info
 from megatron.launch.stop import StopFlag
 from megatron.model.accounting import parameter_count
@@ -32,6 +33,7 @@ from megatron.training.milestones import Milestones
 from megatron.training.plan import checkpoint_bytes
 from megatron.training.restore import Source, find_source, restore
 from megatron.training.saving import Saver
+from megatron.training.stall import ENDING, RESTORING, Heartbeat, Watchdog
 from megatron.training.summary import startup_report
 
 EXIT_DONE = 0
@@ -46,6 +48,22 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
     Raises:
         NeomixError: the data, the checkpoint or the configuration does not fit.
     """
+    heartbeat = Heartbeat()
+    watchdog = Watchdog(
+        heartbeat,
+        open_board(runtime),
+        rank=runtime.rank,
+        host=socket.gethostname(),
+        report_after=config.training.stall_report,
+        end_after=config.training.stall_timeout,
+    ).start()
+    try:
+        return _run(config, runtime, stop, heartbeat)
+    finally:
+        watchdog.stop()
+
+
+def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat) -> int:
     say = _speaker(runtime)
     gpus = torch.cuda.device_count() if runtime.device.type == "cuda" else 0
     checked = preflight(config, world_size=runtime.world_size, gpus=gpus)
@@ -55,6 +73,7 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
     )
     if runtime.rank == 0:
         store.sweep()
+    heartbeat.at(RESTORING)
     source = find_source(config, runtime, store, say)
     if source is not None and _complete(config, source, domains):
         say(
@@ -66,13 +85,14 @@ def run(config: Config, runtime: Runtime, stop: StopFlag) -> int:
     layout = run_layout(config, runtime.world_size)
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
     start = restore(config, runtime, parts, source, say) if source is not None else 0
-    milestones = _milestones(config, runtime, checked, store, parts)
+    milestones = _milestones(config, runtime, checked, store, parts, heartbeat)
     if runtime.rank == 0:
         _write_config(config)
     parts.sinks.start(start or None, _description(config, checked, parts))
     try:
         step, ending = _train(config, runtime, parts, milestones, stop, start=start)
     finally:
+        heartbeat.at(ENDING)
         parts.sinks.close()
         parts.loader.close()
     why = parts.planner.end_of_data if ending is Ending.EXHAUSTED else ending.value
@@ -102,6 +122,7 @@ def _train(
         exits_at=lambda step: interval is not None and step % interval == 0,
         after_step=milestones.after_step,
         device=runtime.device,
+        heartbeat=milestones.heartbeat,
     )
     if start == 0:
         milestones.before_first()
@@ -109,7 +130,12 @@ def _train(
 
 
 def _milestones(
-    config: Config, runtime: Runtime, checked: Checked, store: CheckpointStore, parts: Parts
+    config: Config,
+    runtime: Runtime,
+    checked: Checked,
+    store: CheckpointStore,
+    parts: Parts,
+    heartbeat: Heartbeat,
 ) -> Milestones:
     last = config.training.train_iters
     saver = Saver(
@@ -142,6 +168,7 @@ def _milestones(
         eval_interval=config.training.eval_interval,
         saves_at=lambda step: config.checkpoint.saves_at(step, last),
         weights=checked.weights / checked.weights.sum(),
+        heartbeat=heartbeat,
     )
 
 
