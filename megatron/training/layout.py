@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from megatron.config import Config
 from megatron.model.accounting import layer_names, layer_parameters
 from megatron.parallel.layout import Layout
@@ -25,6 +27,8 @@ def run_layout(config: Config, world_size: int) -> Layout:
 def layer_bounds(config: Config) -> list[int]:
     """Return the first layer of every pipeline stage, and the end of the last.
 
+    Every stage holds a block.
+
     Args:
         config: with ``model.vocab_size`` filled in.
 
@@ -38,4 +42,17 @@ def layer_bounds(config: Config) -> list[int]:
         names=names,
         parameters=layer_parameters(model, parallel.model_parallel_size),
     )
-    return stage_bounds(weights, parallel.stages)
+    bounds = stage_bounds(weights, parallel.stages)
+    blocks = range(1, model.num_layers + 1)
+    if all(max(a, blocks.start) < min(b, blocks.stop) for a, b in pairwise(bounds)):
+        return bounds
+    # A large vocabulary would be a stage by itself.  It would have no parameter that is spared
+    # weight decay, and DeepSpeed, which adds up gradient norms over the stages once for each
+    # group of parameters, would wait forever.  So the ends go with the blocks beside them.
+    joined = [
+        sum(weights[: blocks.start + 1]),
+        *weights[blocks.start + 1 : blocks.stop - 1],
+        sum(weights[blocks.stop - 1 :]),
+    ]
+    inner = stage_bounds(joined, parallel.stages)[1:-1]
+    return [0, *(bound + blocks.start for bound in inner), len(weights)]

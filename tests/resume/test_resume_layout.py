@@ -50,8 +50,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16": {**LLAMA, "precision": "bfloat16"},
     # A tensor rank's part of the padded vocabulary is as large as the whole is unpadded.
     "padding": {"vocab_size": 128, "make_vocab_size_divisible_by": 128},
-    # The first of three stages is the embedding alone and has nothing that does not decay.
-    "lonely": {
+    # Embedding and output weigh more than all blocks, and are on different stages.
+    "wide": {
         "num_layers": 3,
         "vocab_size": 2000,
         "no_weight_tying": True,
@@ -93,8 +93,8 @@ CASES = (
     Relayout("bf16", Cell(1, 1, 2, 1), Cell(1, 2, 1, 1)),
     Relayout("padding", Cell(1, 1, 2, 1), Cell(2, 1, 1, 1)),
     Relayout("padding", Cell(2, 1, 1, 1), Cell(1, 1, 1, 3)),
-    Relayout("lonely", Cell(1, 3, 1, 1), Cell(1, 1, 2, 1)),
-    Relayout("lonely", Cell(1, 1, 2, 1), Cell(1, 3, 1, 1)),
+    Relayout("wide", Cell(1, 3, 1, 1), Cell(1, 1, 2, 1)),
+    Relayout("wide", Cell(1, 1, 2, 1), Cell(1, 3, 1, 1)),
 )
 
 
