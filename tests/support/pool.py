@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from support.gloo import RankFailedError, reports, run_rank
+from support.gloo import PRELOADED, RankFailedError, reports, run_rank
 
 
 class RankPool:
@@ -32,7 +32,7 @@ class RankPool:
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "deepspeed"])
+        context.set_forkserver_preload(PRELOADED)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._connections: list[Connection] = []
         self._ranks = []
