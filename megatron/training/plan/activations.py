@@ -93,7 +93,10 @@ def block_saved(spec: ModelSpec, setting: Setting) -> float:
     rotated = spec.pos_emb == "rotary"
     attention = share * (query + 2 * shared + (query + shared if rotated else 0) + query)
     attention += tokens * spec.num_attention_heads / setting.tensor_size * 4  # log-sum-exp
-    norms = 2 * norm_saved(spec, setting) - (residual if spec.gpt_j_residual else 0)
+    norms = 2 * norm_saved(spec, setting)
+    widened = spec.norm == "rmsnorm" and setting.on_cpu and setting.width < 4
+    if spec.gpt_j_residual and not widened:
+        norms -= residual  # both norms keep the same input
     inputs = 2 * residual  # of the two column-parallel projections
     masks = _hidden_mask(spec, setting) * 2 + _attention_masks(spec, setting)
     return attention + share * ffn_width(spec) * _mlp_copies(spec) + norms + inputs + masks
