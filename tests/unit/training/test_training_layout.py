@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support import runs
 
+import megatron.mixing  # noqa: F401
 from megatron.config import load_config
 from megatron.errors import ConfigError
 from megatron.training.layout import layer_bounds
