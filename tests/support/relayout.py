@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import megatron.mixing  # noqa: F401
 from megatron.checkpoint.store import CheckpointStore
@@ -25,7 +29,22 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 def train(rank: int, world: int, file: Path) -> int:
     """Train what a configuration file describes; to be called on every rank of a pool."""
-    return run(load_config([str(file)]), start_runtime(deterministic=True), StopFlag())
+    with meeting_point(rank):
+        return run(load_config([str(file)]), start_runtime(deterministic=True), StopFlag())
+
+
+@contextmanager
+def meeting_point(rank: int) -> Iterator[None]:
+    """Hold a store where ``MASTER_PORT`` says, as a launched job has one; collective."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    port: list[Any] = [store.port]
+    dist.broadcast_object_list(port, src=0)
+    before, os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"], str(port[0])
+    try:
+        yield
+    finally:
+        os.environ["MASTER_PORT"] = before
+    dist.barrier()  # rank 0's store outlives the others' use of it
 
 
 def loaded_state(rank: int, world: int, file: Path) -> dict[str, Any]:
