@@ -22,7 +22,7 @@ from typing import Any
 from megatron.launch.outcome import RankEnd
 
 _PART = 600
-_LINE = re.compile(rb"::neomix (\d+) (\d+) (\d+)/(\d+) ([A-Za-z0-9+/=]+)::\r?\n?")
+_LINE = re.compile(rb"::neomix (\d+) (\d+) (\d+)/(\d+) ([A-Za-z0-9+/=]+)::\r?\n")
 _OPENING = b"::neomix "
 
 

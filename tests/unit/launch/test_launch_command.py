@@ -29,13 +29,15 @@ GPUS = Devices(cuda=("0", "1", "2", "3"), cores=64)
 def plan(
     devices: Devices = CPU, environ: dict[str, str] | None = None, **request: object
 ) -> LaunchPlan:
-    return plan_launch(
+    made = plan_launch(
         SCRIPT,
         ["--flag", "a b"],
         LaunchRequest(**request),  # type: ignore[arg-type]
         environ={"DLTS_HOSTFILE": ""} if environ is None else environ,
         devices=devices,
     )
+    assert isinstance(made, LaunchPlan)
+    return made
 
 
 def slots(made: LaunchPlan) -> list[object]:
@@ -69,8 +71,8 @@ def test_more_ranks_than_gpus_are_refused() -> None:
         plan(GPUS, num_gpus=5)
 
 
-def test_several_nodes_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"num_nodes is 2.*one node.*torchrun"):
+def test_several_nodes_need_their_names() -> None:
+    with pytest.raises(ConfigError, match=r"num_nodes is 2.*no hostfile.*slurm.*torchrun"):
         plan(num_nodes=2)
     assert plan(num_nodes=1).ranks == 1
 
@@ -135,8 +137,8 @@ def test_a_hostfile_of_one_node_gives_the_slots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a slots=2\nb slots=2\n", "names 2 hosts"),
-        ("", "names 0 hosts"),
+        ("", "names no host"),
+        ("-w slots=2\n", "line 1: '-w slots=2' should be"),
         ("a slots=zwei\n", "line 1: 'a slots=zwei' should be"),
         ("a slots=1\na slots=2\n", "line 2"),
         (None, "cannot be read"),
@@ -163,10 +165,11 @@ def test_devices_can_be_chosen_in_deepspeeds_form() -> None:
     [
         ({"include": "localhost:9"}, "include is 'localhost:9', but the visible devices are 0, 1"),
         ({"include": "localhost:1,1"}, "each once"),
-        ({"include": "node7:0"}, "this node only"),
-        ({"include": "localhost@node7"}, "this node only"),
+        ({"include": "node7:0"}, "'node7' is none of the hosts .localhost."),
+        ({"include": "localhost@node7"}, "'node7' is none of the hosts"),
         ({"exclude": "localhost:0,1,2,3"}, "leaves no device"),
         ({"exclude": "localhost"}, "leaves no device"),
+        ({"include": "localhost:0@localhost:1"}, "each once"),
         ({"include": "localhost:0", "exclude": "localhost:1"}, "both given"),
     ],
 )

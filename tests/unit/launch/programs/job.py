@@ -31,6 +31,7 @@ def main() -> int:
         environ=os.environ,
         devices=Devices(cuda=(), cores=2),
     )
+    assert isinstance(plan, LaunchPlan)
     if not options.real:
         program = plan.command[plan.command.index("megatron.launch.rank") + 1 :]
         launcher = (sys.executable, str(HERE / "standin_launcher.py"), str(options.ranks))
