@@ -77,6 +77,8 @@ class DynamicLoading(HeldOutMixer):
         self._targets = _targets(options, self.domains)
 
     def _learn(self, step: int, valid_loss: FloatArray) -> FloatArray | None:
+        if np.isnan(valid_loss).all():
+            return None
         with np.errstate(over="ignore"):
             distance = np.maximum(valid_loss - self._targets, 0.0)
         distance = np.where(np.isnan(valid_loss), 0.0, distance)

@@ -68,10 +68,9 @@ class SmoothedHistory:
             rows = range(self._count)
             filtered = raw
             if fitting > self._order:
-                edge = _filter(fitting, self._order)
-                filtered = edge @ raw[:fitting]
-                if fitting < self._count:
-                    filtered = np.vstack((filtered, (edge @ raw[-fitting:])[-1:]))
+                edge, half = _filter(fitting, self._order), fitting // 2
+                first, last = edge @ raw[:fitting], edge @ raw[-fitting:]
+                filtered = np.vstack((first[: half + 1], last[half + fitting - self._count + 1 :]))
         offset = self._count - len(raw)
         kept = [filtered[row] for row in rows if (offset + row) % self._every == 0]
         return np.array([*self._done, *kept])
