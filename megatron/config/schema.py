@@ -250,6 +250,8 @@ MAPPED: dict[str, str] = {
     "bias_gelu_fusion": "`activation: gelu_tanh`, which is what the fused kernel computes",
     "use_bias_in_norms": "accepted where it agrees with `norm`: true with layernorm",
     "fp32_allreduce": "`communication_data_type: fp32`",
+    "deepspeed_mpi": "`launcher: openmpi`",
+    "deepspeed_slurm": "`launcher: slurm`",
     "attention_config": "accepted where every layer is `global` or `flash`",
     "zero_reduce_scatter": "`zero_optimization: {reduce_scatter}`",
     "zero_contiguous_gradients": "`zero_optimization: {contiguous_gradients}`",
