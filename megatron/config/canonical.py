@@ -110,9 +110,7 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
         _read_attention(draft, node)
     elif key == "fp32_allreduce":
         _read_allreduce(draft, node)
-    elif key in LAUNCHER_KEYS:
-        _read_launcher(draft, key, node)
-    elif key in ("bias_gelu_fusion", "use_bias_in_norms"):
+    elif key in ("bias_gelu_fusion", "use_bias_in_norms", *LAUNCHER_KEYS):
         draft.put("", key, node)
     else:
         _read_foreign(draft, key, node)
@@ -196,15 +194,6 @@ def _read_allreduce(draft: Draft, node: Node) -> None:
         draft.put("parallel", "communication_data_type", replace(node, value="fp32"))
 
 
-def _read_launcher(draft: Draft, key: str, node: Node) -> None:
-    """Let ``deepspeed_mpi: true`` and the like name the launcher."""
-    if not isinstance(node.value, bool):
-        if node.value is not None:
-            draft.problems.add(node, "should be true or false")
-    elif node.value:
-        draft.put("launch", "launcher", replace(node, value=LAUNCHER_KEYS[key]))
-
-
 _NOT_EXTRA = {
     "optimizer": "use the optimizer block",
     "scheduler": "use lr_decay_style, lr_decay_iters, warmup and min_lr",
@@ -229,6 +218,7 @@ def _read_extra(draft: Draft, node: Node) -> None:
 
 def _complete(draft: Draft) -> None:
     """Fill in what one key implies for another."""
+    _complete_launcher(draft)
     _complete_activation(draft)
     _complete_norm(draft)
     factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
@@ -252,6 +242,20 @@ def _complete(draft: Draft) -> None:
     if options:
         first = next(iter(options.values()))
         draft.put("zero", "options", replace(first, name="zero_optimization", value=dict(options)))
+
+
+def _complete_launcher(draft: Draft) -> None:
+    """Let ``deepspeed_mpi: true`` and the like name the launcher."""
+    for key, launcher in LAUNCHER_KEYS.items():
+        node = draft.groups.get("", {}).pop(key, None)
+        if node is None or not isinstance(node.value, bool):
+            if node is not None and node.value is not None:
+                draft.problems.add(node, "should be true or false")
+            continue
+        named = draft.get("launch", "launcher")
+        same = named is not None and str(named.value).lower() == launcher
+        if node.value and not same:
+            draft.put("launch", "launcher", replace(node, value=launcher))
 
 
 def _complete_activation(draft: Draft) -> None:

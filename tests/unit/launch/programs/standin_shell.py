@@ -91,7 +91,8 @@ while len(reported) < len(children):
             for thread in child.pumps:
                 thread.join(timeout=1)
             if child.returncode and KIND == "pdsh":
-                text = f"pdsh@here: {host}: ssh exited with exit code {child.returncode}\n"
+                code = child.returncode if child.returncode > 0 else 255
+                text = f"pdsh@here: {host}: ssh exited with exit code {code}\n"
                 os.write(2, text.encode())
             elif child.returncode:
                 os.write(2, f"{KIND}: chatter: {host} failed\n".encode())
