@@ -65,7 +65,7 @@ def methods(
     probes = {"update_every": every, "lp_rounds": 1, "lp_steps": max(every // 20, 1)}
     return {
         "static (uniform)": ("static", {}),
-        "schedule (uniform to best)": (
+        "schedule (uniform, then best)": (
             "schedule",
             {
                 "interpolation": "linear",

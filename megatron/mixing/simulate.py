@@ -190,7 +190,7 @@ def main() -> int:
     from megatron.mixing.regret import as_table, compare
 
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=20_000, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of each run")
     print(as_table(compare(steps=parser.parse_args().steps)))
     return 0
 

@@ -19,8 +19,8 @@ from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.domain import Domain
 from megatron.data.ingest.overlap import Overlap, Span, overlap
-from megatron.errors import CheckpointError, NeomixError, RunError
-from megatron.mixing import RunContext, build_mixer
+from megatron.errors import CheckpointError, ConfigError, NeomixError, RunError
+from megatron.mixing import RunContext, Signal, build_mixer
 from megatron.mixing.base import Mixer
 from megatron.training.compatible import (
     check_form,
@@ -140,6 +140,17 @@ def _build_mixer(
         **config.mixing.options,
     )
     mixer.decide(step=1)
+    blind = [
+        name
+        for name, part in zip(domains.names, domains.valid, strict=True)
+        if part is None and Signal.VALID_LOSS in mixer.needs
+    ]
+    if blind:
+        raise ConfigError(
+            f"mixing.method: '{config.mixing.method}' is driven by held-out losses, and "
+            f"{', '.join(blind)} has no validation data; give the domain a `valid`, or a split "
+            f"with a share for it"
+        )
     return mixer
 
 

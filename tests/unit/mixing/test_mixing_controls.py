@@ -10,8 +10,10 @@ import pytest
 from support.mixing import HELD_OUT, LEDGERS, build_any
 
 from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
+from megatron.data.sampler import Sampler
 from megatron.errors import ConfigError
 from megatron.mixing.bandit import inclusion_probability
+from megatron.training.planner import Planner
 
 NAMES = ["a", "b", "c"]
 GIVEN = [0.5, 0.3, 0.2]
@@ -212,3 +214,25 @@ def test_inclusion_wants_to_know_the_draws():
     with pytest.raises(ConfigError, match="min_tokens is -1"):
         build_mixer("odm", domains=NAMES, min_tokens=-1)
     assert math.isfinite(build_mixer("odm", domains=NAMES).decide(1).sampling_weights.sum())
+
+
+def test_the_planner_keeps_what_a_shadow_would_have_drawn():
+    """A step planned ahead is saved and resumed with it."""
+
+    def planner():
+        mixer = build_mixer("ema", domains=NAMES, weights=GIVEN, shadow=True)
+        sampler = Sampler(NAMES, [100] * 3, seed=1, global_batch=8)
+        return Planner(mixer=mixer, sampler=sampler, lag=1, measure=lambda: np.zeros(3))
+
+    first = planner()
+    for step in range(1, 4):
+        planned = first.take(step)
+        first.prepare(step + 1)
+        assert planned.plan.weights.tolist() == GIVEN
+        first.observe(Observation(step, loss_sum=[9, 4, 1], token_count=[3, 2, 1]))
+    second = planner()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    ahead, again = first.take(4).decision, second.take(4).decision
+    assert ahead.controller_weights.tolist() != GIVEN
+    assert again.controller_weights.tobytes() == ahead.controller_weights.tobytes()
+    assert again.sampling_weights.tolist() == GIVEN

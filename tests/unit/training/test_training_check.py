@@ -175,3 +175,14 @@ def test_validation_on_training_data_is_told(tmp_path: Path, data: Path) -> None
         runs.DOMAINS
     )
     assert "200 of 200" in warned[0]
+
+
+def test_a_method_driven_by_held_out_losses_wants_them_of_every_domain(
+    tmp_path: Path, data: Path
+) -> None:
+    file = write(tmp_path, data, split="90, 0, 10", mixing={"method": "naive_validation"})
+    done = runs.run("--check", "train.py", file)
+    assert done.returncode == 2
+    assert "'naive_validation' is driven by held-out losses" in done.stderr
+    assert "has no validation data; give the domain" in done.stderr
+    assert "Traceback" not in done.stderr
