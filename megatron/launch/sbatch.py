@@ -92,7 +92,7 @@ def sbatch_script(
     further = shlex.split(options.further or "")
     if any(not word.startswith("-") for word in further):
         raise ConfigError(
-            f"--sbatch-args is {options.further!r}; write every flag as one word, such as --qos=high"
+            f"--sbatch-args is {options.further!r}; write each flag as one word, like --qos=high"
         )
     deepy = Path(__file__).resolve().parents[2] / "deepy.py"
     settings = ["launcher=slurm", f"num_nodes={nodes}", f"num_gpus={count or 1}"]
