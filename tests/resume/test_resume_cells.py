@@ -14,6 +14,7 @@ from support import relayout, runs
 from support.pool import RankPools
 
 STEPS = 14
+PATIENCE = 900.0  # four ranks on two busy cores take their time
 
 
 class Cell(NamedTuple):
@@ -89,7 +90,7 @@ def test_killed_in_any_layout(tmp_path: Path, pools: RankPools, cell: Cell, meth
     file = write(tmp_path / "config.yml", data, run_dir, cell, method)
     live = runs.LiveRun(file)
     try:
-        live.wait_for_step(chance.randint(3, STEPS - 4))
+        live.wait_for_step(chance.randint(3, STEPS - 4), timeout=PATIENCE)
         time.sleep(chance.random() * 0.1)
         for pid in list(live.family()):
             os.kill(pid, signal.SIGKILL)
@@ -97,6 +98,6 @@ def test_killed_in_any_layout(tmp_path: Path, pools: RankPools, cell: Cell, meth
         live.end()
     kept = runs.steps_done(run_dir)
     assert kept < STEPS, "the run had ended before it could be killed"
-    done = runs.train(file)
+    done = runs.train(file, timeout=PATIENCE)
     assert "loaded" in done.stdout
     runs.assert_same_run(tmp_path / "whole", run_dir, STEPS)

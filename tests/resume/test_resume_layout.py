@@ -70,6 +70,11 @@ class Relayout(NamedTuple):
     slow: bool = True
 
 
+def offloaded(stage: int) -> dict[str, Any]:
+    """Return what keeps the optimizer's state in the host's memory."""
+    return {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
+
+
 CASES = (
     Relayout("neox", Cell(2, 1, 1, 1), Cell(1, 2, 1, 1), slow=False),
     Relayout("llama", Cell(1, 1, 2, 3), Cell(2, 1, 1, 1), slow=False),
@@ -89,6 +94,8 @@ CASES = (
     Relayout("llama", Cell(2, 1, 1, 3), Cell(1, 2, 1, 1)),
     Relayout("llama", Cell(2, 2, 1, 1), Cell(2, 1, 2, 3)),
     Relayout("llama", Cell(1, 2, 1, 1), Cell(2, 1, 1, 1), {"train_micro_batch_size_per_gpu": 4}),
+    Relayout("neox", Cell(1, 1, 2, 1), Cell(2, 1, 1, 2), offloaded(2)),
+    Relayout("neox", Cell(2, 1, 1, 1), Cell(1, 1, 2, 3), offloaded(3)),
     Relayout("bf16", Cell(2, 1, 1, 1), Cell(1, 1, 2, 3)),
     Relayout("bf16", Cell(1, 1, 2, 1), Cell(1, 2, 1, 1)),
     Relayout("padding", Cell(1, 1, 2, 1), Cell(2, 1, 1, 1)),
