@@ -107,7 +107,7 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Or else every buffer that DeepSpeed reserves (gigabytes a step) is filled with NaN.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         # What remains of attention's kernels, flash and plain, adds in a fixed order then.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
