@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import runs
-from support.gloo import run_ranks
+from support.pool import RankPools
 from support.training import Harness
 
 from megatron.mixing.base import Decision
@@ -42,7 +42,9 @@ def body(rank: int, world_size: int, file: Path, weighted: bool) -> dict[str, An
         planner = harness.parts.planner
         planner._mixer = Weighted(planner._mixer)
     harness.run(STEPS)
-    return {"ledger": harness.ledger, "parameters": harness.parameters()}
+    parameters = harness.parameters()
+    harness.close()
+    return {"ledger": harness.ledger, "parameters": parameters}
 
 
 def write(folder: Path, ranks: int, accumulation: int, **changes: Any) -> Path:
@@ -64,13 +66,15 @@ def write(folder: Path, ranks: int, accumulation: int, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_masks_and_weights_mean_the_same_on_every_layout(tmp_path: Path, weighted: bool) -> None:
+def test_masks_and_weights_mean_the_same_on_every_layout(
+    pools: RankPools, tmp_path: Path, weighted: bool
+) -> None:
     layouts = [(1, 1), (1, 4), (2, 1), (2, 4)]
     results = []
     for ranks, accumulation in layouts:
         file = write(tmp_path, ranks, accumulation, eod_mask_loss=True)
         runs.add_sidecars(tmp_path / "data")
-        per_rank = run_ranks(body, ranks, file, weighted)
+        per_rank = pools.call(body, ranks, file, weighted)
         assert all(result["ledger"] == per_rank[0]["ledger"] for result in per_rank)
         results.append(per_rank[0])
     reference = results[0]
@@ -86,10 +90,10 @@ def test_masks_and_weights_mean_the_same_on_every_layout(tmp_path: Path, weighte
             np.testing.assert_allclose(result["parameters"][name], value, atol=2e-6, err_msg=name)
 
 
-def test_steps_equal_plain_pytorch(tmp_path: Path) -> None:
+def test_steps_equal_plain_pytorch(pools: RankPools, tmp_path: Path) -> None:
     """The same batches through torch's own cross-entropy, clipping and AdamW."""
     file = write(tmp_path, 2, 2)
-    trained = run_ranks(body, 2, file, True)[0]
+    trained = pools.call(body, 2, file, True)[0]
 
     harness_config, domains = _open(file)
     model = GPT(harness_config.model, seed=harness_config.training.seed)

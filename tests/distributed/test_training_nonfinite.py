@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import runs
-from support.gloo import run_ranks
+from support.pool import RankPools
 from support.training import Harness
 
 from megatron.errors import NeomixError
@@ -43,6 +43,7 @@ def body(rank: int, world_size: int, file: Path, bad_steps: tuple[int, ...]) -> 
         harness.run(STEPS)
     except NeomixError as raised:
         error = (str(raised), raised.exit_code)
+    harness.close()
     return {"ledger": harness.ledger, "error": error, "before": before}
 
 
@@ -69,10 +70,10 @@ def write(folder: Path, policy: str, precision: dict[str, Any], stage: int) -> P
     ],
 )
 def test_skip_leaves_weights_and_mixture_alone(
-    tmp_path: Path, precision: dict[str, Any], stage: int
+    pools: RankPools, tmp_path: Path, precision: dict[str, Any], stage: int
 ) -> None:
     file = write(tmp_path, "skip(2)", precision, stage)
-    results = run_ranks(body, 2, file, (BAD,))
+    results = pools.call(body, 2, file, (BAD,))
     for result in results:
         assert result["error"] is None
         assert [step["skipped"] for step in result["ledger"]] == [
@@ -93,8 +94,8 @@ def test_skip_leaves_weights_and_mixture_alone(
     assert len(set(ids)) == len(ids)
 
 
-def test_stop_is_the_default_and_all_ranks_say_the_same(tmp_path: Path) -> None:
-    results = run_ranks(body, 2, write(tmp_path, "stop", {}, 1), (BAD,))
+def test_stop_is_the_default_and_all_ranks_say_the_same(pools: RankPools, tmp_path: Path) -> None:
+    results = pools.call(body, 2, write(tmp_path, "stop", {}, 1), (BAD,))
     messages = {result["error"] for result in results}
     assert len(messages) == 1
     text, code = messages.pop()
@@ -106,6 +107,6 @@ def test_stop_is_the_default_and_all_ranks_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_k_in_a_row_stop_the_run(tmp_path: Path) -> None:
-    results = run_ranks(body, 2, write(tmp_path, "skip(2)", {}, 1), (BAD, BAD + 1))
+def test_k_in_a_row_stop_the_run(pools: RankPools, tmp_path: Path) -> None:
+    results = pools.call(body, 2, write(tmp_path, "skip(2)", {}, 1), (BAD, BAD + 1))
     assert all("2 in a row" in result["error"][0] for result in results)
