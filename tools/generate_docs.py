@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write docs/configuration.md and docs/schema.json from the types of the configuration.
 
-``--check`` writes nothing and exits with 1 if one of them is stale.
+``--check`` writes nothing and exits with 1 if one of them is stale.  ``--simulate`` also runs
+every mixing method in the simulator (minutes) and writes its table and plot into docs/mixing.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SIMULATED_STEPS = 10_000
+BLOCK_START, BLOCK_END = "<!-- simulation -->", "<!-- end of simulation -->"
 sys.path.insert(0, str(ROOT))
 
 from megatron.errors import run_command  # noqa: E402
@@ -27,13 +30,31 @@ def documents() -> dict[str, str]:
     return {"docs/configuration.md": reference(), "docs/schema.json": schema}
 
 
+def simulation() -> dict[str, str]:
+    """Run the simulator and return the documents that show it, by path."""
+    from megatron.mixing.regret import as_table, compare
+    from megatron.mixing.regret_plot import plot
+
+    entries = compare(steps=SIMULATED_STEPS)
+    path = ROOT / "docs/mixing.md"
+    before, rest = path.read_text(encoding="utf-8").split(BLOCK_START)
+    after = rest.split(BLOCK_END)[1]
+    block = f"{BLOCK_START}\n{as_table(entries)}\n{BLOCK_END}"
+    return {
+        "docs/mixing.md": before + block + after,
+        "docs/images/mixing_simulation.svg": plot(entries, world="transfer"),
+    }
+
+
 def main() -> int:
     """Write or check the documents."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="only tell whether they are stale")
-    check = parser.parse_args().check
+    parser.add_argument("--simulate", action="store_true", help="run the mixing simulator too")
+    arguments = parser.parse_args()
+    check = arguments.check
     stale = []
-    for name, text in documents().items():
+    for name, text in (documents() | (simulation() if arguments.simulate else {})).items():
         path = ROOT / name
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
