@@ -21,7 +21,7 @@ SHOWN: Final = (
     ("dynamic_loading (best's losses)", "#0a7f55"),
     ("skillit (identity)", "#5aa9e6"),
     ("skillit (true graph)", "#0b57a4"),
-    ("aioli (ema)", "#c2185b"),
+    ("aioli", "#c2185b"),
 )
 _WIDTH, _HEIGHT = 760, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 250, 40, 50
