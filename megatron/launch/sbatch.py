@@ -71,6 +71,13 @@ def sbatch_script(
         raise ConfigError("a job script needs num_gpus, the GPUs of each node; set it")
     if options.time and not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", options.time):
         raise ConfigError(f"--time is {options.time!r}; write it as 2-12:00:00 or 12:00:00")
+    lead = math.ceil(options.save_timeout) + _STEP_SECONDS
+    if options.time and _seconds(options.time) <= lead:
+        raise ConfigError(
+            f"--time is {options.time}, but the run is told to save {lead} seconds before the end "
+            "(save_timeout, and time for a step), so it would save at once; give more time, or "
+            "lower save_timeout"
+        )
     flags = [
         f"--job-name={options.name}",
         f"--nodes={nodes}",
@@ -80,7 +87,7 @@ def sbatch_script(
         f"--output={options.output}",
         "--open-mode=append",
         "--requeue",
-        f"--signal=B:USR1@{math.ceil(options.save_timeout) + _STEP_SECONDS}",
+        f"--signal=B:USR1@{lead}",
     ]
     for name, value in (
         ("partition", options.partition),
@@ -99,6 +106,19 @@ def sbatch_script(
     command = [sys.executable, str(deepy), *arguments, "--set", *settings]
     lines = "\n".join(f"#SBATCH {_line(flag)}" for flag in [*flags, *further])
     return _SCRIPT.format(flags=lines, command=shlex.join(command))
+
+
+def _seconds(time: str) -> int:
+    """Return a time limit in Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _line(flag: str) -> str:

@@ -24,7 +24,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-
 PRELOADED = [
     "torch.distributed",
     "deepspeed",

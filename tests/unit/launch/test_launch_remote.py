@@ -300,6 +300,17 @@ def test_a_job_script_is_a_script(tmp_path: Path) -> None:
             script(**wrong)
 
 
+@pytest.mark.parametrize("time", ["11", "11:00", "0:11:00", "0-0:11", "0-0:11:00", "0-0"])
+def test_a_job_too_short_to_save_is_refused(time: str) -> None:
+    with pytest.raises(ConfigError, match=f"--time is {time}, but .* save 660 seconds before"):
+        script(time=time)
+
+
+@pytest.mark.parametrize("time", ["12", "11:01", "0:11:01", "0-0:12", "1-0", "0-1", "0-0:11:01"])
+def test_a_job_long_enough_to_save_is_written(time: str) -> None:
+    assert f"#SBATCH --time={time}" in script(time=time)
+
+
 @pytest.mark.parametrize(
     ("ends", "signalled", "expected", "requeued"),
     [(0, False, 0, False), (7, False, 7, False), (143, True, 0, True), (143, False, 143, False)],
