@@ -49,7 +49,7 @@ from megatron.mixing.observation import (
     Signal,
     check_step,
 )
-from megatron.mixing.options import CommonOptions, bounds
+from megatron.mixing.options import CommonOptions, bounds, require
 from megatron.mixing.simplex import is_distribution, normalise, project
 from megatron.mixing.window import Window
 from megatron.state import check_state
@@ -82,6 +82,12 @@ class Mixer(ABC):
         options: CommonOptions,
         context: RunContext,
     ) -> None:
+        require(
+            "min_tokens",
+            options.min_tokens,
+            options.min_tokens == 0 or Signal.LOSS in self.needs,
+            f"0 for '{self.method}', which learns nothing from training losses",
+        )
         self.domains: tuple[str, ...] = tuple(domains)
         self._options = options
         self._context = context

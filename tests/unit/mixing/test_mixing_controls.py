@@ -144,6 +144,12 @@ class TestLeastEvidence:
         assert plain.state_dict() == given.state_dict()
 
 
+@pytest.mark.parametrize("method", ["static", "skillit", "aioli", "naive_validation"])
+def test_least_evidence_is_refused_where_none_is_read(method):
+    with pytest.raises(ConfigError, match=f"min_tokens is 5; it must be 0 for '{method}'"):
+        build_mixer(method, domains=NAMES, min_tokens=5)
+
+
 def test_ado_holds_evidence_back_too():
     mixer = build_mixer("ado", domains=["a", "b"], min_tokens=10)
     for step, loss in ((1, 4.0), (2, 3.0), (3, 2.0)):
