@@ -212,6 +212,8 @@ def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
         "bias_gelu_fusion": flag,
         "use_bias_in_norms": flag,
         "fp32_allreduce": flag,
+        "deepspeed_mpi": flag,
+        "deepspeed_slurm": flag,
         "attention_config": {"type": "array"},
     }
     return {

@@ -133,7 +133,7 @@ def test_fork_keys_with_other_units_and_methods(load):
 @pytest.mark.parametrize(
     "text",
     [
-        "data_sampling_method: naive_validation\n",
+        "data_sampling_method: validation_based_reward\n",
         "data_sampling_method: exp3\nmixing: {method: odm}\n",
         "data_sampling_method: exp3\nmixed_batches: 3\n",
         "data_sampling_method: exp3\ndata_sampling_warmup_steps: -1\n",
