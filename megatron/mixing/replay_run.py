@@ -30,6 +30,7 @@ class Replay(Schedule):
     """
 
     method = "replay"
+    _average = False
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class Replay(Schedule):
         super().__init__(
             domains=domains,
             weights=weights,
-            options=as_schedule(options, self.method, average=False),
+            options=as_schedule(options, self.method, average=self._average),
             context=context,
         )
 

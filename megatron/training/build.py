@@ -46,8 +46,6 @@ from megatron.training.planner import Planner
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 class Batch(NamedTuple):
     """Batch sizes of a run on its layout, as ``resolve_batch`` gives them."""

@@ -93,13 +93,14 @@ def prepare_source(
     answer: dict[str, str] = {}
     if runtime.rank == 0:
         try:
-            vet_checkpoint(
-                path, allowed=UNIVERSAL_GLOBALS if way == "universal" else DEEPSPEED_GLOBALS
-            )
             files = path
-            if way == "convert":
+            if way == "convert":  # vets what it reads
                 home = store if os.access(store.directory, os.W_OK) else own
                 files = _convert_once(home, path, manifest, say)
+            else:
+                vet_checkpoint(
+                    path, allowed=UNIVERSAL_GLOBALS if way == "universal" else DEEPSPEED_GLOBALS
+                )
             answer = {"files": str(files)}
         except (CheckpointError, RunError) as error:
             answer = {"problem": str(error)}
@@ -173,7 +174,7 @@ def restore(
 
     Args:
         config: of the run.
-        runtime: tells which rank this is.
+        runtime: compares what the ranks have read.
         parts: newly built; filled here.
         source: what :func:`find_source` found.
         say: takes a line for the console.
@@ -183,11 +184,10 @@ def restore(
     """
     manifest, files = source.manifest, source.engine_files
     if source.universal:
-        layout = run_layout(config, runtime.world_size)
         parts.engine.load_universal(
             files,
-            tensor_rank=layout.coordinates(runtime.rank).tensor,
-            tensor_size=layout.tensor_size,
+            tensor_rank=parts.topology.tensor_rank,
+            tensor_size=parts.topology.tensor_size,
             weights_only=source.weights_only,
         )
     else:

@@ -27,7 +27,6 @@ from megatron.training.compatible import (
     model_facts,
 )
 from megatron.training.domains import OpenDomains
-from megatron.training.layout import run_layout
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
 from megatron.training.plan import checkpoint_bytes
@@ -82,7 +81,7 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
         )
         return EXIT_DONE
     parts = build(config, runtime, domains, checked.mixer)
-    layout = run_layout(config, runtime.world_size)
+    layout = parts.topology.layout
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
     start = restore(config, runtime, parts, source, say) if source is not None else 0
     milestones = _milestones(config, runtime, checked, store, parts, heartbeat)
@@ -146,7 +145,7 @@ def _milestones(
         guard=parts.guard,
         sinks=parts.sinks,
         domains=list(checked.domains.names),
-        layout=layout_facts(config, run_layout(config, runtime.world_size)),
+        layout=layout_facts(config, parts.topology.layout),
         config_hash=config.hash(),
         fingerprints=checked.domains.fingerprints,
         facts=run_facts(config),
