@@ -7,30 +7,15 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from support import relayout, runs
+from support.cells import Cell
 from support.pool import RankPools
 
 STEPS = 14
 PATIENCE = 900.0  # four ranks on two busy cores take their time
-
-
-class Cell(NamedTuple):
-    """A layout and a ZeRO stage."""
-
-    tensor: int
-    pipe: int
-    data: int
-    stage: int
-
-    @property
-    def ranks(self) -> int:
-        return self.tensor * self.pipe * self.data
-
-    def __str__(self) -> str:
-        return f"tensor{self.tensor}-pipe{self.pipe}-data{self.data}-zero{self.stage}"
 
 
 CELLS = (

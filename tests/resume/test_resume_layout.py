@@ -6,30 +6,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from support import relayout, runs
+from support.cells import Cell
 from support.pool import RankPools
 
 STOP, STEPS = 8, 28
-
-
-class Cell(NamedTuple):
-    """A layout and a ZeRO stage."""
-
-    tensor: int
-    pipe: int
-    data: int
-    stage: int
-
-    @property
-    def ranks(self) -> int:
-        return self.tensor * self.pipe * self.data
-
-    def __str__(self) -> str:
-        return f"tensor{self.tensor}.pipe{self.pipe}.data{self.data}.zero{self.stage}"
 
 
 LLAMA = {
