@@ -46,8 +46,9 @@ _ORDER = (
     SAVING,
     ENDING,
 )
-# These may take as long as they need: they are reported, but not ended.
-_PATIENT = frozenset({STARTING, RESTORING, VALIDATING, SAVING})
+# These may take as long as they need: they are reported, but not ended.  Planning is among them
+# because a controller may ask for a validation there.
+_PATIENT = frozenset({STARTING, RESTORING, PLANNING, VALIDATING, SAVING})
 
 
 def collective_minutes(stall_timeout: float) -> int:
