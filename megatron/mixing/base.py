@@ -14,8 +14,11 @@ How methods of every kind fit, without a change here or in the loop:
 * A *loss re-weighter* (DoReMi) keeps its sampling distribution: ``_update`` moves its
   own state and returns None, and :meth:`Mixer._decide` returns a decision with
   ``loss_weights``.  ``needs`` names ``Signal.EXCESS_LOSS``.
-* A *gradient-driven* one (DoGE) reads ``window.gradient_alignment`` and
-  ``window.learning_rate`` in ``_update``; ``needs`` names both signals.
+* What must be known of a step *before* it trains (DoGE's gradients, losses at the weights
+  that the batch meets) is asked for with ``measure`` in the decision: the loop measures it
+  on the planned batch and calls :meth:`Mixer.foresee`; the rule moves in ``_foresee``, and
+  the decision is made anew, of which the loss weights count.  ``_decide`` asks until
+  :meth:`Mixer._foreseen` says that it is in.
 * A *validation-driven* one (Skill-It, dynamic batch loading) returns
   ``validate=True`` from ``_decide(step)`` until :meth:`Mixer._measured_before` says
   that the measurement is in.  The loop measures, observes it as step ``step - 1``
@@ -36,9 +39,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.errors import CheckpointError
 from megatron.mixing.decision import Decision, RunContext
@@ -50,6 +55,7 @@ from megatron.mixing.observation import (
     check_step,
 )
 from megatron.mixing.options import CommonOptions, bounds, require
+from megatron.mixing.reported import Reported
 from megatron.mixing.simplex import is_distribution, normalise, project
 from megatron.mixing.window import Window
 from megatron.state import check_state
@@ -96,7 +102,18 @@ class Mixer(ABC):
         self._weights = self._initial
         self._step = 0
         self._measured_step = -1
+        self._foreseen_step = 0
         self._window: Window | None = None
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of what validation measures: the domains, then those never trained on."""
+        return self.domains + self._context.targets
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]:
+        """Which domains are one to the method, [K]: every domain is by itself."""
+        return np.arange(len(self.domains))
 
     @property
     def step(self) -> int:
@@ -161,6 +178,36 @@ class Mixer(ABC):
             if updated is not None:
                 self._set_weights(updated)
         self._step = step
+
+    def foresee(self, observation: Observation) -> Decision:
+        """Learn what was measured on a planned step's batch before it trains.
+
+        An observation that is not finite moves nothing.
+
+        Args:
+            observation: of the step that ``observation.step`` names, with the signals
+                that its decision asked for.
+
+        Returns:
+            The step's decision, made anew; it asks for no further measurement.
+
+        Raises:
+            ObservationError: it is not of these domains, or its step lies in the past.
+        """
+        self._check_fit(observation)
+        asked = self.decide(observation.step).measure  # refuses a step of the past
+        if asked and observation.finite(asked):
+            self._foresee(observation)
+        self._foreseen_step = max(self._foreseen_step, observation.step)
+        return replace(self.decide(observation.step), measure=frozenset())
+
+    def review(self, reported: Reported) -> str | None:
+        """Take a report validation; a method by itself does nothing about it."""
+        return None
+
+    def result(self) -> FloatArray | None:
+        """Return the mixture to carry to the next run, [K]; None if the method makes none."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on, JSON-able and rank-free."""
@@ -244,7 +291,12 @@ class Mixer(ABC):
     def _measure(  # noqa: B027 - most rules need nothing of it
         self, step: int, valid_loss: FloatArray
     ) -> None:
-        """See a validation measured after ``step`` (NaN = domain not measured)."""
+        """See a validation measured after ``step``: [K + M], as ``measured`` (NaN = not)."""
+
+    def _foresee(  # noqa: B027 - most rules need nothing of it
+        self, observation: Observation
+    ) -> None:
+        """See what a decision asked for with ``measure``, before the step trains."""
 
     def _save(self) -> dict[str, Any]:
         """Return what the rule remembers, JSON-able."""
@@ -278,6 +330,10 @@ class Mixer(ABC):
     def _measured_before(self, step: int) -> bool:
         """Whether a validation was measured between step ``step - 1`` and step ``step``."""
         return self._measured_step >= step - 1
+
+    def _foreseen(self, step: int) -> bool:
+        """Whether what ``step`` asked for with ``measure`` has been measured."""
+        return self._foreseen_step >= step
 
     def _by_name(self, values: FloatArray) -> dict[str, float | None]:
         """Key a vector by domain; NaN becomes None, so that any JSON reader takes it."""
@@ -323,7 +379,9 @@ class Mixer(ABC):
         return Decision(
             sampling_weights=self._initial.copy(),
             validate=decision.validate,
+            measure=decision.measure,
             controller_weights=decision.sampling_weights,
+            control="shadow",
         )
 
     def _drawn_by(self, observation: Observation) -> FloatArray:
@@ -349,7 +407,9 @@ class Mixer(ABC):
             return
         self._measured_step = step
         if Signal.VALID_LOSS in self.needs and step >= self._options.warmup_steps:
-            self._measure(step, valid_loss)
+            targets = observation.vector("target_loss")
+            missing = np.full(len(self._context.targets), np.nan)
+            self._measure(step, np.append(valid_loss, missing if targets is None else targets))
 
     def _check_fit(self, observation: Observation) -> None:
         if not isinstance(observation, Observation):
@@ -359,6 +419,12 @@ class Mixer(ABC):
             raise ObservationError(
                 f"observation of step {observation.step} has {length} values per vector and the "
                 f"mixer {len(self.domains)} domains ({', '.join(self.domains)})"
+            )
+        targets = observation.vector("target_loss")
+        if targets is not None and len(targets) != len(self._context.targets):
+            raise ObservationError(
+                f"observation of step {observation.step} has {len(targets)} values in target_loss "
+                f"and the run {len(self._context.targets)} domains that are measured only"
             )
 
     def _check_signals(self, observation: Observation) -> None:

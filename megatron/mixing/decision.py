@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron.mixing.observation import FloatArray
+from megatron.mixing.observation import FloatArray, Signal
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,8 +20,15 @@ class Decision:
         fresh_quota: apportion this step and the following ones, this many in all, as
             one block, closing the carry of earlier steps; None = go on as usual.
         probe: index of the probe mixture this step belongs to, for the log.
-        controller_weights: what a controller in shadow would have drawn from, [K], for
-            the log; None when it is in control.
+        controller_weights: what a controller that does not draw would have drawn from,
+            [K], for the log; None when it is in control.
+        control: who draws in the method's place: the given weights (``"shadow"``) or the
+            guardrail's (``"fallback"``); None = the method itself.
+        measure: signals wanted on this very step's batch, measured with the weights as
+            they are before it trains and told to ``foresee``, which may still change the
+            loss weights (the samples are drawn by then).
+        epochs: forecast of the passes over each domain at the end of the run if these
+            weights hold, [K]; None where the sizes are not known.
     """
 
     sampling_weights: FloatArray
@@ -29,6 +37,9 @@ class Decision:
     fresh_quota: int | None = None
     probe: int | None = None
     controller_weights: FloatArray | None = None
+    control: Literal["shadow", "fallback"] | None = None
+    measure: frozenset[Signal] = frozenset()
+    epochs: FloatArray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +52,15 @@ class RunContext:
         samples_per_step: samples of a global batch.
         draws_per_step: independent draws that make a global batch: as many as it has
             samples, or micro-batches when those are drawn whole.
+        samples_per_epoch: training samples (windows) of each domain, in their order.
+        vocab_size: number of token ids.
+        targets: names of domains that are measured and never trained on.
     """
 
     total_steps: int | None = None
     tokens_per_step: int | None = None
     samples_per_step: int | None = None
     draws_per_step: int | None = None
+    samples_per_epoch: tuple[float, ...] | None = None
+    vocab_size: int | None = None
+    targets: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields
 from enum import StrEnum
 from typing import Final, TypeAlias
@@ -30,8 +30,10 @@ class Signal(StrEnum):
     """``loss_sum`` and ``token_count`` of the training batch."""
     VALID_LOSS = "valid_loss"
     """``valid_loss``, measured when a decision asks for it."""
+    BATCH_VALID_LOSS = "batch_valid_loss"
+    """``batch_valid_loss``: held-out loss on a batch mixed like the step's own."""
     EXCESS_LOSS = "excess_loss"
-    """``excess_loss`` over a reference model."""
+    """``excess_loss`` over a reference model, and the ``reference_loss``."""
     GRADIENT_ALIGNMENT = "gradient_alignment"
     """``gradient_alignment``, which needs one backward pass per domain."""
     LOSS_VARIANCE = "loss_variance"
@@ -42,14 +44,18 @@ class Signal(StrEnum):
 
 SIGNAL_FIELDS: Final[dict[Signal, tuple[str, ...]]] = {
     Signal.LOSS: ("loss_sum", "token_count"),
-    Signal.VALID_LOSS: ("valid_loss",),
-    Signal.EXCESS_LOSS: ("excess_loss",),
+    Signal.VALID_LOSS: ("valid_loss", "target_loss"),
+    Signal.BATCH_VALID_LOSS: ("batch_valid_loss",),
+    Signal.EXCESS_LOSS: ("excess_loss", "reference_loss"),
     Signal.GRADIENT_ALIGNMENT: ("gradient_alignment",),
     Signal.LOSS_VARIANCE: ("loss_square_sum", "sample_count"),
     Signal.LEARNING_RATE: ("learning_rate",),
 }
-NAN_MEANS_ABSENT: Final = frozenset({"valid_loss", "excess_loss"})
-_COUNTS: Final = frozenset({"token_count", "sample_count"})
+NAN_MEANS_ABSENT: Final = frozenset(
+    {"valid_loss", "target_loss", "batch_valid_loss", "excess_loss", "reference_loss"}
+)
+_COUNTS: Final = frozenset({"token_count", "sample_count", "samples_seen"})
+_OWN_LENGTH: Final = frozenset({"target_loss"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +75,19 @@ class Observation:
             decision for the step if not given (they differ under lag or in a
             shadow run).  Importance-weighted rules divide by it.
         valid_loss: mean validation loss (nats per token); NaN where not measured.
+        target_loss: mean validation loss of the domains that are never trained on, [M]
+            in their order (nats per token); NaN where not measured.
+        batch_valid_loss: mean held-out loss over as many samples of each domain as it has
+            in the step (nats per token); NaN where absent.
         excess_loss: mean over the domain's tokens of max(loss - reference loss, 0)
             (nats per token); NaN where absent.
+        reference_loss: mean loss of the reference model on the same tokens (nats per
+            token); NaN where absent.
         gradient_alignment: <g_i, g_v> / mean norm of the g_i, before the learning rate.
         loss_square_sum: sum over samples of the squared per-sample mean loss.
         sample_count: samples per domain.
+        samples_seen: samples drawn from each domain since the run began, this step's
+            included.
         learning_rate: the step's learning rate.
 
     Raises:
@@ -88,10 +102,14 @@ class Observation:
     token_count: npt.ArrayLike | None = None
     sampling_weights: npt.ArrayLike | None = None
     valid_loss: npt.ArrayLike | None = None
+    target_loss: npt.ArrayLike | None = None
+    batch_valid_loss: npt.ArrayLike | None = None
     excess_loss: npt.ArrayLike | None = None
+    reference_loss: npt.ArrayLike | None = None
     gradient_alignment: npt.ArrayLike | None = None
     loss_square_sum: npt.ArrayLike | None = None
     sample_count: npt.ArrayLike | None = None
+    samples_seen: npt.ArrayLike | None = None
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +119,7 @@ class Observation:
             value = getattr(self, field.name)
             if field.name not in ("step", "learning_rate") and value is not None:
                 object.__setattr__(self, field.name, _vector(self.step, field.name, value))
-        lengths = {f.name: len(v) for f in fields(self) if (v := self.vector(f.name)) is not None}
+        lengths = {name: len(vector) for name, vector in self._vectors()}
         if len(set(lengths.values())) > 1:
             raise ObservationError(
                 f"observation of step {self.step}: the vectors differ in length ({lengths}); "
@@ -127,7 +145,24 @@ class Observation:
     @property
     def length(self) -> int | None:
         """Number of domains its vectors speak of; None if it has no vector."""
-        return next((len(v) for f in fields(self) if (v := self.vector(f.name)) is not None), None)
+        return next((len(vector) for _, vector in self._vectors()), None)
+
+    def _vectors(self) -> Iterator[tuple[str, FloatArray]]:
+        """Yield the vectors [K] that are given."""
+        for field in fields(self):
+            vector = self.vector(field.name)
+            if vector is not None and field.name not in _OWN_LENGTH:
+                yield field.name, vector
+
+    @property
+    def standard_error(self) -> FloatArray | None:
+        """Standard error of each domain's mean loss over its samples, [K]; see the function."""
+        given = [self.vector(name) for name in SIGNAL_FIELDS[Signal.LOSS_VARIANCE]]
+        losses, tokens = self.vector("loss_sum"), self.vector("token_count")
+        squares, samples = given
+        if losses is None or tokens is None or squares is None or samples is None:
+            return None
+        return standard_error(losses, tokens, squares, samples)
 
     @property
     def present(self) -> BoolArray | None:
@@ -155,6 +190,31 @@ class Observation:
             if values is not None and not test(values).all():
                 return False
         return True
+
+
+def standard_error(
+    loss_sum: FloatArray, token_count: FloatArray, square_sum: FloatArray, sample_count: FloatArray
+) -> FloatArray:
+    """Return the standard error of each domain's mean loss, nats per token, [K].
+
+    The samples of a domain are taken as independent draws of equal length:
+    sqrt((mean of squares - square of the mean) / (n - 1)).
+
+    Args:
+        loss_sum: sum of token losses, [K].
+        token_count: tokens, [K].
+        square_sum: sum over samples of their squared mean losses, [K].
+        sample_count: samples n, [K].
+
+    Returns:
+        [K]; NaN for a domain with fewer than two samples.
+    """
+    known = (sample_count >= 2) & (token_count > 0)
+    count = np.where(known, sample_count, 2.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = loss_sum / np.where(known, token_count, 1.0)
+        variance = np.maximum(square_sum / count - mean * mean, 0.0) / (count - 1.0)
+    return np.where(known, np.sqrt(variance), np.nan)
 
 
 def check_step(step: object, *, least: int) -> int:

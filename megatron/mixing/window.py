@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from megatron.mixing.observation import BoolArray, FloatArray, Observation
+from megatron.mixing.observation import BoolArray, FloatArray, Observation, standard_error
 from megatron.mixing.simplex import saturate
 from megatron.state import check_state
 
@@ -19,6 +19,7 @@ _VECTORS: Final = (
     "sampling_weights",
     "excess_sum",
     "excess_tokens",
+    "reference_sum",
     "gradient_alignment",
     "valid_loss",
 )
@@ -39,6 +40,7 @@ class Window:
         excess_sum: excess loss times the domain's tokens, added over the steps that
             measured it, [K].
         excess_tokens: tokens of those steps, [K].
+        reference_sum: reference loss times tokens, added over the same steps, [K].
         gradient_alignment: mean over the steps, [K].
         loss_square_sum: added, [K].
         sample_count: added, [K].
@@ -53,6 +55,7 @@ class Window:
     sampling_weights: FloatArray
     excess_sum: FloatArray
     excess_tokens: FloatArray
+    reference_sum: FloatArray
     gradient_alignment: FloatArray
     loss_square_sum: FloatArray
     sample_count: FloatArray
@@ -128,10 +131,16 @@ class Window:
         if excess is None or tokens is None:
             return {}
         measured = np.isfinite(excess) & (tokens > 0)
-        with np.errstate(over="ignore"):
-            added = saturate(np.where(measured, excess, 0.0) * tokens)
+        reference = observation.vector("reference_loss")
+        given = np.zeros(len(excess)) if reference is None else reference
+
+        def total(means: FloatArray) -> FloatArray:
+            with np.errstate(over="ignore"):
+                return saturate(np.where(measured & np.isfinite(means), means, 0.0) * tokens)
+
         return {
-            "excess_sum": _add(self.excess_sum, added),
+            "excess_sum": _add(self.excess_sum, total(excess)),
+            "reference_sum": _add(self.reference_sum, total(given)),
             "excess_tokens": _add(self.excess_tokens, np.where(measured, tokens, 0.0)),
         }
 
@@ -150,6 +159,19 @@ class Window:
         """Mean excess loss in nats per token, [K]; NaN for a domain that never measured it."""
         means = _ratio(self.excess_sum, self.excess_tokens)
         return np.where(self.excess_tokens > 0, means, np.nan)
+
+    @property
+    def mean_reference(self) -> FloatArray:
+        """Mean reference loss in nats per token, [K]; NaN for a domain that never measured it."""
+        means = _ratio(self.reference_sum, self.excess_tokens)
+        return np.where(self.excess_tokens > 0, means, np.nan)
+
+    @property
+    def standard_error(self) -> FloatArray:
+        """Standard error of ``mean_loss``, nats per token, [K]; NaN below two samples."""
+        return standard_error(
+            self.loss_sum, self.token_count, self.loss_square_sum, self.sample_count
+        )
 
     def state_dict(
         self, by_name: Callable[[FloatArray], dict[str, float | None]]
