@@ -38,6 +38,8 @@ class MicroBatch:
         loss_mask: [B, S] float32, 1 where a token counts.
         domain_ids: [B] int64.
         sample_weight: [B] float32.
+        reference: [B, S] float32, a reference model's loss of every target in nats, or None
+            where nothing is compared with one.
     """
 
     tokens: Array
@@ -45,6 +47,7 @@ class MicroBatch:
     loss_mask: Array
     domain_ids: Array
     sample_weight: Array
+    reference: Array | None = None
 
 
 def read_windows(places: Sequence[Place], seq_length: int) -> NDArray[Any]:

@@ -8,7 +8,7 @@ import torch
 
 from megatron.data.batch import MicroBatch
 
-Labels = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Labels = tuple[torch.Tensor, ...]
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, Labels]:
@@ -16,7 +16,8 @@ def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, La
 
     Returns:
         tokens [B, S], and the labels (targets [B, S], loss_mask [B, S], domain_ids [B],
-        sample_weight [B]) in the order that the loss function takes them.
+        sample_weight [B] and, where there is a reference, its losses [B, S]) in the order that
+        the loss function takes them.
     """
     tokens, *labels = (
         torch.as_tensor(part).to(device, non_blocking=True)
@@ -26,10 +27,11 @@ def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, La
             batch.loss_mask,
             batch.domain_ids,
             batch.sample_weight,
+            batch.reference,
         )
+        if part is not None
     )
-    targets, loss_mask, domain_ids, sample_weight = labels
-    return tokens, (targets, loss_mask, domain_ids, sample_weight)
+    return tokens, tuple(labels)
 
 
 def all_to_device(

@@ -11,11 +11,13 @@ from megatron.parallel.cross_entropy import token_cross_entropy, weighted_cross_
 from megatron.parallel.sequence import enter_shared
 from megatron.parallel.topology import Topology
 
-Labels = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""targets int64 [B, S], loss_mask float [B, S], domain_ids int64 [B], sample_weight float [B]."""
+Labels = tuple[torch.Tensor, ...]
+"""targets int64 [B, S], loss_mask float [B, S], domain_ids int64 [B], sample_weight float [B] and,
+where losses are compared with a reference model's, its losses float [B, S]."""
 
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Takes loss_sum float64 [B] (nats), token_count float64 [B], domain_ids int64 [B]."""
+Observer = Callable[..., None]
+"""Takes loss_sum float64 [B] (nats), token_count float64 [B], domain_ids int64 [B] and, with a
+reference, the sums of max(loss - reference, 0) and of the reference's losses, float64 [B] each."""
 
 
 class DomainLoss:
@@ -53,10 +55,11 @@ class DomainLoss:
         Args:
             output: hidden states ``[B, S, H]`` (or this rank's part of the sequence where it
                 is divided) and this rank's rows of the output weight.
-            labels: targets, loss mask, domain ids and sample weights (see ``Labels``).
+            labels: targets, loss mask, domain ids, sample weights, perhaps reference losses
+                (see ``Labels``).
         """
         hidden, weight = output
-        targets, mask, domain_ids, sample_weight = labels
+        targets, mask, domain_ids, sample_weight, *reference = labels
         mask = mask.float()
         token_weights = mask * sample_weight.float()[:, None]
         loss, losses = weighted_cross_entropy(
@@ -70,8 +73,16 @@ class DomainLoss:
         )
         if self.observe is not None:
             with torch.no_grad():
-                sums = (losses.view_as(mask) * mask).sum(dim=1, dtype=torch.float64)
-                self.observe(sums, mask.sum(dim=1, dtype=torch.float64), domain_ids)
+                losses = losses.view_as(mask)
+                # What is masked may hold anything in a reference, NaN too.
+                reference = [torch.where(mask > 0, other.float(), 0.0) for other in reference]
+                excess = [(losses - other).clamp(min=0.0) for other in reference]
+                self.observe(
+                    _sums(losses, mask),
+                    mask.sum(dim=1, dtype=torch.float64),
+                    domain_ids,
+                    *(_sums(part, mask) for part in (*excess, *reference)),
+                )
         return loss
 
     def token_losses(
@@ -93,3 +104,8 @@ class DomainLoss:
             chunk_tokens=self.chunk_tokens,
         )
         return losses.view_as(targets)
+
+
+def _sums(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each row's unmasked losses, float64 [B]."""
+    return (losses * mask).sum(dim=1, dtype=torch.float64)

@@ -3,7 +3,8 @@
 The model's loss function hands over per-sample sums of every micro-batch; the ledger adds
 them into K slots through a [K, B] matrix that says which sample is whose (a fixed order of
 additions, never atomics, so that a GPU gives the same bits every time).  At the end of the step one
-all-reduce of a single float64 buffer [2K + 4] tells every rank the same.
+all-reduce of a single float64 buffer, [4K + 4] or with a reference [6K + 4], tells every rank
+the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ FloatArray = npt.NDArray[np.float64]
 
 _SKIPPED, _STOP = 0, 1
 _FLAGS = 4
+_COLUMNS = ("loss_sum", "token_count", "square_sum", "sample_count")
+_COMPARED = ("excess_sum", "reference_sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,21 @@ class StepTotals:
     Attributes:
         loss_sum: summed loss of each domain's tokens in nats, float64 [K].
         token_count: number of those tokens, float64 [K]; 0 = absent.
+        square_sum: sum over samples of their squared mean losses, float64 [K].
+        sample_count: samples with any such token, float64 [K].
+        excess_sum: summed max(loss - reference loss, 0) of the tokens, float64 [K]; None
+            without a reference.
+        reference_sum: summed reference loss of the tokens, float64 [K]; None likewise.
         skipped: some rank dropped the update.
         stop: some rank was asked to stop.
     """
 
     loss_sum: FloatArray
     token_count: FloatArray
+    square_sum: FloatArray
+    sample_count: FloatArray
+    excess_sum: FloatArray | None = None
+    reference_sum: FloatArray | None = None
     skipped: bool
     stop: bool
 
@@ -50,8 +62,12 @@ class StepTotals:
     @property
     def domain_loss(self) -> FloatArray:
         """Mean loss of each domain, nats per token; NaN where it was absent."""
+        return self.mean(self.loss_sum)
+
+    def mean(self, total: FloatArray) -> FloatArray:
+        """Return the mean over each domain's tokens of a sum [K]; NaN where it was absent."""
         absent = self.token_count == 0
-        return np.where(absent, np.nan, self.loss_sum / np.where(absent, 1.0, self.token_count))
+        return np.where(absent, np.nan, total / np.where(absent, 1.0, self.token_count))
 
 
 class Ledger:
@@ -63,6 +79,7 @@ class Ledger:
         group: ranks to sum over (None = all).
         contributes: False on ranks that see a copy of another rank's losses (tensor
             ranks > 0); they take part in the collective with zeros.
+        compared: whether micro-batches come with reference losses.
     """
 
     def __init__(
@@ -72,12 +89,15 @@ class Ledger:
         *,
         group: dist.ProcessGroup | None = None,
         contributes: bool = True,
+        compared: bool = False,
     ) -> None:
         """Allocate the buffer once; every step reuses it."""
+        self._names = _COLUMNS + _COMPARED * compared
         self._domains = domains
         self._group = group
         self._contributes = contributes
-        self._buffer = torch.zeros(2 * domains + _FLAGS, dtype=torch.float64, device=device)
+        size = len(self._names) * domains + _FLAGS
+        self._buffer = torch.zeros(size, dtype=torch.float64, device=device)
         self._index = torch.arange(domains, device=device)
 
     def reset(self) -> None:
@@ -85,7 +105,11 @@ class Ledger:
         self._buffer.zero_()
 
     def add(
-        self, loss_sum: torch.Tensor, token_count: torch.Tensor, domain_ids: torch.Tensor
+        self,
+        loss_sum: torch.Tensor,
+        token_count: torch.Tensor,
+        domain_ids: torch.Tensor,
+        *compared: torch.Tensor,
     ) -> None:
         """Add one micro-batch.
 
@@ -93,23 +117,32 @@ class Ledger:
             loss_sum: summed loss of each sample's tokens [B], nats.
             token_count: number of unmasked tokens of each sample [B].
             domain_ids: domain of each sample [B].
+            *compared: summed excess over the reference, and summed reference loss, of each
+                sample's tokens [B]; nothing if the ledger is not for them.
         """
         if not self._contributes:
             return
+        losses, counts = loss_sum.to(torch.float64), token_count.to(torch.float64)
+        present = counts > 0
+        mean = losses / torch.where(present, counts, 1.0)
+        wanted = compared if len(self._names) > len(_COLUMNS) else ()
+        values = torch.stack(  # [C, B]
+            [losses, counts, torch.where(present, mean * mean, 0.0), present.double()]
+            + [part.to(torch.float64) for part in wanted]
+        )
         belongs = self._index[:, None] == domain_ids[None, :]  # [K, B]
         # Selected, not multiplied by 0 and 1: 0 · NaN is NaN, and a sample that is not finite
         # must spoil its own domain only.
-        losses = torch.where(belongs, loss_sum.to(torch.float64)[None, :], 0.0)
-        counts = torch.where(belongs, token_count.to(torch.float64)[None, :], 0.0)
-        self._buffer[: self._domains] += losses.sum(dim=1)
-        self._buffer[self._domains : 2 * self._domains] += counts.sum(dim=1)
+        selected = torch.where(belongs, values[:, None, :], 0.0)  # [C, K, B]
+        self._buffer[: values.shape[0] * self._domains] += selected.sum(dim=2).flatten()
 
     def reduce(self, *, skipped: bool = False, stop: bool = False) -> StepTotals:
         """Sum over all ranks, bring the result to the host, and start afresh.
 
         This is the step's one collective of ours and its one device-to-host copy.
         """
-        flags = self._buffer[2 * self._domains :]
+        sums = len(self._names) * self._domains
+        flags = self._buffer[sums:]
         if skipped:
             flags[_SKIPPED] = 1.0
         if stop:
@@ -118,9 +151,9 @@ class Ledger:
             dist.all_reduce(self._buffer, group=self._group)
         host = self._buffer.cpu().numpy().copy()
         self.reset()
+        columns = host[:sums].reshape(len(self._names), self._domains)
         return StepTotals(
-            loss_sum=host[: self._domains],
-            token_count=host[self._domains : 2 * self._domains],
-            skipped=bool(host[2 * self._domains + _SKIPPED] > 0),
-            stop=bool(host[2 * self._domains + _STOP] > 0),
+            **dict(zip(self._names, columns, strict=True)),
+            skipped=bool(host[sums + _SKIPPED] > 0),
+            stop=bool(host[sums + _STOP] > 0),
         )
