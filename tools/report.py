@@ -33,9 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RUN",
         help="the run that the others are compared with (default: the first static one)",
     )
+    parser.add_argument(
+        "--words",
+        action="store_true",
+        help="also print what the report says in words: the comparison, every run, its cost",
+    )
     options = parser.parse_args(arguments)
-    from megatron.monitor.report import write_report
+    from megatron.monitor.report import words, write_report
 
+    if options.words:
+        print(words(options.runs, options.baseline), end="\n\n")
     print(write_report(options.runs, options.output, options.baseline))
     return 0
 

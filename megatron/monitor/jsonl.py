@@ -21,6 +21,8 @@ METRICS = "metrics.jsonl"
 MIXTURE = "mixture.jsonl"
 SAMPLES = "samples.jsonl"
 RUN_INFO = "run.json"
+ALL_STEPS = "all"
+"""Key of the whole training time beside the kinds of overhead in ``metrics.jsonl``."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class JsonlSink:
         self._domains: tuple[str, ...] = ()
         self._last_step = 0
         self._last_audit = 0
+        self._overhead: dict[str, float] = {}
         self._validated: set[tuple[int, str]] = set()
 
     def start(self, resume_step: int | None, info: Mapping[str, Any]) -> None:
@@ -93,8 +96,11 @@ class JsonlSink:
             )
         self._last_step = record.step
         self._mixture.write(self._mixture_line(record))
+        for kind, seconds in {ALL_STEPS: record.seconds or 0.0, **record.overhead}.items():
+            self._overhead[kind] = self._overhead.get(kind, 0.0) + seconds
         if is_logged(record.step, self._log_interval):
-            self._metrics.write(metrics_line(record))
+            self._metrics.write(metrics_line(record, self._overhead))
+            self._overhead = {}
 
     def validation(self, record: ValidationRecord) -> None:
         """Write a validation, unless the same one stands there already."""
@@ -142,6 +148,8 @@ class JsonlSink:
             parts.append(f'"fresh_quota":{dumps(record.fresh_quota)}')
         if record.probe is not None:
             parts.append(f'"probe":{dumps(record.probe)}')
+        if record.extra_tokens:
+            parts.append(f'"extra_tokens":{dumps(dict(record.extra_tokens))}')
         if record.skipped:
             parts.append('"skipped":true')
         return ",".join(parts) + "}"
@@ -162,8 +170,14 @@ class JsonlSink:
             raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def metrics_line(record: StepRecord) -> str:
-    """Return the line of ``metrics.jsonl`` for a logged step."""
+def metrics_line(record: StepRecord, overhead: Mapping[str, float]) -> str:
+    """Return the line of ``metrics.jsonl`` for a logged step.
+
+    Args:
+        record: the step.
+        overhead: seconds since the line before: of all steps under :data:`ALL_STEPS`, and
+            what mixing took of them by kind.
+    """
     line: dict[str, Any] = {
         "step": record.step,
         "loss": number(record.loss),
@@ -173,6 +187,8 @@ def metrics_line(record: StepRecord) -> str:
     for name in ("grad_norm", "loss_scale", "seconds", "eta_seconds", "mfu"):
         if (value := getattr(record, name)) is not None:
             line[name] = number(value)
+    if overhead.keys() - {ALL_STEPS}:
+        line["overhead"] = named(overhead)
     if record.skipped:
         line["skipped"] = True
     return dumps(line)

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron.monitor.overhead import check_kind
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-TIME_FIELDS: tuple[str, ...] = ("tokens_per_second", "seconds", "eta_seconds", "mfu")
+TIME_FIELDS: tuple[str, ...] = ("tokens_per_second", "seconds", "eta_seconds", "mfu", "overhead")
 """Fields of ``metrics.jsonl`` that depend on the clock.
 
 Everything else in a run's files is a function of its configuration and data:
@@ -76,6 +78,10 @@ class StepRecord:
         controller_probability: what a controller in shadow would have drawn.
         estimates: a mixer's own estimates for the charts (``Mixer.describe()``);
             not written to the ledger.
+        overhead: seconds that mixing took since the step before, by kind (the kinds of
+            :data:`megatron.monitor.overhead.KINDS`); a time field.
+        extra_tokens: tokens that were computed, or drawn, for the controller and not to train
+            best, by the same kinds; a function of configuration and data.
     """
 
     step: int
@@ -100,6 +106,8 @@ class StepRecord:
     skipped: bool = False
     controller_probability: FloatArray | None = None
     estimates: Mapping[str, Any] = field(default_factory=dict)
+    overhead: Mapping[str, float] = field(default_factory=dict)
+    extra_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Bring numbers and arrays to Python's and NumPy's 64-bit types, check the shapes."""
@@ -116,6 +124,9 @@ class StepRecord:
                 object.__setattr__(self, name, int(value))
         for name in ("tokens", "samples"):
             self._take(name, _whole(name, getattr(self, name)))
+        for name in ("overhead", "extra_tokens"):
+            for kind in getattr(self, name):
+                check_kind(kind)
 
     def _take(self, name: str, value: npt.NDArray[Any]) -> None:
         if value.shape != (len(self.domains),):

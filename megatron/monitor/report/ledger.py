@@ -7,7 +7,7 @@ its samples' share, so nothing is dropped, only averaged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Ledger:
         last: probabilities of the last, ``[K]``.
         moved: largest |p - first| over the run, ``[K]``.
         skipped: steps whose update was dropped.
+        extra_tokens: tokens spent on mixing over the whole run, by kind.
         notes: what a reader should know about the file.
     """
 
@@ -65,6 +66,7 @@ class Ledger:
     last: FloatArray
     moved: FloatArray
     skipped: int
+    extra_tokens: Mapping[str, float]
     notes: tuple[str, ...]
 
     def tokens_after(self, step: int) -> float:
@@ -115,6 +117,7 @@ class _Sums:
         self.missing = 0
         self.skipped = 0
         self.shadow = False
+        self.extra_tokens: dict[str, float] = {}
         self.steps: list[IntArray] = []
         self.step_tokens: list[FloatArray] = []
         self.step_loss: list[FloatArray] = []
@@ -140,6 +143,8 @@ class _Sums:
             self.missing += step - self.previous - 1
         self.previous = step
         self.skipped += bool(record.get("skipped"))
+        for kind, tokens in (record.get("extra_tokens") or {}).items():
+            self.extra_tokens[kind] = self.extra_tokens.get(kind, 0.0) + tokens
         if tuple(record["probability"]) != self.domains:
             self._flush()
             self._widen(record["probability"])
@@ -238,6 +243,7 @@ class _Sums:
             last=self.last,
             moved=self.moved,
             skipped=self.skipped,
+            extra_tokens=self.extra_tokens,
             notes=tuple(notes),
         )
 

@@ -58,6 +58,7 @@ class RunData:
         tests: on the test split.
         metric_steps: last step of each bin of ``metrics``, ``[M]``.
         metrics: binned means of the logged numbers, each ``[M]``.
+        overhead: seconds that mixing took by kind, and those of all steps, as logged.
         info: ``run.json``.
         config: ``config.yml``.
         notes: what a reader should know about the files.
@@ -73,6 +74,7 @@ class RunData:
     tests: tuple[Validation, ...]
     metric_steps: FloatArray
     metrics: Mapping[str, FloatArray]
+    overhead: Mapping[str, float]
     info: Mapping[str, Any]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -152,7 +154,7 @@ def load_run(path: Path, name: str) -> RunData:
         raise RunError(f"{path / MIXTURE}: none of its {count.records} records is a step's")
     info, config = _json(path / RUN_INFO), _yaml(path / "config.yml")
     notes = list(ledger.notes)
-    metric_steps, metrics, validations, tests = read_metrics(path / METRICS, ledger, count)
+    metrics = read_metrics(path / METRICS, ledger, count)
     if count.unreadable:
         notes.append(f"{count.unreadable} lines could not be read and were left out")
     mixing = config.get("mixing")
@@ -166,24 +168,35 @@ def load_run(path: Path, name: str) -> RunData:
         seed=seed if isinstance(seed, int) else None,
         total_steps=total if isinstance(total, int) else None,
         ledger=ledger,
-        validations=tuple(validations),
-        tests=tuple(tests),
-        metric_steps=metric_steps,
-        metrics=metrics,
+        validations=metrics.validations,
+        tests=metrics.tests,
+        metric_steps=metrics.steps,
+        metrics=metrics.columns,
+        overhead=metrics.overhead,
         info=info,
         config=config,
         notes=tuple(notes),
     )
 
 
-def read_metrics(
-    path: Path, ledger: Ledger, count: LineCount
-) -> tuple[FloatArray, dict[str, FloatArray], list[Validation], list[Validation]]:
-    """Read ``metrics.jsonl``: binned numbers, validations, tests."""
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """``metrics.jsonl``, summed; see the attributes of the same names in :class:`RunData`."""
+
+    steps: FloatArray
+    columns: Mapping[str, FloatArray]
+    overhead: Mapping[str, float]
+    validations: tuple[Validation, ...]
+    tests: tuple[Validation, ...]
+
+
+def read_metrics(path: Path, ledger: Ledger, count: LineCount) -> Metrics:
+    """Read ``metrics.jsonl``: binned numbers, overhead, validations, tests."""
     rows: list[tuple[float, ...]] = []
     steps: list[int] = []
     validations: dict[int, Validation] = {}
     tests: dict[int, Validation] = {}
+    overhead: dict[str, float] = {}
     for record in read_lines(path, count) if path.is_file() else ():
         for name, found in (("valid_loss", validations), ("test_loss", tests)):
             if isinstance(record.get(name), dict):
@@ -191,14 +204,21 @@ def read_metrics(
         if "loss" in record:
             steps.append(record["step"])
             rows.append(tuple(_float(record.get(name)) for name in METRIC_NAMES))
+            for kind, seconds in (record.get("overhead") or {}).items():
+                overhead[kind] = overhead.get(kind, 0.0) + seconds
     edges, columns = _bin(np.array(steps, dtype=np.float64), np.array(rows, dtype=np.float64))
-    metrics = {
+    known = {
         name: columns[:, index]
         for index, name in enumerate(METRIC_NAMES)
         if columns.size and np.isfinite(columns[:, index]).any()
     }
-    ordered = [[found[step] for step in sorted(found)] for found in (validations, tests)]
-    return edges, metrics, ordered[0], ordered[1]
+    return Metrics(
+        steps=edges,
+        columns=known,
+        overhead=overhead,
+        validations=tuple(validations[step] for step in sorted(validations)),
+        tests=tuple(tests[step] for step in sorted(tests)),
+    )
 
 
 def _validation(record: Mapping[str, Any], name: str, ledger: Ledger) -> Validation:

@@ -21,6 +21,7 @@ from megatron.monitor.report.compare import (
     signed,
     verdicts,
 )
+from megatron.monitor.report.cost import cost_section
 from megatron.monitor.report.load import RunData, load_runs
 from megatron.monitor.report.payload import MOST_VALIDATIONS, domain_order, payload
 from megatron.monitor.report.summary import (
@@ -65,6 +66,24 @@ def write_report(
     return path
 
 
+def words(folders: Sequence[Path | str], baseline: str | None = None) -> str:
+    """Return what the report of ``folders`` says in words, for the console.
+
+    Raises:
+        RunError: a folder is no run.
+        ConfigError: ``baseline`` names none of the runs.
+    """
+    runs = load_runs(folders)
+    comparison = compare(runs, baseline)
+    lines: list[str] = (
+        [] if comparison is None else [*verdicts(comparison), *conditions(comparison)]
+    )
+    for run in runs:
+        lines += [*([""] if lines else []), f"{run.name} ({run.mixing or 'method not known'}):"]
+        lines += [f"  {sentence}" for sentence in run_sentences(run, domain_rows(run))]
+    return "\n".join(lines)
+
+
 def page(runs: Sequence[RunData], comparison: Comparison | None) -> str:
     """Return the whole page."""
     groups = comparison.groups if comparison is not None else tuple(group_runs(runs)[0])
@@ -76,6 +95,7 @@ def page(runs: Sequence[RunData], comparison: Comparison | None) -> str:
         "HEAD": head(runs, comparison, title),
         "COMPARISON": comparison_table(runs, comparison) if comparison is not None else "",
         "TABLES": "\n".join(run_table(run, i, len(runs)) for i, run in enumerate(runs)),
+        "COST": cost_section(runs),
         "NOTES": notes(runs),
         "DATA": payload(runs, groups, comparison.against if comparison is not None else None),
         "SCRIPT": "\n".join(asset(name) for name in ASSETS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron.monitor.report.cost import cost_sentences
 from megatron.monitor.report.load import RunData
 from megatron.monitor.throughput import short
 
@@ -75,7 +76,7 @@ def domain_rows(run: RunData) -> list[DomainRow]:
 
 def run_sentences(run: RunData, rows: list[DomainRow]) -> list[str]:
     """Say in words what happened in ``run``."""
-    return [*_loss_sentences(run, rows), *_mixture_sentences(run, rows)]
+    return [*_loss_sentences(run, rows), *_mixture_sentences(run, rows), *cost_sentences(run)]
 
 
 def _loss_sentences(run: RunData, rows: list[DomainRow]) -> list[str]:

@@ -56,7 +56,17 @@ def run(folder: Path, start: int, stop: int, *, die: bool = False, slow: float =
     sink.validation(validation(start, seconds=slow))
     for step in range(start + 1, stop + 1):
         sink.audit(audit(step))
-        sink.step(record(step, tokens_per_second=9.0 * slow, seconds=slow))
+        cost = {"update": 0.1 * slow, "collective": 0.2 * slow}
+        tokens = {"validation": 64 * step} if step % 3 == 0 else {}
+        sink.step(
+            record(
+                step,
+                tokens_per_second=9.0 * slow,
+                seconds=slow,
+                overhead=cost,
+                extra_tokens=tokens,
+            )
+        )
         if step % 5 == 0:
             sink.validation(validation(step, seconds=slow))
             sink.flush()
@@ -132,6 +142,26 @@ def test_metrics_has_logged_steps_and_validations(tmp_path: Path) -> None:
     assert not is_logged(201, 100)
 
 
+def test_the_cost_of_mixing_is_summed_between_lines(tmp_path: Path) -> None:
+    run(tmp_path, 0, 7)
+    lines = [row for row in read(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in lines] == [1, 2, 4, 6]
+    assert [row["overhead"]["all"] for row in lines] == [1.0, 1.0, 2.0, 2.0]
+    assert [row["overhead"]["update"] for row in lines] == pytest.approx([0.1, 0.1, 0.2, 0.2])
+    assert [row["overhead"]["collective"] for row in lines] == pytest.approx([0.2, 0.2, 0.4, 0.4])
+    # Tokens are a fact of each step: they stand in the ledger, so that no interruption loses any.
+    ledger = read(tmp_path / "mixture.jsonl")
+    tokens = {row["step"]: row["extra_tokens"] for row in ledger if "extra_tokens" in row}
+    assert tokens == {3: {"validation": 192}, 6: {"validation": 384}}
+
+
+def test_a_cost_of_unknown_kind_is_refused() -> None:
+    with pytest.raises(KeyError, match="'lunch' is no kind of cost; known: collective"):
+        record(1, overhead={"lunch": 1.0})
+    with pytest.raises(KeyError, match="known: collective"):
+        record(1, extra_tokens={"lunch": 1})
+
+
 def test_validation_extras(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.start(None, {})
@@ -174,7 +204,9 @@ def test_time_fields_are_all_that_the_clock_touches(tmp_path: Path) -> None:
     assert set(TIME_FIELDS) <= names
     sink = JsonlSink(tmp_path)
     sink.start(None, {})
-    sink.step(record(1, eta_seconds=5.0, mfu=0.5, grad_norm=1.5, loss_scale=2.0))
+    sink.step(
+        record(1, eta_seconds=5.0, mfu=0.5, grad_norm=1.5, loss_scale=2.0, overhead={"update": 0.1})
+    )
     sink.close()
     (row,) = read(tmp_path / "metrics.jsonl")
     assert set(row) - set(TIME_FIELDS) == {
