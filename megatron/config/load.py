@@ -120,7 +120,7 @@ def _mixing_options(draft: Draft) -> tuple[dict[str, Any], bool]:
     try:
         return typed_options(method, {key: n.plain() for key, n in given.items()}), True
     except ValidationError as error:
-        report_option_errors(draft, error.errors(include_url=False), given)
+        report_option_errors(draft, error.errors(include_url=False), given, method.options)
     except (NeomixError, ValueError, TypeError, OverflowError, RecursionError) as error:
         first = next(iter(given.values()), None)
         place = replace(first, name="mixing") if first else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError
 
 from megatron.config.base import Count as PositiveInt
 from megatron.config.base import Group, NonNegative, Text
+from megatron.config.option_blocks import block_model, built, describe, prepared
 from megatron.registry import MixingMethod
 
 
@@ -52,26 +52,7 @@ def option_names(method: MixingMethod) -> list[str]:
 
 def option_model(method: MixingMethod) -> type[BaseModel]:
     """Build the strict model of a method's options from its registered dataclass."""
-    hints = typing.get_type_hints(method.options, include_extras=True)
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(method.options):
-        if not field.init:
-            continue
-        info: dict[str, Any] = {"description": describe(field)}
-        if field.default is not dataclasses.MISSING:
-            info["default"] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            info["default_factory"] = field.default_factory
-        fields[field.name] = (hints[field.name], Field(**info))
-    settings = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-    return create_model(f"{method.name}_options", __config__=settings, **fields)
-
-
-def describe(field: dataclasses.Field[Any]) -> str:
-    """Return an option's help with its unit."""
-    text = str(field.metadata.get("help", "")).strip()
-    unit = field.metadata.get("unit")
-    return f"{text} ({unit})" if unit else text
+    return block_model(method.options, f"{method.name}_options")
 
 
 def typed_options(method: MixingMethod, given: dict[str, Any]) -> dict[str, Any]:
@@ -79,22 +60,14 @@ def typed_options(method: MixingMethod, given: dict[str, Any]) -> dict[str, Any]
 
     Raises:
         ValidationError: an unknown option, or a value of the wrong type.
-        NeomixError, ValueError, TypeError: from the dataclass's own checks.
+        NeomixError, ValueError, TypeError: from the dataclasses' own checks.
     """
     model = option_model(method)
-    plain = {key: _whole(value, model, key) for key, value in given.items()}
     # Through JSON, strictness still lets a list be a tuple and a text an enumeration.
-    checked = model.model_validate_json(json.dumps(plain))
-    method.options(**{name: getattr(checked, name) for name in model.model_fields})
-    return checked.model_dump(mode="json")
-
-
-def _whole(value: Any, model: type[BaseModel], key: str) -> Any:
-    field = model.model_fields.get(key)
-    if field is None or not isinstance(value, float) or not value.is_integer():
-        return value
-    accepted = {field.annotation, *typing.get_args(field.annotation)}
-    return int(value) if int in accepted and float not in accepted else value
+    checked = model.model_validate_json(json.dumps(prepared(method.options, given)))
+    plain = checked.model_dump(mode="json")
+    built(method.options, plain)
+    return plain
 
 
 __all__ = [

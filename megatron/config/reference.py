@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -165,11 +166,31 @@ def _table(
 
 def _rows(fields: dict[str, Any], required: set[str]) -> str:
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for name, schema in fields.items():
+    for name, schema in _with_blocks(fields):
         default = "" if name in required else _default(schema.get("default"))
         meaning = str(schema.get("description", "")).replace("|", "\\|").replace("\n", " ")
         lines.append(f"| `{name}` | {_type(schema)} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def _with_blocks(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield fields by name; one that is a block is followed by its own, under dotted names."""
+    for name, schema in fields.items():
+        block = _block(schema)
+        if not block:
+            yield name, schema
+            continue
+        whole = schema.get("default")
+        yield name, {**schema, "default": "as below" if isinstance(whole, dict) else whole}
+        for inner, own in _with_blocks(block):
+            yield f"{name}.{inner}", own
+
+
+def _block(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a schema that is a block, or may be one; empty = it is none."""
+    if "properties" in schema:
+        return dict(schema["properties"])
+    return next(filter(None, map(_block, schema.get("anyOf", ()))), {})
 
 
 def _default(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.config.data import DomainConfig
 from megatron.config.draft import Draft
 from megatron.config.node import Mark, Node
+from megatron.config.option_blocks import keys_at
 from megatron.config.suggest import did_you_mean
 
 # How the path of a value that is missing is written, where it is no flat key.
@@ -54,7 +55,9 @@ def report_group_errors(draft: Draft, errors: Iterable[Any], files: Sequence[str
     _report_placed(draft, placed)
 
 
-def report_option_errors(draft: Draft, errors: Iterable[Any], given: dict[str, Node]) -> None:
+def report_option_errors(
+    draft: Draft, errors: Iterable[Any], given: dict[str, Node], options: type[Any]
+) -> None:
     """Report the errors of a mixing method's options."""
     root = Node(value=dict(given), mark=Mark(source=""), name="mixing")
     placed: dict[int, tuple[Node, list[str]]] = {}
@@ -63,7 +66,8 @@ def report_option_errors(draft: Draft, errors: Iterable[Any], given: dict[str, N
         if node is root:
             draft.problems.add_plain(f"mixing.{'.'.join(map(str, entry['loc']))}: {_text(entry)}")
         else:
-            placed.setdefault(id(node), (node, []))[1].append(_text(entry))
+            text = _text(entry, keys_at(options, entry["loc"][:-1]))
+            placed.setdefault(id(node), (node, []))[1].append(text)
     _report_placed(draft, placed)
 
 
@@ -96,12 +100,12 @@ def _walk(root: Node, path: Iterable[Any]) -> Node:
     return node
 
 
-def _text(entry: Any) -> str:
+def _text(entry: Any, known: Iterable[str] = ()) -> str:
     kind, loc = entry["type"], entry["loc"]
     if kind == "missing":
         return f"'{loc[-1]}' is missing"
     if kind == "extra_forbidden":
-        known = DomainConfig.model_fields if loc[0] == "domains" else ()
+        known = DomainConfig.model_fields if loc[0] == "domains" else known
         return f"unknown key{did_you_mean(str(loc[-1]), known)}"
     if kind in _TEXTS:
         return _TEXTS[kind]

@@ -29,19 +29,37 @@ DRAFT = "http://json-schema.org/draft-07/schema#"
 
 def properties(model: type[BaseModel]) -> dict[str, Schema]:
     """Return the schemas of a group's fields by name, without pydantic's titles."""
-    found: dict[str, Schema] = model.model_json_schema()["properties"]
-    return {name: _tidy(schema) for name, schema in found.items()}
+    whole = model.model_json_schema()
+    found, blocks = whole["properties"], whole.get("$defs", {})
+    return {name: _tidy(schema, blocks) for name, schema in found.items()}
 
 
-def _tidy(schema: Any) -> Any:
+def _tidy(schema: Any, blocks: dict[str, Schema]) -> Any:
     if isinstance(schema, dict):
-        kept = {key: _tidy(value) for key, value in schema.items() if key != "title"}
+        if "$ref" in schema:  # a block of options: written out where it stands
+            own = blocks[schema["$ref"].rpartition("/")[2]]
+            schema = {**own, **{key: value for key, value in schema.items() if key != "$ref"}}
+        fields = schema.get("properties", {})
+        kept = {
+            key: _tidy(value, blocks)
+            for key, value in schema.items()
+            if key not in ("title", "properties")
+        }
+        if fields:
+            kept["properties"] = {name: _tidy(field, blocks) for name, field in fields.items()}
+            kept |= _hyphens(fields)
         if "prefixItems" in kept:  # draft-07 spells a tuple this way
             kept["items"] = kept.pop("prefixItems")
         if isinstance(kept.get("description"), str):
             kept["description"] = " ".join(kept["description"].split())
         return kept
-    return [_tidy(entry) for entry in schema] if isinstance(schema, list) else schema
+    return [_tidy(entry, blocks) for entry in schema] if isinstance(schema, list) else schema
+
+
+def _hyphens(fields: dict[str, Schema]) -> dict[str, Schema]:
+    """Return what lets a block's keys be written with hyphens."""
+    patterns: Schema = {f"^{key.replace('_', '[-_]')}$": {} for key in fields if "_" in key}
+    return {"patternProperties": patterns} if patterns else {}
 
 
 def _block(fields: dict[str, Schema], description: str) -> Schema:
