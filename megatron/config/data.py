@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron.config.base import Group, NonNegative, Texts
@@ -59,13 +59,29 @@ class DomainConfig(Group):
     """One domain: a block under `domains:` by the domain's name."""
 
     train: Texts
-    """Path without `.bin`/`.idx` of the training data, or a list of them."""
+    """Path without `.bin`/`.idx` of the training data, or a list of them. A `target` with `valid`
+    needs none."""
     valid: Texts | None = None
     """The same for validation. Without `valid` and `test`, both are cut from `train` by `split`."""
     test: Texts | None = None
     """The same for the final test."""
     weight: NonNegative | None = None
     """Start weight in the mixture, relative to the other domains' (any scale)."""
+    target: bool = False
+    """Measure this domain and never train on it: its held-out losses count where an `objective`
+    names it, and are reported."""
+    split_of: DomainName | None = None
+    """The earlier domain that this one is a part of: with `allow_domain_edits` it takes over what
+    was learnt of it, and its part of that one's weight."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target_without_train(cls, given: Any) -> Any:
+        """Let a domain that is never trained on name its held-out data alone."""
+        if isinstance(given, dict) and given.get("target") is True and not given.get("train"):
+            held_out = given.get("valid") or given.get("test")
+            return {**given, "train": held_out} if held_out else given
+        return given
 
     @property
     def uses_split(self) -> bool:
@@ -79,11 +95,29 @@ class DomainConfig(Group):
         return (self.valid if part == "valid" else self.test) or ()
 
 
+def _valid_parents(domains: dict[str, DomainConfig]) -> dict[str, DomainConfig]:
+    for name, domain in domains.items():
+        if domain.split_of == name:
+            raise PydanticCustomError(
+                "split_of",
+                "domain '{name}' is a split of itself; name the domain that it was a part of",
+                {"name": name},
+            )
+    return domains
+
+
 class DataConfig(Group):
     """How data that has changed is met."""
 
     allow_changed_data: bool = False
     """Resume although the data's fingerprint is not the checkpoint's."""
+    allow_domain_edits: bool = False
+    """Resume although domains were added or removed since the checkpoint: those that stay go on
+    where they were, a removed one keeps its place for its return."""
 
 
-Domains = Annotated[dict[DomainName, DomainConfig], Field(min_length=1, max_length=10_000)]
+Domains = Annotated[
+    dict[DomainName, DomainConfig],
+    Field(min_length=1, max_length=10_000),
+    AfterValidator(_valid_parents),
+]

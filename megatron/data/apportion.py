@@ -40,6 +40,7 @@ Counts = NDArray[np.int64]
 
 #: A domain of weight zero whose carry is below this is owed nothing but rounding errors.
 _NOTHING = 1e-6
+_ABOVE_MINUS_ONE = 1.0 - 1e-9
 
 
 def largest_carry(carry: Floats, units: int, ties: NDArray[np.uint64]) -> Counts:
@@ -113,6 +114,25 @@ def apportion(
         owed[full] = counts[full]
         owed += excess * shares / shares.sum()
     return counts, owed - counts
+
+
+def sound_carry(carry: Floats) -> Floats:
+    """Return carries to start from, near to ``carry``, for which the bounds above hold.
+
+    They sum to zero, are above −1, and the mean of the k largest is at most f(k) for every k.
+    All of this is linear, and nothing owed to anybody satisfies it: so shifting the carries to
+    sum zero and shrinking them as much as needed does too.
+
+    Args:
+        carry: [K] of any sum.
+    """
+    owed = carry - carry.mean()
+    count = owed.size
+    means = np.cumsum(np.sort(owed)[::-1])[:-1] / np.arange(1, count)  # a(1) … a(K − 1)
+    limits = np.cumsum(1.0 / np.arange(count, 1, -1))[::-1]  # f(1) … f(K − 1)
+    excess = max(float((means / limits).max(initial=0.0)), -float(owed.min()) / _ABOVE_MINUS_ONE)
+    sound: Floats = owed / max(excess, 1.0)
+    return sound
 
 
 class ExhaustedError(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.apportion import Counts, Floats, apportion, largest_carry
+from megatron.data.apportion import Counts, Floats, apportion, largest_carry, sound_carry
 from megatron.state import check_state
 
 
@@ -163,6 +163,28 @@ class Quota:
             done=block["done"],
             given=ordered(block["given"], np.int64),
         )
+
+
+def follow_edit(state: Mapping[str, Any], carries: Mapping[str, float]) -> dict[str, Any]:
+    """Return the state of an apportionment whose domains are those of ``carries`` from now on.
+
+    A block in progress is closed.  What is owed is kept as far as the bounds of
+    :mod:`megatron.data.apportion` allow, so that they hold from here on as from the start.
+
+    Args:
+        state: what :meth:`Quota.state_dict` gave.
+        carries: what each domain is owed, by name (:func:`owed_by_name` tells it of those that
+            are in the state); of any sum.
+    """
+    check_state("the apportionment", state, version=1, keys=("carry", "block"))
+    sound = sound_carry(np.array(list(carries.values()), dtype=np.float64))
+    return {**state, "carry": dict(zip(carries, sound.tolist(), strict=True)), "block": None}
+
+
+def owed_by_name(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return what each domain in a state is owed, within a block in progress too."""
+    check_state("the apportionment", state, version=1, keys=("carry", "block"))
+    return dict((state["block"] or state)["carry"])
 
 
 def _plan_block(

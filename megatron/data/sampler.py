@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron.data.apportion import ExhaustedError, draw_multinomial, to_uniform
 from megatron.data.permutation import hash_key
 from megatron.data.plan import EndOfData, Plan
-from megatron.data.quota import Quota
+from megatron.data.quota import Quota, follow_edit, owed_by_name
 from megatron.errors import CheckpointError, ConfigError
 from megatron.state import check_state
 
@@ -21,6 +21,8 @@ Draw = Literal["apportion", "multinomial"]
 OnExhausted = Literal["repeat", "stop", "drop"]
 
 Ints = NDArray[np.int64]
+
+_VERSION = 2
 
 
 class Windowed(Protocol):
@@ -41,7 +43,8 @@ class Sampler:
 
     Knows nothing of ranks.  All randomness is a counter-based generator (Philox) keyed by
     (seed, step); all memory is in :meth:`state_dict`: per domain the epoch and the position in
-    it, what the apportionment owes, and a block in progress.
+    it, what the apportionment owes, and a block in progress; and the same of domains that an
+    edit has removed, for their return (:func:`edit_domains`).
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Sampler:
         self._epoch: Ints = np.zeros(len(names), dtype=np.int64)
         self._position: Ints = np.zeros(len(names), dtype=np.int64)
         self._seen: Ints = np.zeros(len(names), dtype=np.int64)
+        self._retired: Mapping[str, Any] = {}
         self._windows: Ints = self._windows_now(self._epoch)
         if (self._windows < 1).any():
             raise ValueError(f"a domain without samples: {self._windows}")
@@ -159,8 +163,13 @@ class Sampler:
             name: {"epoch": epoch, "position": position, "samples": samples}
             for name, epoch, position, samples in zip(self.domain_names, *columns, strict=True)
         }
-        quota = self._quota.state_dict(self.domain_names)
-        return {"version": 1, "seed": self.seed, "cursors": cursors, "quota": quota}
+        return {
+            "version": _VERSION,
+            "seed": self.seed,
+            "cursors": cursors,
+            "quota": self._quota.state_dict(self.domain_names),
+            "retired": {name: dict(cursor) for name, cursor in self._retired.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state; the order of the domains and the global batch may differ.
@@ -169,12 +178,12 @@ class Sampler:
             CheckpointError: another version, seed or set of domains, or a domain that has
                 become smaller than what was read of it.
         """
-        check_state("the sampler", state, version=1, keys=("seed", "cursors", "quota"))
+        state = _current(state)
         cursors, names = state["cursors"], self.domain_names
         if set(cursors) != set(names):
             raise CheckpointError(
                 f"the checkpoint has the domains {sorted(cursors)}, the configuration has "
-                f"{sorted(names)}; resume with the same domains"
+                f"{sorted(names)}; resume with the same domains, or set allow_domain_edits: true"
             )
         if state["seed"] != self.seed:
             raise CheckpointError(
@@ -194,6 +203,7 @@ class Sampler:
             )
         self._quota.load_state_dict(state["quota"], names)
         self._epoch, self._position, self._seen, self._windows = epoch, position, seen, windows
+        self._retired = {name: dict(cursor) for name, cursor in state["retired"].items()}
 
     def _plan(self, step: int, asked: NDArray[np.float64], fresh_quota: int | None) -> Plan:
         weights, capacity = asked, None
@@ -296,6 +306,49 @@ class Sampler:
         # A distribution keeps its bits: what is recorded as drawn from, and replayed, is
         # what was decided.
         return weights.copy() if abs(total - 1.0) <= 1e-12 else weights / total
+
+
+def edit_domains(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a sampler's state for other domains than it was taken with.
+
+    Domains that stay keep their place, removed ones leave theirs behind, returning ones take
+    it up again, new ones start at their first sample.  A block in progress is closed, and what
+    is owed is kept as far as the bounds of the apportionment allow.
+
+    Args:
+        state: what :meth:`Sampler.state_dict` gave.
+        names: of the domains from now on.
+
+    Raises:
+        CheckpointError: the state is of another version.
+    """
+    state = _current(state)
+    cursors, retired = state["cursors"], state["retired"]
+    if set(cursors) == set(names):
+        return state
+    owed = owed_by_name(state["quota"])
+    left = {name: {**cursors[name], "carry": owed[name]} for name in cursors}
+    known = {**retired, **left}
+    new = {"epoch": 0, "position": 0, "samples": 0, "carry": 0.0}
+    now = {name: known.get(name, new) for name in names}
+    return {
+        **state,
+        "cursors": {
+            name: {key: cursor[key] for key in ("epoch", "position", "samples")}
+            for name, cursor in now.items()
+        },
+        "quota": follow_edit(state["quota"], {name: now[name]["carry"] for name in names}),
+        "retired": {name: dict(known[name]) for name in known if name not in now},
+    }
+
+
+def _current(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state in the present version's form; version 1 knew of no removed domains."""
+    if state.get("version") == 1:
+        state = {**state, "version": _VERSION, "retired": {}}
+    keys = ("seed", "cursors", "quota", "retired")
+    check_state("the sampler", state, version=_VERSION, keys=keys)
+    return dict(state)
 
 
 def _ranges(starts: Ints, counts: Ints) -> Ints:

@@ -26,7 +26,6 @@ class ValidationSet:
         samples: int,
         seed: int,
         *,
-        domain_id: int = 0,
         masked_token: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
@@ -36,13 +35,12 @@ class ValidationSet:
             domain: opened on the validation part.
             samples: windows wanted; all there are if the domain has fewer.
             seed: chooses the windows, and nothing else does beside the domain's name.
-            domain_id: the domain's index in the run, written into ``domain_ids``.
             masked_token: as :func:`~megatron.data.batch.make_micro_batch` has it.
             vocab_size: ids at or above it raise DataError.
         """
         if samples < 1:
             raise ValueError(f"a validation set of {samples} samples")
-        self.domain, self.domain_id = domain, domain_id
+        self.domain = domain
         self._masked_token, self._vocab_size = masked_token, vocab_size
         windows = domain.num_windows(0)
         self.samples: int = min(samples, windows)
@@ -59,20 +57,23 @@ class ValidationSet:
         return -(-self.samples // (micro_batch * data_size))
 
     def micro_batches(
-        self, micro_batch: int, data_rank: int, data_size: int
+        self, micro_batch: int, data_rank: int, data_size: int, *, first_id: int = 0
     ) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches, as many on every rank.
 
-        ``sample_weight`` is 1 for windows and 0 for padding.
+        ``domain_ids`` are the windows' numbers in the set, from ``first_id`` on;
+        ``sample_weight`` is 1 for windows and 0 for padding, whose number is any.
 
         Raises:
             DataError: a file cannot be read, or holds foreign ids.
         """
         for micro in range(self.num_micro_batches(micro_batch, data_size)):
             first = (micro * data_size + data_rank) * micro_batch
-            yield self._micro_batch(self.windows[first : first + micro_batch].tolist(), micro_batch)
+            numbers = np.minimum(np.arange(first, first + micro_batch), self.samples - 1)
+            windows = self.windows[first : first + micro_batch].tolist()
+            yield self._micro_batch(windows, first_id + numbers)
 
-    def _micro_batch(self, windows: Sequence[int], rows: int) -> MicroBatch:
+    def _micro_batch(self, windows: Sequence[int], ids: NDArray[np.int64]) -> MicroBatch:
         length = self.domain.seq_length
         places = [self.domain.window_at(0, window) for window in windows]
         read = read_windows(places, length)
@@ -81,7 +82,7 @@ class ValidationSet:
         return make_micro_batch(
             read,
             seq_length=length,
-            domain_ids=np.full(rows, self.domain_id, dtype=np.int64),
-            sample_weight=np.ones(rows),
+            domain_ids=ids,
+            sample_weight=np.ones(ids.size),
             masked_token=self._masked_token,
         )

@@ -401,7 +401,7 @@ def test_state_is_refused_where_it_does_not_fit() -> None:
             other.load_state_dict(state)
         assert other.state_dict() == before
     with pytest.raises(CheckpointError, match="version"):
-        sampler.load_state_dict(state | {"version": 2})
+        sampler.load_state_dict(state | {"version": 3})
     with pytest.raises(CheckpointError, match="unknown"):
         sampler.load_state_dict(state | {"more": 1})
 
