@@ -1,0 +1,84 @@
+"""What the methods share that draw by the given weights and weigh the losses instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.multiplicative import RunningMean, distribution, logarithms
+from megatron.mixing.observation import FloatArray
+from megatron.mixing.options import CommonOptions
+from megatron.mixing.simplex import is_distribution, normalise
+
+
+class Reweighter(Mixer):
+    """A mixer whose domain weights stand in the loss and not in the draw.
+
+    The draw stays the given weights.  Floors and ceilings bound the domain weights; the
+    rule goes on from those before them.  A domain with a given weight of 0 is never drawn,
+    and left out.
+    """
+
+    def __init__(
+        self,
+        *,
+        domains: Sequence[str],
+        weights: FloatArray,
+        options: CommonOptions,
+        context: RunContext,
+    ) -> None:
+        super().__init__(domains=domains, weights=weights, options=options, context=context)
+        self._support = self._weights > 0
+        self._log_weights = logarithms(self._weights)
+        self._mean = RunningMean(len(self.domains))
+
+    def result(self) -> FloatArray | None:
+        """Return the mean of the domain weights, [K]; None before there are any."""
+        return self._mean.value
+
+    def _uniform(self) -> FloatArray:
+        """Return the uniform distribution over the domains that are drawn, [K]."""
+        return normalise(self._support.astype(np.float64))
+
+    def _bounded(self, weights: FloatArray) -> FloatArray:
+        """Leave the draw alone: floors and ceilings are the domain weights'."""
+        return weights if is_distribution(weights) else normalise(weights)
+
+    def _domain_weights(self, log_weights: FloatArray) -> FloatArray:
+        """Return the domain weights of their logarithms, within floors and ceilings, [K]."""
+        return super()._bounded(distribution(log_weights, self._support))
+
+    def _save_weights(self) -> dict[str, Any]:
+        return {
+            "log_weights": self._by_name(self._log_weights),
+            "total": self._by_name(self._mean.total),
+            "count": self._mean.count,
+        }
+
+    def _read_weights(self, rule: Mapping[str, Any]) -> tuple[FloatArray, FloatArray, int]:
+        """Read back what :meth:`_save_weights` wrote; nothing is changed."""
+        log_weights = self._finite(rule["log_weights"], "log_weights")
+        total = self._finite(rule["total"], "total")
+        count = self._whole(rule["count"], "count", least=0)
+        if (total < 0).any() or bool(total.any()) != (count > 0):
+            raise self._damaged("total", rule["total"])
+        return log_weights, total, count
+
+    def _take_weights(self, read: tuple[FloatArray, FloatArray, int]) -> None:
+        self._log_weights, self._mean.total, self._mean.count = read
+
+    def _finite(self, values: Mapping[str, Any], name: str) -> FloatArray:
+        read = self._vector(values, name)
+        if not np.isfinite(read).all():
+            raise self._damaged(name, values)
+        return read
+
+    def _block(self, values: object, name: str, keys: frozenset[str]) -> Mapping[str, Any]:
+        """Return a part of the state that must hold exactly ``keys``."""
+        if not isinstance(values, Mapping):
+            raise self._damaged(name, values)
+        self._check_rule(values, keys)
+        return values
