@@ -136,20 +136,43 @@ class PipelineEngine(TrainEngine):
         """See :meth:`TrainEngine.evaluate`."""
         if count == 0:
             return
-        own, self._stage.loss_fn = self._stage.loss_fn, loss_fn or self._stage.loss_fn
-        # Stages tell each other a shape once and keep to it: evaluation may have another.
-        self._engine.reset_activation_shape()
         try:
-            self._engine.eval_batch(
-                iter(micro_batches),
-                reduce_output=None,
-                bcast_loss=False,
-                num_micro_batches=count,
+            run_evaluation(
+                self._engine, self._stage, micro_batches, count, loss_fn or self._stage.loss_fn
             )
         finally:
-            self._engine.reset_activation_shape()
-            self._stage.loss_fn = own
             self._stage.train()
+
+
+def run_evaluation(
+    engine: Any,
+    stage: Stage,
+    micro_batches: Iterable[tuple[torch.Tensor, Any]],
+    count: int,
+    loss_fn: LossFunction,
+) -> None:
+    """Run micro-batches through the stages, forward only; collective.
+
+    Args:
+        engine: DeepSpeed's engine of ``stage``.
+        stage: this rank's layers; left in evaluation mode.
+        micro_batches: see :meth:`TrainEngine.evaluate`.
+        count: how many there are, at least one.
+        loss_fn: applied instead of the stage's own.
+    """
+    own, stage.loss_fn = stage.loss_fn, loss_fn
+    # Stages tell each other a shape once and keep to it: evaluation may have another.
+    engine.reset_activation_shape()
+    try:
+        engine.eval_batch(
+            iter(micro_batches),
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=count,
+        )
+    finally:
+        engine.reset_activation_shape()
+        stage.loss_fn = own
 
 
 def _specification(layer: LayerDescription) -> LayerSpec:
