@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from megatron.errors import ConfigError
 from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.observation import FloatArray, Observation
 from megatron.mixing.options import CommonOptions, require
@@ -97,12 +98,14 @@ class Ado(Mixer):
         p = 0.9 q + 0.1 rho, then q <- q + (rho - q) / (t + 1), h <- 0.9 h + 0.1 share,
 
     q and h starting at mu.  p = mu until every domain with a share has a law.  n counts
-    samples where they are known (tokens otherwise).
+    samples where they are known (tokens otherwise).  Under an objective o the right side of
+    rho is multiplied by o_k, the worst domain being that of the last training losses.
 
     Source: ADO (arXiv 2410.11820), section 3 and its released code.
     """
 
     method = "ado"
+    has_objective = True
 
     def __init__(
         self,
@@ -114,6 +117,7 @@ class Ado(Mixer):
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         count = len(self.domains)
+        self._check_targets()
         self._ado = options
         self._mu = normalise(weights)
         self._credit, self._average = self._mu, self._mu
@@ -124,6 +128,17 @@ class Ado(Mixer):
         self._laws: list[PowerLaw] = [NOT_FOUND] * count
         self._next_fit = options.first_fit
         self._losses, self._data = self._histories()
+
+    def _check_targets(self) -> None:
+        """Refuse an objective over losses that no training batch tells."""
+        counted = self._objective.fixed
+        others = [] if counted is None else counted[len(self.domains) :].tolist()
+        names = [n for n, w in zip(self._context.targets, others, strict=False) if w > 0]
+        if names and self._objective.kind != "uniform":
+            raise ConfigError(
+                f"mixing method 'ado': the objective counts {', '.join(names)}, never trained on, "
+                f"and the method reads training losses alone; use aioli, or skillit with a graph"
+            )
 
     def _histories(self) -> tuple[SmoothedHistory, SmoothedHistory]:
         every = self._ado.subsample
@@ -196,11 +211,17 @@ class Ado(Mixer):
         with np.errstate(all="ignore"):
             speed = np.maximum(alpha, LEAST_ALPHA) * beta * n**-alpha / n
             raw = self._mu * np.sqrt(np.maximum(h, 0.0)) * speed
+            raw = raw * self._factors()
         raw = np.where(known & (n > 0), raw, 0.0)
         if not np.isfinite(raw).all() or not raw.any():
             return None
         least = min(LEAST_SHARE, 1.0 / (2.0 * len(raw)))
         return normalise(np.maximum(normalise(raw), least))
+
+    def _factors(self) -> FloatArray:
+        """Return what the objective makes of each domain, [K]."""
+        unseen = np.full(len(self._context.targets), np.nan)
+        return self._objective.factors(np.append(self._last, unseen))[: len(self.domains)]
 
     def _parameters(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return epsilon, beta and alpha, each [K]; NaN = no law yet."""

@@ -113,6 +113,10 @@ class Aioli(Mixer):
     * released scripts (``ema: g``): M = (1 - g) A + g M, from M = A, and
       p_j is proportional to exp(eta sum_i M_ij), so that max p / min p <= e^eta.
 
+    i runs over the domains and those that are never trained on.  Under an objective o row i
+    is multiplied by o_i times the number of rows, which is 1 for the uniform one; the worst
+    domain is that of the last measurement.
+
     Probes are ordinary training.  P above is what really drew them (floors, ceilings and
     skipped steps included), so that beta and P speak of the same steps; where it cannot
     tell the domains apart, as in a shadow run, the weights stay.
@@ -121,6 +125,7 @@ class Aioli(Mixer):
     """
 
     method = "aioli"
+    has_objective = True
     needs: frozenset[Signal] = frozenset({Signal.VALID_LOSS})
 
     def __init__(
@@ -134,6 +139,7 @@ class Aioli(Mixer):
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         count = len(self.domains)
         _check_fit(options, count)
+        self._check_diagonal(options)
         self._eta, self._ema, self._diagonal = options.eta, options.ema, options.diagonal
         self._plan = ProbePlan(
             domains=self.domains,
@@ -155,7 +161,7 @@ class Aioli(Mixer):
         self._last: FloatArray | None = None
         self._exposure: FloatArray = np.zeros(count)  # since the last measurement, in steps
         self._exposed: npt.NDArray[np.float64] = np.zeros((count, count))  # [probe, domain]
-        self._drop: npt.NDArray[np.float64] = np.zeros((count, count))  # [probe, loss]
+        self._drop: npt.NDArray[np.float64] = np.zeros((count, len(self.measured)))  # [probe, loss]
         self._smoothed: npt.NDArray[np.float64] | None = None  # [loss, domain]
 
     def _read_prior(self, prior: Mapping[str, float] | Sequence[float]) -> FloatArray:
@@ -190,9 +196,8 @@ class Aioli(Mixer):
             return
         current, ended = self._plan.round(following), self._plan.ended_before(following)
         if ended is None:
-            count = len(self.domains)
             self._round = current
-            self._exposed, self._drop = np.zeros((count, count)), np.zeros((count, count))
+            self._exposed, self._drop = np.zeros_like(self._exposed), np.zeros_like(self._drop)
         elif current == self._round and self._last is not None:
             self._count(ended, self._last - valid_loss)
         self._last, self._exposure = valid_loss.copy(), np.zeros(len(self.domains))
@@ -200,7 +205,7 @@ class Aioli(Mixer):
             self._learn()
 
     def _count(self, probe: int, drop: FloatArray) -> None:
-        """Add a probe's effect, [K], and what it was trained on."""
+        """Add a probe's effect on each loss, [K + M], and what it was trained on."""
         steps = self._plan.steps
         exposure = self._exposure / steps
         if not exposure.any():  # nobody said what drew it: what was asked did
@@ -221,7 +226,11 @@ class Aioli(Mixer):
         if self._ema is not None and before is not None:
             matrix = (1.0 - self._ema) * matrix + self._ema * before
         self._smoothed = matrix
-        score = self._eta * matrix.sum(axis=0)
+        assert self._last is not None  # a round ends with a measurement
+        factors = self._objective.factors(self._last)
+        if not factors.any():
+            return
+        score = self._eta * (factors[:, None] * matrix).sum(axis=0)
         history = self._weights if self._ema is None else np.ones(len(score))
         with np.errstate(under="ignore"):
             self._set_weights(history * np.exp(score - score.max()))
@@ -232,11 +241,16 @@ class Aioli(Mixer):
     def _save(self) -> dict[str, Any]:
         return {
             "round": self._round,
-            "last": None if self._last is None else self._by_name(self._last),
+            "last": None if self._last is None else self._by_measured(self._last),
             "exposure": self._by_name(self._exposure),
-            "exposed": self._rows(self._exposed),
-            "drop": self._rows(self._drop),
-            "smoothed": None if self._smoothed is None else self._rows(self._smoothed),
+            "exposed": self._rows(self._exposed, self.domains),
+            "drop": {
+                name: self._by_measured(row)
+                for name, row in zip(self.domains, self._drop, strict=True)
+            },
+            "smoothed": None
+            if self._smoothed is None
+            else self._rows(self._smoothed, self.measured),
         }
 
     def _restore(self, rule: Mapping[str, Any]) -> None:
@@ -244,16 +258,38 @@ class Aioli(Mixer):
         last, smoothed = rule["last"], rule["smoothed"]
         read = (
             self._whole(rule["round"], "round", least=-1),
-            None if last is None else self._vector(last, "last"),
+            None if last is None else self._measured_vector(last, "last"),
             self._vector(rule["exposure"], "exposure"),
             self._matrix(rule["exposed"], "exposed"),
-            self._matrix(rule["drop"], "drop"),
-            None if smoothed is None else self._matrix(smoothed, "smoothed"),
+            self._drops(rule["drop"]),
+            None if smoothed is None else self._influences(smoothed),
         )
         self._round, self._last, self._exposure, self._exposed, self._drop, self._smoothed = read
 
-    def _rows(self, matrix: npt.NDArray[np.float64]) -> dict[str, dict[str, float | None]]:
-        return {name: self._by_name(row) for name, row in zip(self.domains, matrix, strict=True)}
+    def _rows(
+        self, matrix: npt.NDArray[np.float64], names: Sequence[str]
+    ) -> dict[str, dict[str, float | None]]:
+        return {name: self._by_name(row) for name, row in zip(names, matrix, strict=True)}
+
+    def _drops(self, rows: Any) -> npt.NDArray[np.float64]:
+        """Read [probe, loss]; a target that is new fell by nothing."""
+        if not isinstance(rows, Mapping) or rows.keys() != set(self.domains):
+            raise self._damaged("drop", rows)
+        matrix = np.stack([self._measured_vector(rows[name], "drop") for name in self.domains])
+        if not np.isfinite(matrix[:, : len(self.domains)]).all():
+            raise self._damaged("drop", rows)
+        return np.nan_to_num(matrix, nan=0.0)
+
+    def _influences(self, rows: Any) -> npt.NDArray[np.float64]:
+        """Read [loss, domain]; nothing is known of a target that is new."""
+        if not isinstance(rows, Mapping):
+            raise self._damaged("smoothed", rows)
+        own = {name: row for name, row in rows.items() if name in self.domains}
+        nothing = dict.fromkeys(self.domains, 0.0)
+        others = [
+            self._vector(rows.get(name, nothing), "smoothed") for name in self._context.targets
+        ]
+        return np.vstack([self._matrix(own, "smoothed"), *others])
 
     def _matrix(self, rows: Any, name: str) -> npt.NDArray[np.float64]:
         if not isinstance(rows, Mapping) or rows.keys() != set(self.domains):
@@ -269,8 +305,19 @@ class Aioli(Mixer):
         return {
             "round": self._round,
             "influence": self._by_name(self._smoothed.sum(axis=0)),
-            "influence_on": self._rows(self._smoothed),
+            "influence_on": self._rows(self._smoothed, self.measured),
         }
+
+    def _check_diagonal(self, options: AioliOptions) -> None:
+        """Refuse to learn own effects alone for losses that have no domain of their own."""
+        counted = self._objective.fixed
+        if not options.diagonal or counted is None or counted[: len(self.domains)].any():
+            return
+        raise ConfigError(
+            f"mixing method 'aioli': diagonal learns what each domain does to its own loss, and "
+            f"the objective counts only {', '.join(self._context.targets)}, never trained on; "
+            f"set diagonal: false"
+        )
 
 
 def _check_fit(options: AioliOptions, count: int) -> None:

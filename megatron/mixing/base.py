@@ -45,8 +45,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.decision import Decision, RunContext
+from megatron.mixing.objective import Objective, ObjectiveOptions
 from megatron.mixing.observation import (
     FloatArray,
     Observation,
@@ -58,6 +59,7 @@ from megatron.mixing.options import CommonOptions, bounds, require
 from megatron.mixing.reported import Reported
 from megatron.mixing.simplex import is_distribution, normalise, project
 from megatron.mixing.window import Window
+from megatron.registry import mixing_methods
 from megatron.state import check_state
 
 __all__ = ["Decision", "Mixer", "Observation", "ObservationError", "RunContext", "Signal"]
@@ -79,6 +81,8 @@ class Mixer(ABC):
     method: ClassVar[str]
     needs: frozenset[Signal] = frozenset({Signal.LOSS})
     """Signals that the method reads."""
+    has_objective: ClassVar[bool] = False
+    """Whether the rule has a notion of an objective; it reads ``self._objective`` then."""
 
     def __init__(
         self,
@@ -97,6 +101,8 @@ class Mixer(ABC):
         self.domains: tuple[str, ...] = tuple(domains)
         self._options = options
         self._context = context
+        self._check_objective()
+        self._objective = Objective(options.objective, self.measured)
         self._floor, self._ceiling = bounds(options, self.domains, self.method)
         self._initial = self._bounded(normalise(weights))
         self._weights = self._initial
@@ -352,6 +358,29 @@ class Mixer(ABC):
             raise self._damaged(name, values) from error
         return np.array(read, dtype=np.float64)
 
+    def _by_measured(self, values: FloatArray) -> dict[str, float | None]:
+        """Key a vector [K + M] by the names in ``measured``; NaN becomes None."""
+        return {
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(self.measured, values, strict=True)
+        }
+
+    def _measured_vector(self, values: object, name: str) -> FloatArray:
+        """Read back what :meth:`_by_measured` wrote, [K + M].
+
+        Domains that are never trained on may come and go between two launches: a new one
+        is NaN, one that is gone is left out.
+        """
+        if not isinstance(values, Mapping):
+            raise self._damaged(name, values)
+        own = {domain: values[domain] for domain in self.domains if domain in values}
+        try:
+            read = [values.get(target) for target in self._context.targets]
+            others = [np.nan if value is None else float(value) for value in read]
+        except (TypeError, ValueError) as error:
+            raise self._damaged(name, values) from error
+        return np.append(self._vector(own, name), others)
+
     def _check_rule(self, rule: Mapping[str, Any], keys: Collection[str]) -> None:
         """Refuse what :meth:`_restore` got unless it holds exactly ``keys``."""
         if rule.keys() != set(keys):
@@ -373,6 +402,18 @@ class Mixer(ABC):
         return value
 
     # How it hangs together.
+
+    def _check_objective(self) -> None:
+        """Refuse an objective that nothing would look at."""
+        options = self._options
+        watched = getattr(options, "guardrail", None) is not None
+        if self.has_objective or watched or options.objective == ObjectiveOptions():
+            return
+        able = [n for n in mixing_methods if getattr(mixing_methods[n].build, "has_objective", 0)]
+        raise ConfigError(
+            f"mixing method '{self.method}': objective is {options.objective.kind!r}, but the "
+            f"method has no notion of one; leave it out, or use one of {', '.join(sorted(able))}"
+        )
 
     def _shadowed(self, decision: Decision) -> Decision:
         """Return the decision of a shadow: the given mixture trains, measurements are made."""

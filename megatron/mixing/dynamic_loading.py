@@ -77,6 +77,7 @@ class DynamicLoading(HeldOutMixer):
         self._targets = _targets(options, self.domains)
 
     def _learn(self, step: int, valid_loss: FloatArray) -> FloatArray | None:
+        valid_loss = valid_loss[: len(self.domains)]
         if np.isnan(valid_loss).all():
             return None
         with np.errstate(over="ignore"):

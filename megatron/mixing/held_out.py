@@ -26,7 +26,8 @@ class HeldOutMixer(Mixer):
 
         Args:
             step: the update's step, t in the formulas.
-            valid_loss: nats per token, [K]; NaN for a domain without held-out data.
+            valid_loss: nats per token, [K + M], in the order of ``measured``; NaN for a
+                domain without held-out data.
 
         Returns:
             The new distribution before floors and ceilings, [K]; None to keep the old.

@@ -49,6 +49,7 @@ class NaiveValidation(HeldOutMixer):
         self._epsilon = exploration_rate(0, len(self.domains))
 
     def _learn(self, step: int, valid_loss: FloatArray) -> FloatArray | None:
+        valid_loss = valid_loss[: len(self.domains)]
         measured = ~np.isnan(valid_loss)
         if not measured.any():
             return None

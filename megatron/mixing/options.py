@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron.errors import ConfigError
+from megatron.mixing.objective import ObjectiveOptions
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.reading import by_domain, describe_type, fits, read_dataclass, require
 
@@ -85,6 +86,13 @@ class CommonOptions:
         metadata={
             "help": "train on the given weights and only log what the method would have drawn; "
             "a run that goes on without it hands control over"
+        },
+    )
+    objective: ObjectiveOptions = field(
+        default=ObjectiveOptions(),
+        metadata={
+            "help": "which losses count and how much, for methods that have a notion of it: "
+            "uniform, worst, weights by name, or a block"
         },
     )
 

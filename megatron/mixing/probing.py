@@ -73,7 +73,8 @@ def influence(mixtures: Matrix, drop: Matrix, *, diagonal: bool) -> Matrix | Non
     Args:
         mixtures: what each probe trained on, [probes, domains].
         drop: by how much each loss fell, [probes, losses].
-        diagonal: take a loss to depend on its own domain alone.
+        diagonal: take a loss to depend on its own domain alone (the losses of the domains
+            come first; the others depend on none).
 
     Returns:
         A with A_ij = fall of loss i per probe of domain j alone, [losses, domains]; None
@@ -85,14 +86,16 @@ def influence(mixtures: Matrix, drop: Matrix, *, diagonal: bool) -> Matrix | Non
     if diagonal:
         own = np.diag(mixtures)
         effects = np.diag(drop) / np.where(own > 0, own, 1.0)
-        return np.diag(np.where(own > 0, effects, 0.0))
+        alone = np.zeros((drop.shape[1], len(own)))
+        np.fill_diagonal(alone, np.where(own > 0, effects, 0.0))
+        return alone
     trained = mixtures.max(axis=0) > 0
     if not trained.any():
         return None
     solved, _, rank, _ = np.linalg.lstsq(mixtures[:, trained], drop, rcond=_SAME)
     if rank < trained.sum():
         return None
-    matrix = np.zeros(drop.shape)
+    matrix = np.zeros((drop.shape[1], mixtures.shape[1]))
     matrix[:, trained] = solved.T
     return matrix
 

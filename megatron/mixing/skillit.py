@@ -34,8 +34,8 @@ class SkillItOptions(CommonOptions):
         metadata={
             "help": "how much training on domain i lowers the loss of domain j, as a share of "
             "it: rows i of values j, by name (domains left out of a row count 0) or in the order "
-            "of the domains; or the path of a JSON file that holds one of these; null = each "
-            "domain helps itself alone"
+            "of the domains, those that are never trained on last (they have no row); or the path "
+            "of a JSON file that holds one of these; null = each domain helps itself alone"
         },
     )
     eta: float = field(
@@ -62,11 +62,15 @@ class SkillIt(HeldOutMixer):
     takes away, from one run per domain.  A measurement that lacks a domain takes its
     last known loss; one never measured counts 0.
 
+    j runs over the domains and those that are never trained on.  Under an objective o each
+    S_j is multiplied by o_j times their number, which is 1 for the uniform one.
+
     Source: Skill-It (arXiv 2307.14430), algorithm 1; its released code counts
     evaluations where this counts updates.
     """
 
     method = "skillit"
+    has_objective = True
 
     def __init__(
         self,
@@ -78,41 +82,65 @@ class SkillIt(HeldOutMixer):
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         self._eta, self._history = options.eta, options.history
-        self._graph = read_graph(options.graph, self.domains)
+        self._graph = read_graph(options.graph, self.domains, self.measured)
         self._recent: list[FloatArray] = []
-        self._set_weights(self._rule(np.ones(len(self.domains))))
+        self._check_reach()
+        ones = np.ones(len(self.measured))
+        self._set_weights(self._rule(ones, self._objective.factors(ones)))
 
-    def _rule(self, losses: FloatArray) -> FloatArray:
-        return softmax(saturate(self._eta * (self._graph @ losses)))
+    def _check_reach(self) -> None:
+        """Refuse an objective that no domain helps, so that the weights would never move."""
+        counted = self._objective.fixed
+        if counted is None or self._objective.kind == "uniform" or (self._graph @ counted).any():
+            return
+        names = [n for n, weight in zip(self.measured, counted, strict=True) if weight > 0]
+        raise ConfigError(
+            f"mixing method 'skillit': the objective counts {', '.join(names)}, which no domain "
+            f"helps by the graph; give a graph whose rows say how much each domain helps them"
+        )
+
+    def _rule(self, losses: FloatArray, factors: FloatArray) -> FloatArray:
+        return softmax(saturate(self._eta * (self._graph @ saturate(losses * factors))))
 
     def _learn(self, step: int, valid_loss: FloatArray) -> FloatArray | None:
         if np.isnan(valid_loss).all():
             return None
-        known = self._recent[-1] if self._recent else np.zeros(len(self.domains))
+        known = self._recent[-1] if self._recent else np.zeros(len(self.measured))
         losses = np.where(np.isnan(valid_loss), known, valid_loss)
         self._recent = [*self._recent, losses][-self._history :]
+        # A loss of exactly 0 was never measured: it cannot be the worst.
+        factors = self._objective.factors(np.where(losses == 0, np.nan, losses))
+        if not factors.any():
+            return None
         with np.errstate(over="ignore"):
-            return self._rule(saturate(np.sum(self._recent, axis=0)))
+            return self._rule(saturate(np.sum(self._recent, axis=0)), factors)
 
     def _save(self) -> dict[str, Any]:
-        return {"recent": [self._by_name(losses) for losses in self._recent]}
+        return {"recent": [self._by_measured(losses) for losses in self._recent]}
 
     def _restore(self, rule: Mapping[str, Any]) -> None:
         self._check_rule(rule, _STATE_KEYS)
         recent = rule["recent"]
         if not isinstance(recent, list):
             raise self._damaged("recent", recent)
-        read = [self._vector(losses, "recent") for losses in recent]
-        if not all(np.isfinite(losses).all() for losses in read):
+        read = [self._measured_vector(losses, "recent") for losses in recent]
+        if not all(np.isfinite(losses[: len(self.domains)]).all() for losses in read):
             raise self._damaged("recent", recent)
-        self._recent = read[-self._history :]
+        self._recent = [np.nan_to_num(losses, nan=0.0) for losses in read[-self._history :]]
 
     def _estimates(self) -> dict[str, Any]:
-        return {"valid_loss": self._by_name(self._recent[-1])} if self._recent else {}
+        return {"valid_loss": self._by_measured(self._recent[-1])} if self._recent else {}
 
 
-def read_graph(graph: object, domains: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Return the graph as a matrix, [K, K].
+def read_graph(
+    graph: object, domains: Sequence[str], measured: Sequence[str]
+) -> npt.NDArray[np.float64]:
+    """Return the graph as a matrix, [K, K + M].
+
+    Args:
+        graph: as the option.
+        domains: what is trained on: the rows, [K].
+        measured: the domains, then those never trained on: the columns, [K + M].
 
     Raises:
         ConfigError: rows or values are missing, or of domains that do not exist.
@@ -120,7 +148,7 @@ def read_graph(graph: object, domains: Sequence[str]) -> npt.NDArray[np.float64]
     """
     where = "mixing method 'skillit': graph"
     if graph is None:
-        return np.eye(len(domains))
+        return np.eye(len(domains), len(measured))
     if isinstance(graph, str):
         where = f"{where}: {graph}"
         graph = _from_file(graph)
@@ -137,17 +165,18 @@ def read_graph(graph: object, domains: Sequence[str]) -> npt.NDArray[np.float64]
             f"{where} must have {len(domains)} rows, one for each domain ({', '.join(domains)})"
         )
     rows = [
-        by_domain(f"{where}: row '{name}'", row, domains, missing=0.0)
+        _row(f"{where}: row '{name}'", row, domains, measured)
         for name, row in zip(domains, graph, strict=True)
-        if _is_row(f"{where}: row '{name}'", row)
     ]
     return np.array(rows)
 
 
-def _is_row(where: str, row: object) -> bool:
-    if isinstance(row, Mapping | Sequence) and not isinstance(row, str):
-        return True
-    raise ConfigError(f"{where} is {row!r}; give a list of numbers or a mapping by domain")
+def _row(where: str, row: object, domains: Sequence[str], measured: Sequence[str]) -> FloatArray:
+    if not isinstance(row, Mapping | Sequence) or isinstance(row, str):
+        raise ConfigError(f"{where} is {row!r}; give a list of numbers or a mapping by domain")
+    if isinstance(row, Sequence) and len(row) == len(domains):  # it speaks of the domains alone
+        row = [*row, *[0.0] * (len(measured) - len(domains))]
+    return by_domain(where, row, measured, missing=0.0)
 
 
 def _from_file(path: str) -> object:

@@ -22,6 +22,7 @@ COMMON = {
     "pool",
     "min_tokens",
     "shadow",
+    "objective",
 }
 
 
