@@ -134,7 +134,7 @@ class Ado(Mixer):
         counted = self._objective.fixed
         others = [] if counted is None else counted[len(self.domains) :].tolist()
         names = [n for n, w in zip(self._context.targets, others, strict=False) if w > 0]
-        if names and self._objective.kind != "uniform":
+        if names:
             raise ConfigError(
                 f"mixing method 'ado': the objective counts {', '.join(names)}, never trained on, "
                 f"and the method reads training losses alone; use aioli, or skillit with a graph"

@@ -113,9 +113,9 @@ class Aioli(Mixer):
     * released scripts (``ema: g``): M = (1 - g) A + g M, from M = A, and
       p_j is proportional to exp(eta sum_i M_ij), so that max p / min p <= e^eta.
 
-    i runs over the domains and those that are never trained on.  Under an objective o row i
-    is multiplied by o_i times the number of rows, which is 1 for the uniform one; the worst
-    domain is that of the last measurement.
+    i runs over the losses that count for the objective o, those of domains that are never
+    trained on among them: A has their rows alone, and in the sums row i is multiplied by o_i
+    times their number (1 for the uniform one).  The worst is that of the last measurement.
 
     Probes are ordinary training.  P above is what really drew them (floors, ceilings and
     skipped steps included), so that beta and P speak of the same steps; where it cannot
@@ -219,9 +219,12 @@ class Aioli(Mixer):
             self._drop / self._plan.sweeps,
             diagonal=self._diagonal,
         )
-        matrix = None if found is None else normalised_influence(found)
-        if matrix is None:
+        counted = self._objective.counted
+        normalised = None if found is None else normalised_influence(found[counted])
+        if normalised is None:
             return
+        matrix = np.zeros(self._drop.T.shape)
+        matrix[counted] = normalised
         before = self._smoothed
         if self._ema is not None and before is not None:
             matrix = (1.0 - self._ema) * matrix + self._ema * before

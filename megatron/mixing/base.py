@@ -102,7 +102,7 @@ class Mixer(ABC):
         self._options = options
         self._context = context
         self._check_objective()
-        self._objective = Objective(options.objective, self.measured)
+        self._objective = Objective(options.objective, self.domains, context.targets)
         self._floor, self._ceiling = bounds(options, self.domains, self.method)
         self._initial = self._bounded(normalise(weights))
         self._weights = self._initial

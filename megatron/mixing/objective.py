@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from megatron.errors import ConfigError
-from megatron.mixing.observation import FloatArray
+from megatron.mixing.observation import BoolArray, FloatArray
 from megatron.mixing.reading import Block, by_domain
 from megatron.mixing.simplex import normalise
 
@@ -30,8 +30,8 @@ class ObjectiveOptions(Block):
     kind: Literal["uniform", "worst", "weights"] = field(
         default="uniform",
         metadata={
-            "help": "uniform: the mean of all losses that are measured, those of domains that are "
-            "never trained on included; worst: the highest of them; weights: a weighted mean"
+            "help": "uniform: the mean loss of the domains that are trained on; worst: the "
+            "highest loss of them; weights: a weighted mean of the losses that are named"
         },
     )
     weights: dict[str, float] | None = field(
@@ -45,7 +45,8 @@ class ObjectiveOptions(Block):
         default=None,
         metadata={
             "help": "for worst: the loss that each domain could reach at best, by name; then the "
-            "domain furthest above it is the worst, of those that are named",
+            "domain furthest above it is the worst, of those that are named (one that is never "
+            "trained on may be)",
             "unit": "nats per token",
         },
     )
@@ -97,15 +98,20 @@ class Objective:
 
     Args:
         options: what the user asked for.
-        names: of the losses: the domains, then those that are never trained on, [N].
+        domains: what is trained on, [K].
+        targets: what is measured and never trained on, [M]; these count where they are
+            named, and nowhere else.
 
     Raises:
         ConfigError: it names a domain that is not among them.
     """
 
-    def __init__(self, options: ObjectiveOptions, names: Sequence[str]) -> None:
-        self.kind, self.names = options.kind, tuple(names)
-        self._given: FloatArray = np.ones(len(self.names))
+    def __init__(
+        self, options: ObjectiveOptions, domains: Sequence[str], targets: Sequence[str] = ()
+    ) -> None:
+        self.kind, self.names = options.kind, (*domains, *targets)
+        self._domains, self._targets = tuple(domains), tuple(targets)
+        self._given: FloatArray = np.repeat([1.0, 0.0], (len(domains), len(targets)))
         self._above: FloatArray = np.zeros(len(self.names))
         if options.weights is not None:
             read = by_domain("objective: weights", options.weights, self.names, missing=0.0)
@@ -116,8 +122,13 @@ class Objective:
             self._above, self._given = read, named.astype(np.float64)
 
     @property
+    def counted(self) -> BoolArray:
+        """Which losses can count, [N]: the domains', then the targets', N = K + M."""
+        return self._given > 0
+
+    @property
     def fixed(self) -> FloatArray | None:
-        """How much each loss counts where all are measured, [N], sum 1; None for ``worst``."""
+        """How much each loss counts if all are measured, [N], sum 1; None for ``worst``."""
         return None if self.kind == "worst" else normalise(self._given)
 
     def weights(self, losses: FloatArray) -> FloatArray:
@@ -130,7 +141,7 @@ class Objective:
         Returns:
             [N]; all 0 if nothing that counts has been measured.
         """
-        counted = np.isfinite(losses) & (self._given > 0)
+        counted = np.isfinite(losses) & self.counted
         if not counted.any():
             return np.zeros(len(losses))
         if self.kind != "worst":
@@ -139,14 +150,14 @@ class Objective:
         return normalise((excess == excess.max()).astype(np.float64))
 
     def factors(self, losses: FloatArray) -> FloatArray:
-        """Return the weights times their number, [N]: what multiplies terms that were added up.
+        """Return what multiplies the terms of a sum over the losses, [N]: mean 1 where counted.
 
-        Exactly 1 each for ``uniform``, whatever has been measured, so that a rule with them
-        is the rule without them.
+        Exactly 1 for every domain under ``uniform``, whatever has been measured, so that a
+        rule with the factors is the rule without them.
         """
         if self.kind == "uniform":
-            return np.ones(len(losses))
-        return self.weights(losses) * len(losses)
+            return self._given.copy()
+        return self.weights(losses) * self.counted.sum()
 
     def value(self, losses: FloatArray) -> float:
         """Return the objective, nats per token: the weighted mean, above the reference if any.
@@ -174,7 +185,8 @@ class Objective:
             for name, weight in zip(self.names, weights, strict=True)
             if weight > 0
         }
-        return Objective(ObjectiveOptions(kind="weights", weights=named), self.names)
+        options = ObjectiveOptions(kind="weights", weights=named)
+        return Objective(options, self._domains, self._targets)
 
     def describe(self) -> dict[str, float] | str:
         """Return it for a log: its kind, or its weights by name."""

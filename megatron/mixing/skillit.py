@@ -62,8 +62,8 @@ class SkillIt(HeldOutMixer):
     takes away, from one run per domain.  A measurement that lacks a domain takes its
     last known loss; one never measured counts 0.
 
-    j runs over the domains and those that are never trained on.  Under an objective o each
-    S_j is multiplied by o_j times their number, which is 1 for the uniform one.
+    j runs over the losses that count for the objective o, those of domains that are never
+    trained on among them; S_j is multiplied by o_j times their number (1 for the uniform one).
 
     Source: Skill-It (arXiv 2307.14430), algorithm 1; its released code counts
     evaluations where this counts updates.
