@@ -12,7 +12,8 @@ from megatron.config.base import Group, NonNegative, Texts
 
 Part = Literal["train", "valid", "test"]
 DEFAULT_SPLIT = "969, 30, 1"
-_NAME = re.compile(r"[^\s/\\](?:[^\x00-\x1f\x7f/\\]*[^\s/\\])?")
+_PART = r"[^\s/\\](?:[^\x00-\x1f\x7f/\\]*[^\s/\\])?"
+_NAME = re.compile(rf"{_PART}(?:/{_PART})*")
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
@@ -43,10 +44,12 @@ def _valid_split(split: str) -> str:
 
 
 def _valid_name(name: str) -> str:
-    if not _NAME.fullmatch(name) or len(name) > 128:
+    parts = name.split("/")
+    if not _NAME.fullmatch(name) or len(name) > 128 or {".", ".."} & set(parts):
         raise PydanticCustomError(
             "domain_name",
-            "a domain's name has 1 to 128 characters, no slash, and no space at either end",
+            "a domain's name has 1 to 128 characters, no space at either end, and slashes only "
+            "between a group and its parts (web/high)",
         )
     return name
 
