@@ -18,6 +18,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_pipeline(config, draft)
     _check_offload(config, draft)
     _check_extra(config, draft)
+    _check_targets(config, draft)
     _check_weights(config, draft)
     _check_tokenizer(config, draft)
     _check_bounds(config, draft)
@@ -164,9 +165,20 @@ def _is_partition_method(method: str) -> bool:
     return bool(pattern)
 
 
+def _check_targets(config: Config, draft: Draft) -> None:
+    """Something is trained on, and what is only measured has no share in it."""
+    domains = draft.get("", "domains")
+    for name, domain in config.domains.items():
+        if domain.target and domain.weight:
+            node = domains.at([name]) if domains is not None else None
+            _at(draft, node, name, "is a target, which is never trained on; leave its weight out")
+    if not config.trained:
+        _at(draft, domains, "domains", "every domain is a target; one must be trained on")
+
+
 def _check_weights(config: Config, draft: Draft) -> None:
-    weighted = {name for name, domain in config.domains.items() if domain.weight is not None}
-    unweighted = [name for name in config.domains if name not in weighted]
+    weighted = {name for name, domain in config.trained.items() if domain.weight is not None}
+    unweighted = [name for name in config.trained if name not in weighted]
     mode = config.mixing.weights
     if mode not in (None, "given") or not (weighted or mode == "given"):
         return
@@ -177,7 +189,7 @@ def _check_weights(config: Config, draft: Draft) -> None:
         text += "; give every domain a weight, or choose mixing: {weights: natural}"
         node = domains.at([unweighted[0]]) if domains is not None else None
         _at(draft, node, unweighted[0], text)
-    elif not any(domain.weight for domain in config.domains.values()):
+    elif not any(domain.weight for domain in config.trained.values()):
         _at(draft, domains, "domains", "every weight is 0; at least one must be above 0")
 
 
@@ -202,14 +214,14 @@ def _check_tokenizer(config: Config, draft: Draft) -> None:
 
 def _check_bounds(config: Config, draft: Draft) -> None:
     """Floors and ceilings name existing domains, and some distribution keeps to them."""
-    names = list(config.domains)
+    names = list(config.trained)
     for key, missing in (("floor", 0.0), ("ceiling", 1.0)):
         node = draft.options.get(key)
         if node is None or key not in config.mixing.options:
             continue
         value = config.mixing.options[key]
         if isinstance(value, dict):
-            unknown = [name for name in value if name not in config.domains]
+            unknown = [name for name in value if name not in names]
             for name in unknown:
                 draft.problems.add(
                     node.at([name]), f"there is no domain '{name}'{did_you_mean(name, names)}"

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron.config.base import Group
 from megatron.config.batch import BatchConfig
-from megatron.config.data import DEFAULT_SPLIT, DataConfig, Domains, Split
+from megatron.config.data import DEFAULT_SPLIT, DataConfig, DomainConfig, Domains, Split
 from megatron.config.mixing import MixingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimisation import (
@@ -68,6 +68,11 @@ class Config(Group):
     """`deepspeed_extra_args`: merged last into DeepSpeed's own configuration."""
     ignored: tuple[str, ...] = ()
     """Known keys that were given and have no effect, each with the reason."""
+
+    @property
+    def trained(self) -> dict[str, DomainConfig]:
+        """The domains that are trained on; the others are targets, which are only measured."""
+        return {name: domain for name, domain in self.domains.items() if not domain.target}
 
     @property
     def gradient_clipping(self) -> float:

@@ -27,6 +27,16 @@ ALL_STEPS = "all"
 _log = logging.getLogger(__name__)
 
 
+_SOMETIMES = (
+    "loss_weight",
+    "valid_loss",
+    "controller_probability",
+    "excess_loss",
+    "reference_loss",
+)
+"""Vectors of the ledger that only some steps have."""
+
+
 class JsonlSink:
     """Writes the files of the run folder."""
 
@@ -141,9 +151,13 @@ class JsonlSink:
         parts = [f'{{"step":{record.step}']
         for name in ("probability", "domain_loss", "tokens", "samples", "epochs"):
             parts.append(self._vector(name, getattr(record, name)))
-        for name in ("loss_weight", "valid_loss", "controller_probability"):
+        for name in _SOMETIMES:
             if (values := getattr(record, name)) is not None:
                 parts.append(self._vector(name, values))
+        if record.target_loss is not None:
+            parts.append(f'"target_loss":{dumps(named(record.target_loss))}')
+        if record.control is not None:
+            parts.append(f'"control":{dumps(record.control)}')
         if record.fresh_quota is not None:
             parts.append(f'"fresh_quota":{dumps(record.fresh_quota)}')
         if record.probe is not None:
@@ -187,6 +201,9 @@ def metrics_line(record: StepRecord, overhead: Mapping[str, float]) -> str:
     for name in ("grad_norm", "loss_scale", "seconds", "eta_seconds", "mfu"):
         if (value := getattr(record, name)) is not None:
             line[name] = number(value)
+    for name in ("loss_error", "epochs_forecast"):
+        if (values := getattr(record, name)) is not None:
+            line[name] = named(dict(zip(record.domains, values.tolist(), strict=True)))
     if overhead.keys() - {ALL_STEPS}:
         line["overhead"] = named(overhead)
     if record.skipped:
@@ -203,6 +220,8 @@ def validation_line(record: ValidationRecord) -> str:
         line[f"weighted_average_{name}"] = number(record.weighted_average)
     if record.bits_per_byte:
         line["bits_per_byte"] = named(record.bits_per_byte)
+    if record.review is not None:
+        line["review"] = record.review
     if record.seconds is not None:
         line["seconds"] = number(record.seconds)
     return dumps(line)

@@ -49,6 +49,17 @@ _SCALARS = (
 )
 
 
+_OPTIONAL_VECTORS = (
+    "loss_weight",
+    "valid_loss",
+    "controller_probability",
+    "excess_loss",
+    "reference_loss",
+    "loss_error",
+    "epochs_forecast",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One training step, as it was drawn and as it turned out.
@@ -75,7 +86,15 @@ class StepRecord:
         fresh_quota: number of steps of the block that starts here, when a probe asked for one.
         probe: index of the probe that this step belongs to.
         skipped: whether the update was dropped (overflow, non-finite loss).
-        controller_probability: what a controller in shadow would have drawn.
+        controller_probability: what a controller that does not draw would have drawn.
+        control: who draws in the method's place: ``"shadow"`` or ``"fallback"``.
+        target_loss: validation loss of what is only measured, by name, where it was measured
+            for the controller at this step.
+        excess_loss: mean over a domain's tokens of max(loss - reference loss, 0), NaN where
+            absent; None without a reference.
+        reference_loss: the reference's mean loss on the same tokens; likewise.
+        loss_error: standard error of ``domain_loss``, NaN below two samples.
+        epochs_forecast: passes over each domain at the end of the run if the weights hold.
         estimates: a mixer's own estimates for the charts (``Mixer.describe()``);
             not written to the ledger.
         overhead: seconds that mixing took since the step before, by kind (the kinds of
@@ -105,6 +124,12 @@ class StepRecord:
     probe: int | None = None
     skipped: bool = False
     controller_probability: FloatArray | None = None
+    control: str | None = None
+    target_loss: Mapping[str, float] | None = None
+    excess_loss: FloatArray | None = None
+    reference_loss: FloatArray | None = None
+    loss_error: FloatArray | None = None
+    epochs_forecast: FloatArray | None = None
     estimates: Mapping[str, Any] = field(default_factory=dict)
     overhead: Mapping[str, float] = field(default_factory=dict)
     extra_tokens: Mapping[str, int] = field(default_factory=dict)
@@ -113,7 +138,7 @@ class StepRecord:
         """Bring numbers and arrays to Python's and NumPy's 64-bit types, check the shapes."""
         for name in ("probability", "domain_loss", "epochs"):
             self._take(name, np.asarray(getattr(self, name), dtype=np.float64))
-        for name in ("loss_weight", "valid_loss", "controller_probability"):
+        for name in _OPTIONAL_VECTORS:
             if (value := getattr(self, name)) is not None:
                 self._take(name, np.asarray(value, dtype=np.float64))
         for name in _SCALARS:
@@ -159,6 +184,7 @@ class ValidationRecord:
         weights: the mixture whose weighted average is wanted beside the plain one.
         split: ``"valid"`` or ``"test"``.
         seconds: duration; a time field.
+        review: what the controller's guardrail did about it, if anything.
     """
 
     step: int
@@ -167,6 +193,7 @@ class ValidationRecord:
     weights: Mapping[str, float] | None = None
     split: str = "valid"
     seconds: float | None = None
+    review: str | None = None
 
     @property
     def average(self) -> float:

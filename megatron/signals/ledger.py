@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron.mixing.observation import standard_error
+
 FloatArray = npt.NDArray[np.float64]
 
 _SKIPPED, _STOP = 0, 1
@@ -63,6 +65,11 @@ class StepTotals:
     def domain_loss(self) -> FloatArray:
         """Mean loss of each domain, nats per token; NaN where it was absent."""
         return self.mean(self.loss_sum)
+
+    @property
+    def standard_error(self) -> FloatArray:
+        """Standard error of ``domain_loss`` over its samples [K]; NaN below two of them."""
+        return standard_error(self.loss_sum, self.token_count, self.square_sum, self.sample_count)
 
     def mean(self, total: FloatArray) -> FloatArray:
         """Return the mean over each domain's tokens of a sum [K]; NaN where it was absent."""

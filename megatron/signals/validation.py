@@ -1,12 +1,13 @@
 """Held-out loss of every domain, the same number on any layout.
 
-All domains are measured in one pass: their micro-batches run one after the other, their
-sums meet in one ledger, and a single reduction ends it.
+All domains are measured in one pass: their micro-batches run one after the other, the sums
+of their windows meet in one buffer, and a single reduction ends it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from megatron.data.batch import MicroBatch
 from megatron.data.validation import ValidationSet
 from megatron.engine.transfer import all_to_device
-from megatron.signals.ledger import Ledger
+from megatron.signals.windows import HeldOut, WindowSums
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -29,18 +30,45 @@ class Evaluator(Protocol):
         ...
 
 
-class LossObserver:
-    """Sends the per-sample sums of every forward pass to the ledger of the moment."""
+class Sums(Protocol):
+    """Takes per-sample sums, as :class:`~megatron.signals.ledger.Ledger` does."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def add(
+        self,
+        loss_sum: torch.Tensor,
+        token_count: torch.Tensor,
+        domain_ids: torch.Tensor,
+        *compared: torch.Tensor,
+    ) -> None:
+        """Add one micro-batch."""
+        ...
+
+
+class LossObserver:
+    """Sends the per-sample sums of every forward pass to the sums of the moment."""
+
+    def __init__(self, ledger: Sums) -> None:
         """Start with the training ledger."""
         self.ledger = ledger
 
     def __call__(
-        self, loss_sum: torch.Tensor, token_count: torch.Tensor, domain_ids: torch.Tensor
+        self,
+        loss_sum: torch.Tensor,
+        token_count: torch.Tensor,
+        domain_ids: torch.Tensor,
+        *compared: torch.Tensor,
     ) -> None:
         """Take one micro-batch's sums; see :meth:`Ledger.add`."""
-        self.ledger.add(loss_sum, token_count, domain_ids)
+        self.ledger.add(loss_sum, token_count, domain_ids, *compared)
+
+    @contextmanager
+    def lent_to(self, sums: Sums) -> Iterator[None]:
+        """Send everything to ``sums`` meanwhile."""
+        own, self.ledger = self.ledger, sums
+        try:
+            yield
+        finally:
+            self.ledger = own
 
 
 class Validation:
@@ -49,10 +77,11 @@ class Validation:
     Args:
         sets: the domains' validation sets in the order of the domains; None for a domain
             without held-out data.
-        ledger: a ledger of its own, of K domains.
-        observer: where the model's loss function reports; lent to this ledger meanwhile.
-        batches: yields this rank's micro-batches of a set.
-        count: how many those are, the same on every rank.
+        sums: makes the sums of so many windows.
+        observer: where the model's loss function reports; lent out meanwhile.
+        micro_batch: rows of a micro-batch.
+        data_rank: of this process among the data-parallel ranks.
+        data_size: number of those.
         device: the model's device.
     """
 
@@ -60,41 +89,57 @@ class Validation:
         self,
         sets: Sequence[ValidationSet | None],
         *,
-        ledger: Ledger,
+        sums: Callable[[int], WindowSums],
         observer: LossObserver,
-        batches: Callable[[ValidationSet], Iterable[MicroBatch]],
-        count: Callable[[ValidationSet], int],
+        micro_batch: int,
+        data_rank: int,
+        data_size: int,
         device: torch.device,
     ) -> None:
         """Keep the parts; nothing is read before :meth:`measure`."""
         self._sets = sets
-        self._ledger = ledger
+        self._make_sums = sums
         self._observer = observer
-        self._batches = batches
-        self._count = count
+        self._micro_batch = micro_batch
+        self._data_rank, self._data_size = data_rank, data_size
         self._device = device
+        windows = [0 if part is None else part.samples for part in sets]
+        self._window_domain = np.repeat(np.arange(len(sets)), windows)
+        self._first = np.cumsum([0, *windows])
 
     @property
     def empty(self) -> bool:
         """Whether no domain has held-out data."""
-        return all(part is None for part in self._sets)
+        return not self._window_domain.size
 
-    def measure(self, evaluator: Evaluator) -> FloatArray:
-        """Return every domain's mean loss [K] in nats per token; NaN without held-out data.
+    def measure(self, evaluator: Evaluator) -> HeldOut:
+        """Return the loss of every window of every domain.
 
         Collective: every rank calls it at the same step.
         """
-        training = self._observer.ledger
-        self._observer.ledger = self._ledger
-        self._ledger.reset()
-        try:
-            count = sum(self._count(part) for part in self._sets if part is not None)
-            evaluator.evaluate(all_to_device(self._micro_batches(), self._device), count)
-            return self._ledger.reduce().domain_loss
-        finally:
-            self._observer.ledger = training
+        sums = self._make_sums(self._window_domain.size)
+        with self._observer.lent_to(sums):
+            evaluator.evaluate(
+                all_to_device(self._micro_batches(), self._device), self._num_micro_batches()
+            )
+        loss_sum, token_count = sums.reduce()
+        return HeldOut(
+            loss_sum=loss_sum,
+            token_count=token_count,
+            window_domain=self._window_domain,
+            domains=len(self._sets),
+        )
+
+    def _num_micro_batches(self) -> int:
+        return sum(
+            part.num_micro_batches(self._micro_batch, self._data_size)
+            for part in self._sets
+            if part is not None
+        )
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
-        for part in self._sets:
+        for first, part in zip(self._first.tolist(), self._sets, strict=False):
             if part is not None:
-                yield from self._batches(part)
+                yield from part.micro_batches(
+                    self._micro_batch, self._data_rank, self._data_size, first_id=first
+                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from megatron.config import Config, deepspeed_config, resolve_batch
-from megatron.data.batch import MicroBatch
 from megatron.data.domain import Domain
 from megatron.data.loader import Loader
 from megatron.data.sampler import Sampler
@@ -26,7 +25,7 @@ from megatron.engine.runtime import Runtime, sum_on_host
 from megatron.engine.schedule import learning_rate
 from megatron.engine.sequential import SequentialEngine
 from megatron.errors import DataError
-from megatron.mixing.base import Mixer
+from megatron.mixing.controller import Controller
 from megatron.model.accounting import flops_per_token
 from megatron.model.domain_loss import DomainLoss
 from megatron.model.gpt import GPT, layers, param_groups
@@ -38,6 +37,7 @@ from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
 from megatron.signals.ledger import Ledger
 from megatron.signals.validation import LossObserver, Validation
+from megatron.signals.windows import WindowSums
 from megatron.training.compatible import model_facts
 from megatron.training.domains import OpenDomains
 from megatron.training.guard import NonFiniteGuard
@@ -92,7 +92,7 @@ def build(
     config: Config,
     runtime: Runtime,
     domains: OpenDomains,
-    mixer: Mixer,
+    mixer: Controller,
 ) -> Parts:
     """Build the parts of a run; collective (DeepSpeed spreads the model here).
 
@@ -107,7 +107,7 @@ def build(
         layout, runtime.rank, sequence_parallel=config.parallel.sequence_parallel
     )
     batch = Batch(*resolve_batch(config.batch, layout.data_size))
-    ledger = _ledger(len(domains.names), runtime, topology)
+    ledger = Ledger(len(domains.names), runtime.device, contributes=contributes(topology))
     observer = LossObserver(ledger)
     engine = _build_engine(config, topology, batch, observer)
     eod_id = _eod_id(config, domains)
@@ -126,7 +126,7 @@ def build(
         mixer=mixer,
         sampler=sampler,
         lag=config.mixing.lag,
-        measure=lambda: held_out.controller.measure(engine),
+        measure=lambda: held_out.controller.measure(engine).loss,
     )
     loader = Loader(
         domains.train,
@@ -165,6 +165,7 @@ def build(
         recorder=RunRecorder(
             sinks,
             domains=domains.names,
+            targets=domains.targets,
             throughput=throughput,
             epochs=lambda: sampler.epochs,
             describe=planner.describe,
@@ -238,14 +239,13 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def _ledger(domains: int, runtime: Runtime, topology: Topology) -> Ledger:
-    """Make a ledger to which only one rank of each data-parallel place adds its losses."""
-    contributes = topology.is_last_stage and topology.tensor_rank == 0
-    return Ledger(domains, runtime.device, contributes=contributes)
+def contributes(topology: Topology) -> bool:
+    """Whether this rank is the one of its data-parallel place that adds its losses to sums."""
+    return topology.is_last_stage and topology.tensor_rank == 0
 
 
 class _HeldOut:
-    """The three uses of held-out data, each with its own windows and ledger."""
+    """The three uses of held-out data, each with its own windows."""
 
     def __init__(
         self,
@@ -257,32 +257,26 @@ class _HeldOut:
         observer: LossObserver,
         eod_id: int | None,
     ) -> None:
-        def batches(part: ValidationSet) -> Iterable[MicroBatch]:
-            return part.micro_batches(batch.micro, topology.data_rank, topology.data_size)
-
-        def count(part: ValidationSet) -> int:
-            return part.num_micro_batches(batch.micro, topology.data_size)
-
         def use(parts: Sequence[Domain | None], samples: int) -> Validation:
             sets = [
                 ValidationSet(
                     domain,
                     samples,
                     seed=config.training.seed,
-                    domain_id=index,
                     masked_token=eod_id,
                     vocab_size=config.model.vocab_size,
                 )
                 if domain is not None and samples > 0
                 else None
-                for index, domain in enumerate(parts)
+                for domain in parts
             ]
             return Validation(
                 sets,
-                ledger=_ledger(len(parts), runtime, topology),
+                sums=partial(WindowSums, device=runtime.device, contributes=contributes(topology)),
                 observer=observer,
-                batches=batches,
-                count=count,
+                micro_batch=batch.micro,
+                data_rank=topology.data_rank,
+                data_size=topology.data_size,
                 device=runtime.device,
             )
 

@@ -136,13 +136,16 @@ def _build_mixer(
             tokens_per_step=total * config.model.context_length,
             samples_per_step=total,
             draws_per_step=total // samples_per_draw,
+            samples_per_epoch=tuple(float(domain.num_windows(0)) for domain in domains.train),
+            vocab_size=config.model.vocab_size,
+            targets=domains.targets,
         ),
         **config.mixing.options,
     )
     mixer.decide(step=1)
     blind = [
         name
-        for name, part in zip(domains.names, domains.valid, strict=True)
+        for name, part in zip(domains.measured, domains.valid, strict=True)
         if part is None and Signal.VALID_LOSS in mixer.needs
     ]
     if blind:
@@ -248,7 +251,7 @@ def _warn_of_overlap(domains: OpenDomains, say: Callable[[str], None]) -> None:
     looked at by itself.  Both sides are sampled when large, so that a check stays short.
     """
     train = [span for domain in domains.train for span in _spans(domain)]
-    parts = {name: _spans(part) for name, part in zip(domains.names, domains.valid, strict=True)}
+    parts = {name: _spans(part) for name, part in zip(domains.measured, domains.valid, strict=True)}
 
     def found(spans: list[Span]) -> Overlap:
         return overlap(train, spans, max_documents=_LOOKED_AT, max_scan_tokens=_SCANNED_TOKENS)

@@ -30,18 +30,25 @@ class OpenDomains:
     """All domains of a run, in the order of the configuration.
 
     Attributes:
-        names: K names.
-        train: the training part of each.
-        valid: the validation part of each; None where there is none.
-        test: the test part of each; None where there is none.
+        names: K names of what is trained on.
+        targets: M names of what is only measured.
+        train: the training part of each of the K.
+        valid: the validation part of each of the K and then the M; None where there is none.
+        test: the test part of each of them; None where there is none.
         notes: what a user should know (a split that left no validation data, say).
     """
 
     names: tuple[str, ...]
+    targets: tuple[str, ...]
     train: tuple[Domain, ...]
     valid: tuple[Domain | None, ...]
     test: tuple[Domain | None, ...]
     notes: tuple[str, ...]
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of what ``valid`` and ``test`` are of, K + M."""
+        return self.names + self.targets
 
     @property
     def token_counts(self) -> FloatArray:
@@ -57,10 +64,11 @@ class OpenDomains:
     def bytes_per_token(self) -> dict[str, float]:
         """Bytes of text per token of each domain's held-out data, where known."""
         known: dict[str, float] = {}
-        for name, valid, train in zip(self.names, self.valid, self.train, strict=True):
-            ratio = (valid or train).bytes_per_token
-            if ratio is not None:
-                known[name] = ratio
+        train: list[Domain | None] = [*self.train, *[None] * len(self.targets)]
+        for name, valid, part in zip(self.measured, self.valid, train, strict=True):
+            domain = valid or part
+            if domain is not None and domain.bytes_per_token is not None:
+                known[name] = domain.bytes_per_token
         return known
 
     @property
@@ -71,7 +79,8 @@ class OpenDomains:
             DataError: domains were tokenised with different vocabularies.
         """
         sizes: dict[int, str] = {}
-        for domain in self.train:
+        only_measured = [part for part in self.valid[len(self.names) :] if part is not None]
+        for domain in (*self.train, *only_measured):
             for source in domain.sources:
                 sidecar = source.reader.sidecar
                 if sidecar is not None and sidecar.vocab_size:
@@ -108,8 +117,11 @@ def open_domains(
     """
     notes: list[str] = []
     opened: dict[str, list[Domain | None]] = {"train": [], "valid": [], "test": []}
-    for name, domain in domains.items():
+    targets = [name for name, domain in domains.items() if domain.target]
+    for name, domain in sorted(domains.items(), key=lambda item: item[1].target):
         for part, parts in opened.items():
+            if domain.target and part == "train":
+                continue
             prefixes = domain.prefixes(part)  # type: ignore[arg-type]
             if not prefixes:
                 parts.append(None)
@@ -135,8 +147,16 @@ def open_domains(
                     f"domain '{name}' has no {part} data: split '{split}' leaves less than one "
                     f"window of {seq_length + 1} tokens"
                 )
+    only_measured = opened["valid"][len(domains) - len(targets) :]
+    for name, held_out in zip(targets, only_measured, strict=True):
+        if held_out is None:
+            raise DataError(
+                f"domain '{name}' is a target, which is only measured, and has no validation data; "
+                "give it `valid`, or `train` with a split that leaves some"
+            )
     return OpenDomains(
-        names=tuple(domains),
+        names=tuple(name for name in domains if name not in targets),
+        targets=tuple(targets),
         train=tuple(domain for domain in opened["train"] if domain is not None),
         valid=tuple(opened["valid"]),
         test=tuple(opened["test"]),
@@ -152,10 +172,11 @@ def start_weights(
     Raises:
         ConfigError: ``weights: given`` and a domain has none.
     """
-    given = [domain.weight for domain in domains.values()]
+    trained = {name: domain for name, domain in domains.items() if not domain.target}
+    given = [domain.weight for domain in trained.values()]
     kind = mixing.weights or ("given" if any(w is not None for w in given) else "natural")
     if kind == "given":
-        missing = [name for name, domain in domains.items() if domain.weight is None]
+        missing = [name for name, domain in trained.items() if domain.weight is None]
         if missing:
             raise ConfigError(
                 f"mixing.weights is 'given', but {', '.join(missing)} has no weight; give every "

@@ -6,22 +6,23 @@ maybe validate → maybe save.  Nothing here knows the name of a mixing method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron.data.batch import MicroBatch
-from megatron.data.plan import Plan
 from megatron.engine.engine import StepOutcome, TrainEngine
 from megatron.engine.transfer import all_to_device
 from megatron.mixing.base import Observation
 from megatron.signals.ledger import Ledger, StepTotals
 from megatron.training.guard import NonFiniteGuard
 from megatron.training.planner import Planned, Planner
-from megatron.training.stall import PLANNING, RECORDING, REDUCING, Heartbeat
+from megatron.training.stall import MEASURING, PLANNING, RECORDING, REDUCING, Heartbeat
 
 
 class Ending(Enum):
@@ -61,6 +62,14 @@ class Reader(Protocol):
         ...
 
 
+class Foresight(Protocol):
+    """Measures what a decision wants to know of its own batch before that trains."""
+
+    def measure(self, planned: Planned) -> Mapping[str, npt.NDArray[np.float64]]:
+        """Return the fields of an observation that ``planned.decision.measure`` asks for."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     """The parts of a run, ready to go.
@@ -69,6 +78,7 @@ class Loop:
         engine: runs the steps.
         planner: decides what each trains on.
         reader: reads it.
+        foresight: measures what methods ask for before a step.
         ledger: the training losses by domain.
         guard: policy for steps that are not finite.
         recorder: log of the run.
@@ -93,6 +103,7 @@ class Loop:
     after_step: Callable[[int, Ending | None], None]
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    foresight: Foresight | None = None
 
     def run(self, *, start: int, last: int) -> tuple[int, Ending]:
         """Train from the step after ``start`` up to ``last``.
@@ -110,8 +121,12 @@ class Loop:
                 if step - 1 > start:
                     self.after_step(step - 1, Ending.EXHAUSTED)
                 return step - 1, Ending.EXHAUSTED
+            if planned.decision.measure:
+                planned = self._foresee(planned)
             batches = self.reader.read(planned)
-            if (ahead := self.planner.prepare(step + 1)) is not None and step < last:
+            ahead = self.planner.prepare(step + 1)
+            # What waits for a measurement is not known whole: its loss weights may change.
+            if ahead is not None and step < last and not ahead.decision.measure:
                 self.reader.read_ahead(ahead)
             stop = self._step(planned, batches)
             ending = self._ending(step, last, stop=stop)
@@ -119,6 +134,13 @@ class Loop:
             if ending is not None:
                 return step, ending
         return start, Ending.COMPLETE
+
+    def _foresee(self, planned: Planned) -> Planned:
+        """Measure what the decision asks for on its own batch, and let it be made anew."""
+        self.heartbeat.at(MEASURING, planned.step)
+        assert self.foresight is not None, "a method asks for what nothing measures"
+        measured = self.foresight.measure(planned)
+        return self.planner.foresee(planned, measured, lr=self.learning_rate(planned.step))
 
     def _step(self, planned: Planned, batches: Iterator[MicroBatch]) -> bool:
         """Do one step; return whether some rank was asked to stop."""
@@ -130,7 +152,7 @@ class Loop:
         self.heartbeat.at(RECORDING, planned.step)
         skipped = self.guard.check(planned.plan, totals)
         if not skipped:
-            self.planner.observe(_observation(planned.plan, totals, lr))
+            self.planner.observe(_observation(planned, totals, lr))
         self.recorder.step(planned, totals, outcome, lr=lr, skipped=skipped)
         return totals.stop
 
@@ -142,11 +164,23 @@ class Loop:
         return Ending.INTERVAL if self.exits_at(step) else None
 
 
-def _observation(plan: Plan, totals: StepTotals, lr: float) -> Observation:
+def _observation(planned: Planned, totals: StepTotals, lr: float) -> Observation:
+    compared = {
+        name: totals.mean(total)
+        for name, total in (
+            ("excess_loss", totals.excess_sum),
+            ("reference_loss", totals.reference_sum),
+        )
+        if total is not None
+    }
     return Observation(
-        step=plan.step,
+        step=planned.step,
         loss_sum=totals.loss_sum,
         token_count=totals.token_count,
-        sampling_weights=plan.weights,
+        loss_square_sum=totals.square_sum,
+        sample_count=totals.sample_count,
+        samples_seen=planned.samples_seen,
+        sampling_weights=planned.plan.weights,
         learning_rate=lr,
+        **compared,
     )

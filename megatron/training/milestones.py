@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.engine.engine import TrainEngine
+from megatron.mixing.reported import Reported
 from megatron.monitor.throughput import Throughput
 from megatron.signals.validation import Validation
+from megatron.signals.windows import HeldOut
 from megatron.training.agreement import Agreement
 from megatron.training.loop import Ending
 from megatron.training.recorder import RunRecorder
@@ -28,6 +30,8 @@ class Milestones:
     Attributes:
         engine: the model.
         validation: the reported validation sets.
+        review: tells the controller of a report validation; returns what it did about it.
+        say: takes a line for the console.
         test: the test sets, measured once when the run is complete.
         agreement: compares the ranks' states, now and then and before every save.
         saver: writes checkpoints.
@@ -41,6 +45,8 @@ class Milestones:
 
     engine: TrainEngine
     validation: Validation
+    review: Callable[[Reported], str | None]
+    say: Callable[[str], None]
     test: Validation
     agreement: Agreement
     saver: Saver
@@ -92,14 +98,26 @@ class Milestones:
             return
         self.heartbeat.at(VALIDATING, step)
         started = time.perf_counter()
-        losses = validation.measure(self.engine)
+        held_out = validation.measure(self.engine)
+        seconds = time.perf_counter() - started
+        review = self._review(step, held_out) if split == "valid" else None
         self.recorder.validation(
-            step,
-            losses,
-            split=split,
-            weights=self.weights,
-            seconds=time.perf_counter() - started,
+            step, held_out.loss, split=split, weights=self.weights, seconds=seconds, review=review
         )
+
+    def _review(self, step: int, held_out: HeldOut) -> str | None:
+        """Tell the controller, and the user of what it did."""
+        text = self.review(
+            Reported(
+                step=step,
+                loss=held_out.loss,
+                window_loss=held_out.window_loss,
+                window_domain=held_out.window_domain,
+            )
+        )
+        if text is not None:
+            self.say(text)
+        return text
 
     def _save(self, step: int) -> None:
         if self._saved != step:

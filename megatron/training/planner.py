@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from megatron.data.plan import EndOfData, Plan
 from megatron.data.sampler import Sampler
-from megatron.mixing.base import Decision, Mixer, Observation
+from megatron.mixing.base import Decision, Observation, Signal
+from megatron.mixing.controller import Controller
+from megatron.mixing.reported import Reported
 from megatron.state import check_state
 
 FloatArray = npt.NDArray[np.float64]
@@ -31,11 +33,14 @@ class Planned:
     Attributes:
         plan: the ordered global samples.
         decision: what the mixer decided for the step.
-        valid_loss: validation losses measured for this decision [K], or None.
+        samples_seen: samples drawn from each domain since the run began, these included [K].
+        valid_loss: validation losses measured for this decision, of the domains and then of
+            those that are never trained on [K + M], or None.
     """
 
     plan: Plan
     decision: Decision
+    samples_seen: npt.NDArray[np.int64]
     valid_loss: FloatArray | None = None
 
     @property
@@ -51,11 +56,12 @@ class Planner:
         mixer: the controller.
         sampler: draws the samples; the planner is the only one to call it.
         lag: 0 or 1.
-        measure: measures every domain's validation loss [K] with the model as it stands.
+        measure: measures the validation loss of every domain, and of those that are never
+            trained on, with the model as it stands [K + M].
     """
 
     def __init__(
-        self, *, mixer: Mixer, sampler: Sampler, lag: int, measure: Callable[[], FloatArray]
+        self, *, mixer: Controller, sampler: Sampler, lag: int, measure: Callable[[], FloatArray]
     ) -> None:
         """Start before step 1."""
         self._mixer = mixer
@@ -99,9 +105,40 @@ class Planner:
             self._ahead = self._before_ahead = None
         return self._ahead
 
+    def foresee(
+        self, planned: Planned, measured: Mapping[str, npt.ArrayLike], *, lr: float
+    ) -> Planned:
+        """Tell the mixer what was measured on a plan before it trains.
+
+        Args:
+            planned: whose decision asked for measurements.
+            measured: fields of an observation.
+            lr: the step's learning rate.
+
+        Returns:
+            The same samples, with the loss weights of the decision made anew.
+        """
+        observation = Observation(
+            planned.step,
+            sampling_weights=planned.plan.weights,
+            learning_rate=lr,
+            **measured,
+        )
+        anew = self._mixer.foresee(observation)
+        kept = replace(planned.decision, loss_weights=anew.loss_weights, measure=frozenset())
+        return replace(planned, decision=kept)
+
     def observe(self, observation: Observation) -> None:
         """Tell the mixer what a step showed."""
         self._mixer.observe(observation)
+
+    def review(self, reported: Reported) -> str | None:
+        """Tell the mixer of a report validation; return what it did about it, if anything."""
+        return self._mixer.review(reported)
+
+    def result(self) -> FloatArray | None:
+        """Return the mixture for the next run [K], if the method makes one."""
+        return self._mixer.result()
 
     def describe(self) -> dict[str, Any]:
         """Return the mixer's estimates, for the log."""
@@ -114,17 +151,23 @@ class Planner:
         self._pending = (decision, valid_loss)
         plan = self._sampler.plan(step, decision.sampling_weights, decision.fresh_quota)
         self._pending = None
-        return Planned(plan=plan, decision=decision, valid_loss=valid_loss)
+        seen = self._sampler.samples_seen
+        return Planned(plan=plan, decision=decision, samples_seen=seen, valid_loss=valid_loss)
 
     def _decide(self, step: int) -> tuple[Decision, FloatArray | None]:
         decision = self._mixer.decide(step=step)
         valid_loss = None
         if decision.validate:
             valid_loss = self._measure()
-            nothing = np.zeros(len(valid_loss))
+            domains = len(self._mixer.domains)
+            nothing = np.zeros(domains)
             self._mixer.observe(
                 Observation(
-                    step=step - 1, loss_sum=nothing, token_count=nothing, valid_loss=valid_loss
+                    step=step - 1,
+                    loss_sum=nothing,
+                    token_count=nothing,
+                    valid_loss=valid_loss[:domains],
+                    target_loss=valid_loss[domains:] if len(valid_loss) > domains else None,
                 )
             )
             decision = replace(self._mixer.decide(step=step), validate=False)
@@ -156,7 +199,7 @@ class Planner:
         self._pending = _decode(state["ahead"]) if state["ahead"] is not None else None
 
 
-_ARRAYS = ("sampling_weights", "loss_weights", "controller_weights")
+_ARRAYS = ("sampling_weights", "loss_weights", "controller_weights", "epochs")
 
 
 def _encode(decision: Decision, valid_loss: FloatArray | None) -> dict[str, Any]:
@@ -165,6 +208,7 @@ def _encode(decision: Decision, valid_loss: FloatArray | None) -> dict[str, Any]
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in asdict(decision).items()
     }
+    fields["measure"] = sorted(decision.measure)
     measured = None
     if valid_loss is not None:
         measured = [None if np.isnan(value) else float(value) for value in valid_loss]
@@ -176,5 +220,6 @@ def _decode(state: Mapping[str, Any]) -> tuple[Decision, FloatArray | None]:
     for name in _ARRAYS:
         if fields.get(name) is not None:
             fields[name] = np.array(fields[name], dtype=np.float64)
+    fields["measure"] = frozenset(Signal(name) for name in fields.get("measure", ()))
     valid_loss = state["valid_loss"]
     return Decision(**fields), None if valid_loss is None else np.array(valid_loss, dtype=float)

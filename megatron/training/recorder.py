@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ class RunRecorder:
     Args:
         sinks: where records go (empty on every rank but the first).
         domains: names in the order of the arrays.
+        targets: names of what is only measured, which follow where losses are held out.
         throughput: the run's clock.
         epochs: passes over each domain's training split so far [K].
         describe: the mixer's estimates, for the charts.
@@ -39,6 +41,7 @@ class RunRecorder:
         sinks: SinkGroup,
         *,
         domains: Sequence[str],
+        targets: Sequence[str] = (),
         throughput: Throughput,
         epochs: Callable[[], FloatArray],
         describe: Callable[[], Mapping[str, object]],
@@ -51,6 +54,7 @@ class RunRecorder:
         """Keep the parts."""
         self._sinks = sinks
         self._domains = tuple(domains)
+        self._measured = (*domains, *targets)
         self._throughput = throughput
         self._epochs = epochs
         self._describe = describe
@@ -94,7 +98,12 @@ class RunRecorder:
                 grad_norm=_number(outcome.grad_norm) if logged else None,
                 loss_scale=self._loss_scale() if self._loss_scale and logged else None,
                 loss_weight=decision.loss_weights,
-                valid_loss=planned.valid_loss,
+                **self._held_out(planned.valid_loss),
+                loss_error=totals.standard_error,
+                excess_loss=_mean(totals, totals.excess_sum),
+                reference_loss=_mean(totals, totals.reference_sum),
+                control=decision.control,
+                epochs_forecast=decision.epochs,
                 fresh_quota=decision.fresh_quota,
                 probe=decision.probe,
                 skipped=skipped,
@@ -113,15 +122,30 @@ class RunRecorder:
                 )
             )
 
+    def _held_out(self, losses: FloatArray | None) -> dict[str, Any]:
+        """Divide a controller's measurement [K + M] into the domains' and the targets'."""
+        if losses is None:
+            return {}
+        count = len(self._domains)
+        targets = dict(zip(self._measured[count:], losses[count:].tolist(), strict=True))
+        return {"valid_loss": losses[:count], "target_loss": targets or None}
+
     def validation(
-        self, step: int, losses: FloatArray, *, split: str, weights: FloatArray, seconds: float
+        self,
+        step: int,
+        losses: FloatArray,
+        *,
+        split: str,
+        weights: FloatArray,
+        seconds: float,
+        review: str | None = None,
     ) -> None:
-        """Record a measurement of held-out losses [K]; NaN = no held-out data."""
+        """Record a measurement of held-out losses [K + M]; NaN = no held-out data."""
         if not len(self._sinks):
             return
         measured = {
             name: float(loss)
-            for name, loss in zip(self._domains, losses, strict=True)
+            for name, loss in zip(self._measured, losses, strict=True)
             if not np.isnan(loss)
         }
         self._sinks.validation(
@@ -136,8 +160,13 @@ class RunRecorder:
                 weights=dict(zip(self._domains, weights.tolist(), strict=True)),
                 split=split,
                 seconds=seconds,
+                review=review,
             )
         )
+
+
+def _mean(totals: StepTotals, total: FloatArray | None) -> FloatArray | None:
+    return None if total is None else totals.mean(total)
 
 
 def _number(value: float | torch.Tensor | None) -> float | None:

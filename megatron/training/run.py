@@ -161,6 +161,8 @@ def _milestones(
             state=parts.planner.state_dict,
             interval=config.training.state_check_interval,
         ),
+        review=parts.planner.review,
+        say=_speaker(runtime),
         saver=saver,
         recorder=parts.recorder,
         throughput=parts.throughput,

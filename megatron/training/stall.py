@@ -27,6 +27,7 @@ EXIT_STALLED = 1
 STARTING = "starting"
 RESTORING = "restoring a checkpoint"
 PLANNING = "planning"
+MEASURING = "measuring before the step"
 READING = "reading the batch"
 COMPUTING = "forward and backward"
 REDUCING = "reducing the ledger"
@@ -38,6 +39,7 @@ _ORDER = (
     STARTING,
     RESTORING,
     PLANNING,
+    MEASURING,
     READING,
     COMPUTING,
     REDUCING,
@@ -47,8 +49,9 @@ _ORDER = (
     ENDING,
 )
 # These may take as long as they need: they are reported, but not ended.  Planning is among them
-# because a controller may ask for a validation there.
-_PATIENT = frozenset({STARTING, RESTORING, PLANNING, VALIDATING, SAVING})
+# because a controller may ask for a validation there, and measuring because it may ask for a
+# gradient of every domain.
+_PATIENT = frozenset({STARTING, RESTORING, PLANNING, MEASURING, VALIDATING, SAVING})
 
 
 def collective_minutes(stall_timeout: float) -> int:

@@ -125,22 +125,32 @@ def domain_table(
     """Return the lines of a table: tokens, start share and epochs if that share were kept."""
     samples = config.training.train_iters * global_batch
     shares = weights / weights.sum()
-    width = max(6, *(len(name) for name in domains.names))
+    width = max(6, *(len(name) for name in domains.measured))
     lines = [
         f"{'domain':<{width}} {'documents':>10} {'tokens':>8} {'start share':>11} "
         f"{'epochs at it':>12} {'valid':>8} {'test':>8}"
     ]
     for index, (name, train) in enumerate(zip(domains.names, domains.train, strict=True)):
-        held_out = [
-            "-" if part is None else short(float(part.num_tokens))
-            for part in (domains.valid[index], domains.test[index])
-        ]
+        held_out = _held_out(domains, index)
         epochs = samples * shares[index] / train.num_windows(0)
         lines.append(
             f"{name:<{width}} {train.num_documents:>10,} {short(float(train.num_tokens)):>8} "
             f"{shares[index]:>11.4f} {epochs:>12.2f} {held_out[0]:>8} {held_out[1]:>8}"
         )
+    for index, name in enumerate(domains.targets, start=len(domains.names)):
+        held_out = _held_out(domains, index)
+        lines.append(
+            f"{name:<{width}} {'-':>10} {'-':>8} {'target':>11} {'-':>12} {held_out[0]:>8} "
+            f"{held_out[1]:>8}"
+        )
     return lines
+
+
+def _held_out(domains: OpenDomains, index: int) -> list[str]:
+    return [
+        "-" if part is None else short(float(part.num_tokens))
+        for part in (domains.valid[index], domains.test[index])
+    ]
 
 
 def tokenizer_vocabulary(tokenizer: TokenizerConfig) -> int | None:

@@ -55,14 +55,14 @@ def body(rank: int, world_size: int, files: list[Path]) -> list[dict[str, Any]]:
             max_new_tokens=NEW,
         )
         greedy = continued()
-        before = harness.parts.validation.measure(engine)
+        before = harness.parts.validation.measure(engine).loss
         results.append(
             {
                 "greedy": greedy,
                 "drawn": continued(sampling=Sampling(temperature=1.0, top_k=50, seed=7)),
                 "stopped": continued(stop_token=greedy[0][2]),
                 "before": before,
-                "after": harness.parts.validation.measure(engine),
+                "after": harness.parts.validation.measure(engine).loss,
                 "parameters": harness.parameters() if world_size == 1 else None,
             }
         )

@@ -49,7 +49,7 @@ class Ordered(Harness):
     def after_step(self, step: int, ending: Ending | None) -> None:
         """Measure and keep what is due."""
         if step in self.order.validate:
-            self.valid[step] = self.parts.validation.measure(self.parts.engine).tolist()
+            self.valid[step] = self.parts.validation.measure(self.parts.engine).loss.tolist()
         if step in self.order.keep:
             self.kept[step] = self.parameters()
 

@@ -61,7 +61,7 @@ def step_volume(
         "pipeline": _pipeline(spec, setting, shape) * accumulation,
         "tied embedding": _tied(spec, setting, zero, shape),
         **_zero(zero, shape, data_size, accumulation),
-        "ledger": _all_reduce(data_size) * (2 * domains + 4) * 8,
+        "ledger": _all_reduce(data_size) * (4 * domains + 4) * 8,
     }
     return {kind: sent for kind, sent in volume.items() if sent}
 

@@ -177,7 +177,7 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
             shape,
             data_size=layout.data_size,
             accumulation=accumulation,
-            domains=len(config.domains),
+            domains=len(config.trained),
         )
         # One forward, one backward: a stage starts as many as there are stages from it on.
         in_flight = min(layout.pipe_size - stage, accumulation) if layout.pipe_size > 1 else 1

@@ -20,7 +20,12 @@ PLAN = Plan(
 
 def totals(*loss: float, skipped: bool = False) -> StepTotals:
     return StepTotals(
-        loss_sum=np.array(loss), token_count=np.array([8.0, 8.0]), skipped=skipped, stop=False
+        loss_sum=np.array(loss),
+        token_count=np.array([8.0, 8.0]),
+        square_sum=np.array(loss) ** 2 / 64,
+        sample_count=np.ones(2),
+        skipped=skipped,
+        stop=False,
     )
 
 

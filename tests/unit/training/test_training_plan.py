@@ -125,7 +125,7 @@ def test_what_is_sent(folder: Path) -> None:
     count = plan.parameters
     assert plan.worst.sent["gradients"] == 2 * 7 / 8 * 2 * count
     assert plan.worst.sent["weights"] == 7 / 8 * 2 * count
-    assert plan.worst.sent["ledger"] == 2 * 7 / 8 * 8 * (2 * 2 + 4)
+    assert plan.worst.sent["ledger"] == 2 * 7 / 8 * 8 * (4 * 2 + 4)
     three = planned(folder, 8, zero_optimization={"stage": 3}).worst.sent
     assert three["weights"] == 8 * 2 * 7 / 8 * 2 * count
     assert three["gradients"] == 8 * 7 / 8 * 2 * count
