@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse a command line; flags and files may come in any order."""
     parser = build_parser()
-    arguments = parser.parse_intermixed_args(_spread_set(argv))
+    arguments = parser.parse_intermixed_args(spread_set(argv))
     for action, flags in (("plan", PLAN_FLAGS), ("sbatch", SBATCH_FLAGS)):
         for flag, *_ in flags:
             given = getattr(arguments, flag[2:].replace("-", "_")) is not None
@@ -127,7 +127,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _spread_set(argv: list[str]) -> list[str]:
+def spread_set(argv: list[str]) -> list[str]:
     """Turn ``--set a=1 b=2`` into ``--set a=1 --set b=2``; the first word without = ends it."""
     spread: list[str] = []
     inside = False

@@ -116,14 +116,23 @@ def read_header(folder: Path, remedy: str) -> StoreHeader:
                 f"{path}: version {content['version']!r}, this software reads {STORE_VERSION}; "
                 f"remove the store and {remedy}"
             )
-        fields = {name: content[name] for name in StoreHeader.__dataclass_fields__}
-        fields["domains"] = {name: _scores(one) for name, one in content["domains"].items()}
-        return StoreHeader(**fields)
+        return header_of(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: a field is missing or of the wrong type ({type(error).__name__}: {error}); "
             f"remove the store and {remedy}"
         ) from None
+
+
+def header_of(content: Mapping[str, Any]) -> StoreHeader:
+    """Return the header that ``asdict`` turned into plain values.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: they are not a header's.
+    """
+    fields = {name: content[name] for name in StoreHeader.__dataclass_fields__}
+    fields["domains"] = {name: _scores(one) for name, one in content["domains"].items()}
+    return StoreHeader(**fields)
 
 
 def write_header(folder: Path, header: StoreHeader) -> None:

@@ -141,7 +141,8 @@ class ModelReference(ReferenceSource):
 
     Without a pipeline it runs when a micro-batch is asked for.  In a pipeline every stage has a
     part in it, also those that read nothing: a step's micro-batches go through at once, before
-    the step, and are kept meanwhile.
+    the step, and are kept meanwhile.  A plan that is read again (before it trains, and to train)
+    is not run again.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class ModelReference(ReferenceSource):
         self._accumulation, self._seq_length = accumulation, seq_length
         self._topology, self._device = topology, device
         self._identity, self._overhead = identity, overhead
+        self._kept: tuple[Plan, list[torch.Tensor]] | None = None
 
     @property
     def identity(self) -> str:
@@ -181,18 +183,24 @@ class ModelReference(ReferenceSource):
 
     def attach(self, plan: Plan, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """See :meth:`ReferenceSource.attach`; collective at once in a pipeline."""
+        if self._kept is not None and self._kept[0] is plan:
+            losses = self._kept[1]
+            return _joined(batches, iter(losses)) if self._topology.is_last_stage else batches
+        self.tokens += plan.domain.size * self._seq_length
         if self._topology.pipe_size == 1:
             return self._one_by_one(plan, batches)
         held = list(batches)
-        self.tokens += plan.domain.size * self._seq_length
         losses = self._run(held, self._accumulation)
+        self._kept = (plan, losses)
         return _joined(iter(held), iter(losses)) if self._topology.is_last_stage else iter(held)
 
     def _one_by_one(self, plan: Plan, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        self.tokens += plan.domain.size * self._seq_length
+        kept: list[torch.Tensor] = []
         for batch in batches:
             (losses,) = self._run([batch], 1)
+            kept.append(losses)
             yield replace(batch, reference=losses)
+        self._kept = (plan, kept)
 
     def _run(self, batches: Sequence[MicroBatch], count: int) -> list[torch.Tensor]:
         with self._time():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron.checkpoint.bundle import STATE_NAME
 from megatron.checkpoint.files import disk_errors
 from megatron.checkpoint.manifest import Manifest
 from megatron.checkpoint.store import CheckpointStore
-from megatron.checkpoint.vet import vet_checkpoint
+from megatron.checkpoint.vet import UNIVERSAL_GLOBALS, vet_checkpoint
 from megatron.engine.universal import convert_to_universal
 from megatron.errors import CheckpointError, RunError
 
@@ -78,6 +79,41 @@ def write_universal(
     except (CheckpointError, RunError):
         store.abort(manifest.step, kind=kind)
         raise
+
+
+def find_universal(store: CheckpointStore, manifest: Manifest) -> Path | None:
+    """Return the complete universal form of a checkpoint in a store, vetted; None without one."""
+    target = store.path(manifest.step, UNIVERSAL)
+    if not target.is_dir() or store.verify(target):
+        return None
+    if store.read_manifest(target).extra.get("source") != source_hashes(manifest):
+        return None
+    vet_checkpoint(target, allowed=UNIVERSAL_GLOBALS)
+    return target
+
+
+def universal_form(
+    store: CheckpointStore, path: Path, manifest: Manifest, say: Callable[[str], None]
+) -> Path:
+    """Return the universal form of a checkpoint in a store, written there unless it is there.
+
+    Args:
+        store: where it lies, or shall.
+        path: the checkpoint's folder.
+        manifest: its manifest.
+        say: told that it is written.
+
+    Raises:
+        CheckpointError: it cannot be converted.
+        RunError: the disk is full or refuses.
+    """
+    if (found := find_universal(store, manifest)) is not None:
+        return found
+    target = store.path(manifest.step, UNIVERSAL)
+    if target.is_dir():
+        shutil.rmtree(target)
+    say(f"converting {path} to the universal format, which any layout can load")
+    return write_universal(path, manifest, store, kind=UNIVERSAL)
 
 
 def source_hashes(manifest: Manifest) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError, RunError
 from megatron.training.build import Parts, run_facts
 from megatron.training.compatible import check_form, how_to_load, layout_facts
-from megatron.training.conversion import UNIVERSAL, source_hashes, write_universal
+from megatron.training.conversion import universal_form
 from megatron.training.layout import run_layout
 
 
@@ -96,7 +95,7 @@ def prepare_source(
             files = path
             if way == "convert":  # vets what it reads
                 home = store if os.access(store.directory, os.W_OK) else own
-                files = _convert_once(home, path, manifest, say)
+                files = universal_form(home, path, manifest, say)
             else:
                 vet_checkpoint(
                     path, allowed=UNIVERSAL_GLOBALS if way == "universal" else DEEPSPEED_GLOBALS
@@ -114,23 +113,6 @@ def prepare_source(
         manifest=manifest,
         weights_only=weights_only,
     )
-
-
-def _convert_once(
-    store: CheckpointStore, path: Path, manifest: Manifest, say: Callable[[str], None]
-) -> Path:
-    """Write the universal form beside the checkpoint, unless a complete one is there."""
-    target = store.path(manifest.step, UNIVERSAL)
-    if target.is_dir():
-        same = not store.verify(target) and (
-            store.read_manifest(target).extra.get("source") == source_hashes(manifest)
-        )
-        if same:
-            vet_checkpoint(target, allowed=UNIVERSAL_GLOBALS)
-            return target
-        shutil.rmtree(target)
-    say(f"the layout has changed since {path.name}: converting it to the universal format")
-    return write_universal(path, manifest, store, kind=UNIVERSAL)
 
 
 def find_source(
