@@ -8,8 +8,10 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from megatron.errors import ConfigError
 from megatron.mixing.base import RunContext
 from megatron.mixing.decision import Decision
+from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.multiplicative import logarithms, multiply
 from megatron.mixing.observation import BoolArray, FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, require
@@ -113,8 +115,9 @@ class Doge(Reweighter):
     loss (or of all other domains' losses); every gradient is clipped first, and that of
     a domain that is absent is 0.  With the learning rate lr of the step,
     log w_i <- log w_i + clip(lr a_i, 0, 5 lr) / mu;  w <- (1 - c) softmax(log w) + c / K.
-    The step's update direction is sum_i w_i g_i: a token of domain i weighs w_i / n_i in
-    the loss, n_i being the domain's tokens in this very batch.
+    The step's update direction is sum_i w_i g_i, over the sum of w_i of the domains that
+    are present: a token of domain i weighs w_i / n_i in the loss, n_i being the domain's
+    tokens in this very batch.  The samples are drawn by the given weights.
 
     With ``update_every`` above 1 the alignments of the steps between are averaged, each
     domain's over the steps that had it; with ``pool: false`` only the update's own step is
@@ -127,6 +130,7 @@ class Doge(Reweighter):
     """
 
     method = "doge"
+    has_objective = True
     needs = frozenset({Signal.GRADIENT_ALIGNMENT, Signal.LEARNING_RATE})
 
     def __init__(
@@ -142,11 +146,29 @@ class Doge(Reweighter):
         self._log_weights = logarithms(self._uniform())
         self._pooled = _Pool.empty(len(self.domains))
         self._ahead: _Ahead | None = None
+        self._aim = self._checked_aim()
 
     @property
-    def aligned_with(self) -> Literal["validation", "all"]:
+    def gradient_aim(self) -> GradientAim:
         """What the gradients of the domains are to be compared with."""
-        return self._rule.target
+        return self._aim
+
+    def _checked_aim(self) -> GradientAim:
+        weights, others = self._objective.fixed, self._rule.target == "all"
+        if weights is None:
+            raise ConfigError(
+                "mixing method 'doge': objective is 'worst', which changes with every loss, and "
+                "the gradient that domains are compared with is of fixed weights; give the "
+                "objective weights, or leave it out"
+            )
+        unseen = [name for name in self._context.targets if weights[self.measured.index(name)] > 0]
+        if others and unseen:
+            raise ConfigError(
+                f"mixing method 'doge': target is 'all', which compares the domains of a batch "
+                f"with each other, and the objective names {', '.join(unseen)}, which is never "
+                f"in one; set target to 'validation', or take it out of the objective"
+            )
+        return GradientAim(others=others, weights=weights)
 
     def _decide(self, step: int) -> Decision:
         ahead = self._ahead if self._ahead is not None and self._ahead.step == step else None

@@ -11,15 +11,15 @@ from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.multiplicative import RunningMean, distribution, logarithms
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.options import CommonOptions
-from megatron.mixing.simplex import is_distribution, normalise
+from megatron.mixing.simplex import normalise
 
 
 class Reweighter(Mixer):
     """A mixer whose domain weights stand in the loss and not in the draw.
 
-    The draw stays the given weights.  Floors and ceilings bound the domain weights; the
-    rule goes on from those before them.  A domain with a given weight of 0 is never drawn,
-    and left out.
+    The draw stays the given weights.  Floors and ceilings bound the draw, as for every
+    method, and the domain weights; the rule goes on from the domain weights before them.
+    A domain that is never drawn is left out.
     """
 
     def __init__(
@@ -43,13 +43,9 @@ class Reweighter(Mixer):
         """Return the uniform distribution over the domains that are drawn, [K]."""
         return normalise(self._support.astype(np.float64))
 
-    def _bounded(self, weights: FloatArray) -> FloatArray:
-        """Leave the draw alone: floors and ceilings are the domain weights'."""
-        return weights if is_distribution(weights) else normalise(weights)
-
     def _domain_weights(self, log_weights: FloatArray) -> FloatArray:
         """Return the domain weights of their logarithms, within floors and ceilings, [K]."""
-        return super()._bounded(distribution(log_weights, self._support))
+        return self._bounded(distribution(log_weights, self._support))
 
     def _save_weights(self) -> dict[str, Any]:
         return {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import reject
 
-from data_sampling_utils import Mixer, available_methods, build_mixer
+from data_sampling_utils import Mixer, Observation, RunContext, available_methods, build_mixer
 
 ALONE = [method for method in available_methods() if method != "aioli"]
 """The methods that take a single domain."""
@@ -28,12 +30,44 @@ def build_any(method: str, *, domains: list[str], **arguments: Any) -> Mixer:
         arguments |= {"lp_rounds": 1, "lp_steps": 1, "update_every": every}
     elif method == "dynamic_loading":
         arguments.setdefault("targets", [1.0] * len(domains))
+    elif method == "doremi":
+        arguments.setdefault("reference", "runs/reference")
+        arguments.setdefault("context", RunContext(vocab_size=100))
     elif method in LEDGERS:
         weights = list(arguments.get("weights") or [1.0] * len(domains))
         total = sum(weights)
         row = dict(zip(domains, [float(weight) / total for weight in weights], strict=True))
         arguments["ledger"] = _ledger(json.dumps(row))
     return build_mixer(method, domains=domains, **arguments)
+
+
+def go(mixer: Any, observation: Observation) -> None:
+    """Take a mixer through a step as a loop would: measure what it asks for, then observe.
+
+    What is measured is made up of the step's losses.
+    """
+    full = with_signals(observation)
+    if observation.step > mixer.step and mixer.decide(observation.step).measure:
+        mixer.foresee(full)
+    mixer.observe(full)
+
+
+def with_signals(observation: Observation) -> Observation:
+    """Return a step with every signal that a method may read."""
+    tokens = np.array(observation.token_count)
+    with np.errstate(over="ignore", invalid="ignore"):
+        loss = np.array(observation.loss_sum) / np.maximum(tokens, 1.0)
+        loss = np.where((tokens > 0) & np.isfinite(loss), loss, np.nan)
+        excess = np.maximum(loss - 1.0, 0.0)
+        alignment = np.where(tokens > 0, np.nan_to_num(np.sin(loss) * 3.0), 0.0)
+    return dataclasses.replace(
+        observation,
+        excess_loss=excess,
+        reference_loss=np.where(np.isnan(loss), np.nan, 1.0),
+        batch_valid_loss=loss / 2.0,
+        gradient_alignment=alignment,
+        learning_rate=1e-2,
+    )
 
 
 @functools.cache
