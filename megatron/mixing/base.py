@@ -32,7 +32,12 @@ How methods of every kind fit, without a change here or in the loop:
   the rest of the round with :meth:`Mixer._set_weights`.
 
 What a method remembers goes through :meth:`Mixer._save` and :meth:`Mixer._restore`,
-in vectors keyed by domain name.
+in vectors keyed by domain name (matrices: rows of them; histories: lists by name, or lists
+of vectors).  Then it can follow an edit of the domains between two launches:
+:meth:`Mixer.migrate` keeps what is known of domains that stay or return, and lets a newcomer
+start from the mean of the others.  Where that is wrong for an entry, :attr:`Mixer.follows`
+says what is right (see :mod:`megatron.mixing.migrate`), and :meth:`Mixer._edited` puts right
+what hangs on several entries.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ import numpy.typing as npt
 
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.decision import Decision, RunContext
+from megatron.mixing.migrate import VERSION, Edit, Follow, current_state, migrated
 from megatron.mixing.objective import Objective, ObjectiveOptions
 from megatron.mixing.observation import (
     FloatArray,
@@ -57,10 +63,9 @@ from megatron.mixing.observation import (
 )
 from megatron.mixing.options import CommonOptions, bounds, require
 from megatron.mixing.reported import Reported
-from megatron.mixing.simplex import is_distribution, normalise, project
+from megatron.mixing.simplex import TOLERANCE, is_distribution, normalise, project
 from megatron.mixing.window import Window
 from megatron.registry import mixing_methods
-from megatron.state import check_state
 
 __all__ = ["Decision", "Mixer", "Observation", "ObservationError", "RunContext", "Signal"]
 
@@ -83,6 +88,8 @@ class Mixer(ABC):
     """Signals that the method reads."""
     has_objective: ClassVar[bool] = False
     """Whether the rule has a notion of an objective; it reads ``self._objective`` then."""
+    follows: ClassVar[Mapping[str, Follow]] = {}
+    """How entries of :meth:`_save` follow an edit of the domains, where ``mean`` is not right."""
 
     def __init__(
         self,
@@ -104,12 +111,15 @@ class Mixer(ABC):
         self._check_objective()
         self._objective = Objective(options.objective, self.domains, context.targets)
         self._floor, self._ceiling = bounds(options, self.domains, self.method)
-        self._initial = self._bounded(normalise(weights))
+        self._given = normalise(weights)
+        self._initial = self._bounded(self._given)
         self._weights = self._initial
         self._step = 0
         self._measured_step = -1
         self._foreseen_step = 0
         self._window: Window | None = None
+        self._shifted = False  # whether the rule has set the weights
+        self._retired: Mapping[str, Any] = {}
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -219,15 +229,50 @@ class Mixer(ABC):
         """Return everything that the next decisions depend on, JSON-able and rank-free."""
         window = self._window
         return {
-            "version": 1,
+            "version": VERSION,
             "method": self.method,
             "domains": list(self.domains),
+            "targets": list(self._context.targets),
             "step": self._step,
             "measured_step": self._measured_step,
+            "given": self._by_name(self._given),
             "weights": self._by_name(self._weights),
+            "moved": self._shifted,
             "window": None if window is None else window.state_dict(self._by_name),
             "rule": self._save(),
+            "retired": {name: dict(kept) for name, kept in self._retired.items()},
         }
+
+    def migrate(self, state: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
+        """Return a state that was taken with other domains as one that this mixer can take up.
+
+        Domains that stay keep what is known of them and share as they did, but for what the
+        given weights assign to new ones.  The mixer itself, newly built, is not changed.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            parents: for each domain that is a part of an earlier one, that one's name.
+
+        Raises:
+            CheckpointError: the state is of another version.
+        """
+        state = current_state(state, f"mixing method '{self.method}'")
+        before = tuple(state["domains"])
+        given: dict[str, Any] = self._by_name(self._given)
+        edit = Edit(
+            before=before,
+            after=self.domains,
+            measured_before=(*before, *state["targets"]),
+            measured_after=self.measured,
+            parents=parents,
+            given_before=state["given"],
+            given=given,
+            retired=state["retired"],
+        )
+        if not edit.needed or state["method"] != self.method:
+            return state
+        start = None if state["moved"] or self._shifted else self._by_name(self._weights)
+        return self._edited(migrated(state, self.follows, edit, start), edit)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``: every later decision has the bits it would have had.
@@ -237,8 +282,7 @@ class Mixer(ABC):
                 or damaged.
         """
         owner = f"mixing method '{self.method}'"
-        keys = ("method", "domains", "step", "measured_step", "weights", "window", "rule")
-        check_state(owner, state, version=1, keys=keys)
+        state = current_state(state, owner)
         if state["method"] != self.method:
             raise CheckpointError(
                 f"the checkpoint's mixing method is '{state['method']}' and the configuration's "
@@ -247,7 +291,8 @@ class Mixer(ABC):
         if sorted(state["domains"]) != sorted(self.domains):
             raise CheckpointError(
                 f"the checkpoint mixes the domains {sorted(state['domains'])} and the "
-                f"configuration {sorted(self.domains)}; give the run the same domains"
+                f"configuration {sorted(self.domains)}; give the run the same domains, or set "
+                f"allow_domain_edits: true"
             )
         weights = self._vector(state["weights"], "weights")
         if not is_distribution(weights):
@@ -255,11 +300,21 @@ class Mixer(ABC):
         for key, least in (("step", 0), ("measured_step", -1)):
             if not isinstance(state[key], int) or state[key] < least:
                 raise CheckpointError(f"the state of {owner} is damaged: {key} is {state[key]!r}")
+        given = None if state["given"] is None else self._vector(state["given"], "given")
         window = state["window"]
         restored = None if window is None else Window.from_state(window, self._vector)
         self._restore(state["rule"])
-        self._weights, self._window = self._bounded(weights), restored
+        same = given is None or np.allclose(given, self._given, rtol=0.0, atol=TOLERANCE)
+        if same or state["moved"] or self._shifted:
+            self._weights = self._bounded(weights)
+        self._window, self._shifted, self._retired = (
+            restored,
+            state["moved"],
+            state["retired"],
+        )
         self._step, self._measured_step = state["step"], state["measured_step"]
+        if not same:
+            self._reweighted()
 
     def describe(self) -> dict[str, Any]:
         """Return what a log shows of the method: weights and estimates by name, JSON-able."""
@@ -315,6 +370,13 @@ class Mixer(ABC):
                 f"the state of mixing method '{self.method}' holds {sorted(rule)}, unknown here"
             )
 
+    def _edited(self, state: dict[str, Any], edit: Edit) -> dict[str, Any]:
+        """Return the state after an edit, put right where :attr:`follows` is not enough; pure."""
+        return state
+
+    def _reweighted(self) -> None:  # noqa: B027 - most rules need nothing of it
+        """Take up given weights that are not those of the state that was restored."""
+
     def _estimates(self) -> dict[str, Any]:
         """Return what :meth:`describe` shows beside the weights."""
         return {}
@@ -324,7 +386,7 @@ class Mixer(ABC):
     def _set_weights(self, weights: FloatArray) -> None:
         """Take ``weights`` as the distribution from now on; what is not finite is refused."""
         if np.isfinite(weights).all() and (weights >= 0).all() and weights.any():
-            self._weights = self._bounded(weights)
+            self._weights, self._shifted = self._bounded(weights), True
 
     def _bounded(self, weights: FloatArray) -> FloatArray:
         """Project onto floors and ceilings; a distribution within them keeps its bits."""

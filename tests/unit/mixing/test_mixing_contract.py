@@ -95,8 +95,8 @@ class TestProtocol:
             self.build(other).load_state_dict(state)
         with pytest.raises(CheckpointError, match="the same domains"):
             build_any(method, domains=["a", "c"]).load_state_dict(state)
-        with pytest.raises(CheckpointError, match="version 2"):
-            self.build(method).load_state_dict(state | {"version": 2})
+        with pytest.raises(CheckpointError, match="version 3"):
+            self.build(method).load_state_dict(state | {"version": 3})
         with pytest.raises(CheckpointError, match="unknown \\['more'\\]"):
             self.build(method).load_state_dict(state | {"more": 1})
 
