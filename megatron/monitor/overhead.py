@@ -62,6 +62,7 @@ class Overhead:
         """Start with nothing spent."""
         self._clock = clock
         self._seconds: dict[str, float] = {}
+        self._total: dict[str, float] = {}
         self._pending: list[tuple[str, Mark, Mark]] = []
 
     @contextmanager
@@ -115,7 +116,29 @@ class Overhead:
                 waiting.append((kind, begin, end))
         self._pending = waiting
         seconds, self._seconds = self._seconds, {}
-        return {kind: seconds[kind] for kind in KINDS if kind in seconds}
+        for kind, more in seconds.items():
+            self._total[kind] = self._total.get(kind, 0.0) + more
+        return _ordered(seconds)
+
+    @property
+    def total(self) -> dict[str, float]:
+        """All seconds by kind that were taken so far."""
+        return _ordered(self._total)
+
+
+def overhead_text(seconds: Mapping[str, float]) -> str:
+    """Return seconds by kind in words: ``1.5 s (update 1.2 s, collective 300 ms)``."""
+    most_first = sorted(seconds.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{kind} {seconds_text(taken)}" for kind, taken in most_first)
+    return f"{seconds_text(sum(seconds.values()))} ({parts})"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a time with three digits: ``85 µs``, ``12.3 ms``, ``4.56 s``, ``1,234 s``."""
+    for size, unit in ((1e-6, "µs"), (1e-3, "ms")):
+        if seconds < 0.9995 * size * 1e3:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
 def check_kind(kind: str) -> None:
@@ -126,6 +149,10 @@ def check_kind(kind: str) -> None:
     """
     if kind not in KINDS:
         raise KeyError(f"'{kind}' is no kind of cost; known: {', '.join(KINDS)}")
+
+
+def _ordered(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {kind: seconds[kind] for kind in KINDS if kind in seconds}
 
 
 def _events() -> tuple[Mark, Mark]:

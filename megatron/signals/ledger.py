@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.mixing.observation import standard_error
+from megatron.monitor.overhead import Overhead
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -87,6 +88,7 @@ class Ledger:
         contributes: False on ranks that see a copy of another rank's losses (tensor
             ranks > 0); they take part in the collective with zeros.
         compared: whether micro-batches come with reference losses.
+        overhead: is told what the collective costs.
     """
 
     def __init__(
@@ -97,12 +99,14 @@ class Ledger:
         group: dist.ProcessGroup | None = None,
         contributes: bool = True,
         compared: bool = False,
+        overhead: Overhead | None = None,
     ) -> None:
         """Allocate the buffer once; every step reuses it."""
         self._names = _COLUMNS + _COMPARED * compared
         self._domains = domains
         self._group = group
         self._contributes = contributes
+        self._overhead = overhead or Overhead()
         size = len(self._names) * domains + _FLAGS
         self._buffer = torch.zeros(size, dtype=torch.float64, device=device)
         self._index = torch.arange(domains, device=device)
@@ -155,7 +159,8 @@ class Ledger:
         if stop:
             flags[_STOP] = 1.0
         if dist.is_initialized() and dist.get_world_size(self._group) > 1:
-            dist.all_reduce(self._buffer, group=self._group)
+            with self._overhead.time("collective", self._buffer.device):
+                dist.all_reduce(self._buffer, group=self._group)
         host = self._buffer.cpu().numpy().copy()
         self.reset()
         columns = host[:sums].reshape(len(self._names), self._domains)

@@ -112,6 +112,11 @@ class Validation:
         """Whether no domain has held-out data."""
         return not self._window_domain.size
 
+    @property
+    def windows(self) -> int:
+        """Windows of all domains together."""
+        return int(self._window_domain.size)
+
     def measure(self, evaluator: Evaluator) -> HeldOut:
         """Return the loss of every window of every domain.
 

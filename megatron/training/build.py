@@ -31,6 +31,7 @@ from megatron.model.domain_loss import DomainLoss
 from megatron.model.gpt import GPT, layers, param_groups
 from megatron.model.layer_run import recomputed_blocks
 from megatron.monitor.build import build_sinks
+from megatron.monitor.overhead import Overhead
 from megatron.monitor.sink import SinkGroup
 from megatron.monitor.throughput import Throughput
 from megatron.parallel.rng import DropoutRng
@@ -45,6 +46,7 @@ from megatron.training.layout import layer_bounds, run_layout
 from megatron.training.planner import Planner
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
+from megatron.training.token_costs import TokenCosts
 
 
 class Batch(NamedTuple):
@@ -69,6 +71,7 @@ class Parts:
     sinks: SinkGroup
     recorder: RunRecorder
     throughput: Throughput
+    overhead: Overhead
     validation: Validation
     test: Validation
     learning_rate: Callable[[int], float]
@@ -107,7 +110,13 @@ def build(
         layout, runtime.rank, sequence_parallel=config.parallel.sequence_parallel
     )
     batch = Batch(*resolve_batch(config.batch, layout.data_size))
-    ledger = Ledger(len(domains.names), runtime.device, contributes=contributes(topology))
+    overhead = Overhead()
+    ledger = Ledger(
+        len(domains.names),
+        runtime.device,
+        contributes=contributes(topology),
+        overhead=overhead,
+    )
     observer = LossObserver(ledger)
     engine = _build_engine(config, topology, batch, observer)
     eod_id = _eod_id(config, domains)
@@ -127,6 +136,7 @@ def build(
         sampler=sampler,
         lag=config.mixing.lag,
         measure=lambda: held_out.controller.measure(engine).loss,
+        overhead=overhead,
     )
     loader = Loader(
         domains.train,
@@ -174,8 +184,14 @@ def build(
             total_steps=config.training.train_iters,
             bytes_per_token=domains.bytes_per_token,
             audit=config.training.audit_samples,
+            overhead=overhead,
+            token_costs=TokenCosts(
+                seq_length=config.model.context_length,
+                validation=held_out.controller.windows * config.model.context_length,
+            ),
         ),
         throughput=throughput,
+        overhead=overhead,
         validation=held_out.reported,
         test=held_out.test,
         learning_rate=_learning_rate(config),

@@ -19,6 +19,7 @@ from megatron.data.batch import MicroBatch
 from megatron.engine.engine import StepOutcome, TrainEngine
 from megatron.engine.transfer import all_to_device
 from megatron.mixing.base import Observation
+from megatron.monitor.overhead import Overhead
 from megatron.signals.ledger import Ledger, StepTotals
 from megatron.training.guard import NonFiniteGuard
 from megatron.training.planner import Planned, Planner
@@ -89,6 +90,7 @@ class Loop:
             the last one of this process.
         device: where the model is.
         heartbeat: is told where the loop is.
+        overhead: is told what measuring before a step costs.
     """
 
     engine: TrainEngine
@@ -104,6 +106,7 @@ class Loop:
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     foresight: Foresight | None = None
+    overhead: Overhead = field(default_factory=Overhead)
 
     def run(self, *, start: int, last: int) -> tuple[int, Ending]:
         """Train from the step after ``start`` up to ``last``.
@@ -139,7 +142,8 @@ class Loop:
         """Measure what the decision asks for on its own batch, and let it be made anew."""
         self.heartbeat.at(MEASURING, planned.step)
         assert self.foresight is not None, "a method asks for what nothing measures"
-        measured = self.foresight.measure(planned)
+        with self.overhead.time("foresight"):  # it ends with a copy to the host
+            measured = self.foresight.measure(planned)
         return self.planner.foresee(planned, measured, lr=self.learning_rate(planned.step))
 
     def _step(self, planned: Planned, batches: Iterator[MicroBatch]) -> bool:

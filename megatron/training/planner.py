@@ -19,6 +19,7 @@ from megatron.data.sampler import Sampler
 from megatron.mixing.base import Decision, Observation, Signal
 from megatron.mixing.controller import Controller
 from megatron.mixing.reported import Reported
+from megatron.monitor.overhead import Overhead
 from megatron.state import check_state
 
 FloatArray = npt.NDArray[np.float64]
@@ -36,12 +37,14 @@ class Planned:
         samples_seen: samples drawn from each domain since the run began, these included [K].
         valid_loss: validation losses measured for this decision, of the domains and then of
             those that are never trained on [K + M], or None.
+        foreseen: signals that were measured on these samples before they train.
     """
 
     plan: Plan
     decision: Decision
     samples_seen: npt.NDArray[np.int64]
     valid_loss: FloatArray | None = None
+    foreseen: frozenset[Signal] = frozenset()
 
     @property
     def step(self) -> int:
@@ -58,16 +61,24 @@ class Planner:
         lag: 0 or 1.
         measure: measures the validation loss of every domain, and of those that are never
             trained on, with the model as it stands [K + M].
+        overhead: is told what deciding, learning and measuring cost.
     """
 
     def __init__(
-        self, *, mixer: Controller, sampler: Sampler, lag: int, measure: Callable[[], FloatArray]
+        self,
+        *,
+        mixer: Controller,
+        sampler: Sampler,
+        lag: int,
+        measure: Callable[[], FloatArray],
+        overhead: Overhead | None = None,
     ) -> None:
         """Start before step 1."""
         self._mixer = mixer
         self._sampler = sampler
         self._lag = lag
         self._measure = measure
+        self._overhead = overhead or Overhead()
         self._pending: tuple[Decision, FloatArray | None] | None = None
         self._ahead: Planned | None = None
         self._before_ahead: dict[str, Any] | None = None
@@ -124,13 +135,16 @@ class Planner:
             learning_rate=lr,
             **measured,
         )
-        anew = self._mixer.foresee(observation)
+        with self._overhead.time("update"):
+            anew = self._mixer.foresee(observation)
+        asked = planned.decision.measure
         kept = replace(planned.decision, loss_weights=anew.loss_weights, measure=frozenset())
-        return replace(planned, decision=kept)
+        return replace(planned, decision=kept, foreseen=asked)
 
     def observe(self, observation: Observation) -> None:
         """Tell the mixer what a step showed."""
-        self._mixer.observe(observation)
+        with self._overhead.time("update"):
+            self._mixer.observe(observation)
 
     def review(self, reported: Reported) -> str | None:
         """Tell the mixer of a report validation; return what it did about it, if anything."""
@@ -155,13 +169,15 @@ class Planner:
         return Planned(plan=plan, decision=decision, samples_seen=seen, valid_loss=valid_loss)
 
     def _decide(self, step: int) -> tuple[Decision, FloatArray | None]:
-        decision = self._mixer.decide(step=step)
+        with self._overhead.time("update"):
+            decision = self._mixer.decide(step=step)
         valid_loss = None
         if decision.validate:
-            valid_loss = self._measure()
+            with self._overhead.time("validation"):
+                valid_loss = self._measure()
             domains = len(self._mixer.domains)
             nothing = np.zeros(domains)
-            self._mixer.observe(
+            self.observe(
                 Observation(
                     step=step - 1,
                     loss_sum=nothing,

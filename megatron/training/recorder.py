@@ -10,11 +10,13 @@ import numpy.typing as npt
 import torch
 
 from megatron.engine.engine import StepOutcome
+from megatron.monitor.overhead import Overhead
 from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord, is_logged
 from megatron.monitor.sink import SinkGroup
 from megatron.monitor.throughput import Throughput
 from megatron.signals.ledger import StepTotals
 from megatron.training.planner import Planned
+from megatron.training.token_costs import TokenCosts
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -34,6 +36,8 @@ class RunRecorder:
         total_steps: length of the run.
         bytes_per_token: of each domain's text, where known, for bits per byte.
         audit: whether the samples of every step are recorded.
+        overhead: what mixing took since the step before.
+        token_costs: what a step costs in tokens beside those it trains on.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class RunRecorder:
         total_steps: int,
         bytes_per_token: Mapping[str, float],
         audit: bool,
+        overhead: Overhead,
+        token_costs: TokenCosts,
     ) -> None:
         """Keep the parts."""
         self._sinks = sinks
@@ -63,6 +69,8 @@ class RunRecorder:
         self._total_steps = total_steps
         self._bytes_per_token = bytes_per_token
         self._audit = audit
+        self._overhead = overhead
+        self._token_costs = token_costs
 
     def step(
         self,
@@ -75,6 +83,7 @@ class RunRecorder:
     ) -> None:
         """Record one step."""
         seconds = self._throughput.step(int(totals.token_count.sum()))
+        overhead = self._overhead.take()
         if not len(self._sinks):
             return
         plan, decision = planned.plan, planned.decision
@@ -109,6 +118,8 @@ class RunRecorder:
                 skipped=skipped,
                 controller_probability=decision.controller_weights,
                 estimates=self._describe() if logged else {},
+                overhead=overhead,
+                extra_tokens=self._token_costs.of(planned),
             )
         )
         if self._audit:

@@ -17,6 +17,7 @@ from megatron.engine.universal import universal_info
 from megatron.launch.stop import StopFlag
 from megatron.model.accounting import parameter_count
 from megatron.model.gpt import GPT
+from megatron.monitor.overhead import overhead_text
 from megatron.training.agreement import Agreement
 from megatron.training.build import Parts, build, run_facts
 from megatron.training.check import Checked, preflight
@@ -96,6 +97,8 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
         parts.loader.close()
     why = parts.planner.end_of_data if ending is Ending.EXHAUSTED else ending.value
     say(f"ended after step {step} of {config.training.train_iters}: {why}")
+    if spent := parts.overhead.total:
+        say(f"mixing took {overhead_text(spent)} of this process")
     return stop.exit_code if ending is Ending.STOPPED else EXIT_DONE
 
 
@@ -122,6 +125,7 @@ def _train(
         after_step=milestones.after_step,
         device=runtime.device,
         heartbeat=milestones.heartbeat,
+        overhead=parts.overhead,
     )
     if start == 0:
         milestones.before_first()

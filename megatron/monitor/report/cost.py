@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from megatron.monitor.jsonl import ALL_STEPS
-from megatron.monitor.overhead import KINDS
+from megatron.monitor.overhead import KINDS, seconds_text
 from megatron.monitor.report.load import RunData
 from megatron.monitor.throughput import short
 
@@ -145,11 +145,3 @@ def _cell(value: float, text: str, share: float) -> str:
         return "<td>–</td>"
     beside = f"<small>{share:.2%}</small>" if math.isfinite(share) else ""
     return f"<td>{text}{beside}</td>"
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a time with three digits: ``85 µs``, ``12.3 ms``, ``4.56 s``, ``1,234 s``."""
-    for size, unit in ((1e-6, "µs"), (1e-3, "ms")):
-        if seconds < 0.9995 * size * 1e3:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"

@@ -13,9 +13,9 @@ import pytest
 from support.report_runs import LENGTH, SAMPLES, write_run
 from support.source import ROOT
 
-from megatron.monitor.overhead import KINDS, Overhead
+from megatron.monitor.overhead import KINDS, Overhead, overhead_text, seconds_text
 from megatron.monitor.report import words, write_report
-from megatron.monitor.report.cost import cost_sentences, costs, seconds_text
+from megatron.monitor.report.cost import cost_sentences, costs
 from megatron.monitor.report.load import load_runs
 
 
@@ -35,6 +35,10 @@ def test_seconds_are_added_by_kind_and_taken_once() -> None:
     assert taken == {"collective": 4.0, "update": 2.5, "validation": 1.0}
     assert list(taken) == [kind for kind in KINDS if kind in taken]
     assert overhead.take() == {}
+    overhead.add("update", 0.5)
+    overhead.take()
+    assert overhead.total == {"collective": 4.0, "update": 3.0, "validation": 1.0}
+    assert overhead_text(overhead.total) == "8 s (collective 4 s, update 3 s, validation 1 s)"
 
 
 def test_work_that_fails_took_its_time() -> None:
