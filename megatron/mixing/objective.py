@@ -157,7 +157,7 @@ class Objective:
         """
         if self.kind == "uniform":
             return self._given.copy()
-        return self.weights(losses) * self.counted.sum()
+        return self.weights(losses) * float(self.counted.sum())
 
     def value(self, losses: FloatArray) -> float:
         """Return the objective, nats per token: the weighted mean, above the reference if any.

@@ -1,0 +1,149 @@
+"""The outermost control: forecasts passes over each domain, and keeps them below a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.errors import CheckpointError, ConfigError
+from megatron.mixing.controller import Controller
+from megatron.mixing.decision import Decision, RunContext
+from megatron.mixing.epoch_limit import EpochLimit
+from megatron.mixing.observation import FloatArray, Observation, Signal
+from megatron.mixing.options import CommonOptions, bounds
+from megatron.mixing.reported import Reported
+
+_KEY: Final = "epochs"
+
+
+def with_epochs(controller: Controller, options: CommonOptions, context: RunContext) -> Controller:
+    """Put forecasts of passes, and the limit that the options set, around a controller.
+
+    Where neither a limit is set nor the sizes of the domains are known, there is nothing to do.
+
+    Raises:
+        ConfigError: a limit that cannot be kept, or that lacks the sizes.
+    """
+    if options.max_epochs is None and context.samples_per_epoch is None:
+        return controller
+    ceiling = np.ones(len(controller.domains))
+    if getattr(options, "groups", None) is None:  # groups have ceilings of their own
+        _, ceiling = bounds(options, controller.domains, controller.method)
+    try:
+        limit = EpochLimit(
+            options.max_epochs, domains=controller.domains, ceiling=ceiling, context=context
+        )
+    except ConfigError as error:
+        raise ConfigError(f"mixing method '{controller.method}': {error}") from error
+    return Epochs(controller, limit)
+
+
+class Epochs:
+    """A controller whose decisions tell the passes to come, and keep to a limit on them.
+
+    It stands around everything else, so that whatever draws (a method, its probes, a shadow,
+    a fallback, a group's members) keeps to the limit.  What is observed says what really
+    drew.
+
+    Args:
+        inner: decides.
+        limit: counts, forecasts and limits.
+    """
+
+    def __init__(self, inner: Controller, limit: EpochLimit) -> None:
+        self._inner, self._limit = inner, limit
+
+    @property
+    def method(self) -> str:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.method
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.domains
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.needs
+
+    @property
+    def step(self) -> int:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.step
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.slots
+
+    def decide(self, step: int) -> Decision:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._within(self._inner.decide(step))
+
+    def foresee(self, observation: Observation) -> Decision:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._within(self._inner.foresee(observation))
+
+    def observe(self, observation: Observation) -> None:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        if not isinstance(observation, Observation) or observation.only_validation:
+            self._inner.observe(observation)
+            return
+        before, drawn_by = self._inner.step, observation.vector("sampling_weights")
+        if drawn_by is None and observation.step > before:
+            drawn_by = self.decide(observation.step).sampling_weights
+            observation = replace(observation, sampling_weights=drawn_by)
+        self._inner.observe(observation)
+        if drawn_by is not None and self._inner.step > before:  # it counted
+            self._limit.observe(observation, drawn_by)
+
+    def review(self, reported: Reported) -> str | None:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.review(reported)
+
+    def result(self) -> FloatArray | None:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.result()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner controller's state with the counts beside it."""
+        return {**self._inner.state_dict(), _KEY: self._limit.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state; one without counts starts them anew.
+
+        Raises:
+            CheckpointError: it is damaged, or does not fit the controller.
+        """
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"the state of the mixing method is damaged: {state!r}")
+        self._inner.load_state_dict({k: value for k, value in state.items() if k != _KEY})
+        if _KEY in state:
+            self._limit.load_state_dict(state[_KEY])
+
+    def migrate(self, state: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
+        """See :class:`~megatron.mixing.controller.Controller`; counts are kept by name."""
+        moved = self._inner.migrate({k: v for k, v in state.items() if k != _KEY}, parents)
+        return {**moved, _KEY: state[_KEY]} if _KEY in state else moved
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the inner controller shows, with what draws and the passes forecast."""
+        shown = dict(self._inner.describe())
+        decision = self.decide(self.step + 1)
+        shown["weights"] = self._by_name(decision.sampling_weights)
+        if decision.epochs is not None:
+            shown["epochs_forecast"] = self._by_name(decision.epochs)
+        return shown
+
+    def _by_name(self, values: FloatArray) -> dict[str, float]:
+        return dict(zip(self.domains, values.tolist(), strict=True))
+
+    def _within(self, decision: Decision) -> Decision:
+        weights = self._limit.apply(decision.sampling_weights)
+        return replace(decision, sampling_weights=weights, epochs=self._limit.forecast(weights))
