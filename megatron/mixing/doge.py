@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from megatron.errors import ConfigError
 from megatron.mixing.base import RunContext
 from megatron.mixing.decision import Decision
 from megatron.mixing.gradient_aim import GradientAim
+from megatron.mixing.migrate import Follow, newcomer
 from megatron.mixing.multiplicative import logarithms, multiply
 from megatron.mixing.observation import BoolArray, FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, require
@@ -131,6 +132,7 @@ class Doge(Reweighter):
 
     method = "doge"
     has_objective = True
+    follows: ClassVar[Mapping[str, Follow]] = {**Reweighter.follows, "pool": newcomer(0.0)}
     needs = frozenset({Signal.GRADIENT_ALIGNMENT, Signal.LEARNING_RATE})
 
     def __init__(

@@ -12,6 +12,7 @@ import numpy as np
 from megatron.errors import ConfigError
 from megatron.mixing.base import RunContext
 from megatron.mixing.decision import Decision
+from megatron.mixing.migrate import Edit
 from megatron.mixing.multiplicative import logarithms, multiply
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, require
@@ -129,7 +130,8 @@ class Doremi(Reweighter):
                 "ln(vocabulary size), and that is not known; give context=RunContext(vocab_size=…)"
             )
         self._rule = options
-        self._score = np.full(len(self.domains), math.log(context.vocab_size))
+        self._unseen = math.log(context.vocab_size)
+        self._score = np.full(len(self.domains), self._unseen)
         if options.start == "uniform":
             self._log_weights = logarithms(self._uniform())
         self._mean.add(self._domain_weights(self._log_weights))
@@ -210,6 +212,17 @@ class Doremi(Reweighter):
             )
         self._take_weights(weights)
         self._score, self._ahead = score, ahead
+
+    def _edited(self, state: dict[str, Any], edit: Edit) -> dict[str, Any]:
+        """Let a newcomer score what a domain does that has not been seen."""
+        rule = dict(state["rule"])
+        unseen = [
+            name
+            for name in edit.after
+            if edit.source(name, edit.before) is None and name not in edit.retired
+        ]
+        rule["score"] = rule["score"] | dict.fromkeys(unseen, self._unseen)
+        return {**state, "rule": rule}
 
     def _estimates(self) -> dict[str, Any]:
         return {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.migrate import Follow, log_share, reset, share
 from megatron.mixing.multiplicative import RunningMean, distribution, logarithms
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.options import CommonOptions
@@ -21,6 +22,12 @@ class Reweighter(Mixer):
     method, and the domain weights; the rule goes on from the domain weights before them.
     A domain that is never drawn is left out.
     """
+
+    follows: ClassVar[Mapping[str, Follow]] = {
+        "log_weights": log_share,
+        "total": share,
+        "ahead": reset(None),
+    }
 
     def __init__(
         self,
@@ -48,17 +55,24 @@ class Reweighter(Mixer):
         return self._bounded(distribution(log_weights, self._support))
 
     def _save_weights(self) -> dict[str, Any]:
+        log_weights = np.where(self._support, self._log_weights, np.nan)
         return {
-            "log_weights": self._by_name(self._log_weights),
+            "log_weights": self._by_name(log_weights),
             "total": self._by_name(self._mean.total),
             "count": self._mean.count,
         }
 
     def _read_weights(self, rule: Mapping[str, Any]) -> tuple[FloatArray, FloatArray, int]:
-        """Read back what :meth:`_save_weights` wrote; nothing is changed."""
-        log_weights = self._finite(rule["log_weights"], "log_weights")
+        """Read back what :meth:`_save_weights` wrote; nothing is changed.
+
+        A domain that is drawn now and was not then starts from its share of the draw.
+        """
+        read = self._vector(rule["log_weights"], "log_weights")
+        log_weights = np.where(np.isnan(read), logarithms(self._weights), read)
         total = self._finite(rule["total"], "total")
         count = self._whole(rule["count"], "count", least=0)
+        if not np.isfinite(log_weights).all():
+            raise self._damaged("log_weights", rule["log_weights"])
         if (total < 0).any() or bool(total.any()) != (count > 0):
             raise self._damaged("total", rule["total"])
         return log_weights, total, count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from megatron.mixing.bandit import (
 from megatron.mixing.base import RunContext
 from megatron.mixing.decision import Decision
 from megatron.mixing.exp3 import REWARD_SCALE
+from megatron.mixing.migrate import Follow, newcomer, reset
 from megatron.mixing.observation import BoolArray, FloatArray, Observation, Signal
 from megatron.mixing.simplex import saturate
 from megatron.mixing.window import Window
@@ -62,6 +63,12 @@ class ValidationGap(Bandit):
 
     method = "validation_gap"
     needs = frozenset({Signal.LOSS, Signal.BATCH_VALID_LOSS})
+    follows: ClassVar[Mapping[str, Follow]] = {
+        "valid_sum": newcomer(0.0),
+        "valid_tokens": newcomer(0.0),
+        "last_valid": newcomer(None),
+        "held": reset(None),
+    }
 
     def __init__(
         self,
