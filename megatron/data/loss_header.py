@@ -203,7 +203,7 @@ def same_split(one: str | None, other: str | None) -> bool:
     if one is None or other is None:
         return one is other
     try:
-        return parse_split(one) == parse_split(other)
+        return bool(np.allclose(parse_split(one), parse_split(other), rtol=0, atol=1e-12))
     except ConfigError:
         return False
 

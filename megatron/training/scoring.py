@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron.checkpoint.files import remove_tree
 from megatron.config import Config, resolve_batch
 from megatron.data.batch import check_token_ids, read_windows
 from megatron.data.domain import Domain
@@ -127,6 +128,9 @@ def score(
     if not scorer.run(chosen):
         say(f"stopped; run the command again to go on, {folder} keeps what is scored")
         return stop.exit_code
+    if runtime.rank == 0:
+        # Whole parameters with their moments, which nobody needs any more.
+        remove_tree(folder / CACHE_NAME)
     say(f"{folder} is complete: use it with mixing: {{reference_losses: {folder}}}")
     return 0
 
