@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 
 from megatron.errors import ConfigError
 from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.migrate import Follow, newcomer, share
 from megatron.mixing.observation import FloatArray, Observation
 from megatron.mixing.options import CommonOptions, require
 from megatron.mixing.power_law import NOT_FOUND, PowerLaw, fit_power_law
@@ -20,7 +22,7 @@ from megatron.mixing.window import Window
 LEAST_ALPHA: Final = 0.05
 LEAST_SHARE: Final = 0.01
 _VECTORS: Final = ("credit", "average", "last", "held_sum", "held_tokens", "seen")
-_STATE_KEYS: Final = (*_VECTORS, "laws", "next_fit", "losses", "data")
+_STATE_KEYS: Final = (*_VECTORS, "seen_in_all", "laws", "next_fit", "losses", "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,15 @@ class Ado(Mixer):
 
     method = "ado"
     has_objective = True
+    follows: ClassVar[Mapping[str, Follow]] = {
+        "credit": share,
+        "average": share,
+        "last": newcomer(None),
+        "held_sum": newcomer(0.0),
+        "held_tokens": newcomer(0.0),
+        "seen": newcomer(0.0),
+        "laws": newcomer(None),
+    }
 
     def __init__(
         self,
@@ -125,6 +136,7 @@ class Ado(Mixer):
         self._held_sum: FloatArray = np.zeros(count)
         self._held_tokens: FloatArray = np.zeros(count)
         self._seen: FloatArray = np.zeros(count)
+        self._seen_in_all = 0.0  # in domains that an edit has taken out, too
         self._laws: list[PowerLaw] = [NOT_FOUND] * count
         self._next_fit = options.first_fit
         self._losses, self._data = self._histories()
@@ -153,7 +165,8 @@ class Ado(Mixer):
             return
         tokens_of_all = float(tokens.sum())
         self._credit = 0.9 * self._credit + 0.1 * tokens / tokens_of_all
-        self._seen = self._seen + self._samples(observation, tokens)
+        samples = self._samples(observation, tokens)
+        self._seen, self._seen_in_all = self._seen + samples, self._seen_in_all + samples.sum()
         present = tokens > 0
         with np.errstate(over="ignore"):
             self._held_sum = self._held_sum + np.where(present, sums, 0.0)
@@ -183,7 +196,7 @@ class Ado(Mixer):
         """Return n of each law, [K]."""
         if self._ado.count == "own":
             return self._seen
-        return np.full(len(self.domains), self._seen.sum())
+        return np.full(len(self.domains), self._seen_in_all)
 
     def _fit(self) -> None:
         losses, data = self._losses.values(), self._data.values()
@@ -233,6 +246,7 @@ class Ado(Mixer):
         vectors = {name: self._by_name(getattr(self, f"_{name}")) for name in _VECTORS}
         return {
             **vectors,
+            "seen_in_all": float(self._seen_in_all),
             "laws": {"epsilon": epsilon, "beta": beta, "alpha": alpha},
             "next_fit": self._next_fit,
             "losses": self._losses.state_dict(self.domains),
@@ -240,6 +254,8 @@ class Ado(Mixer):
         }
 
     def _restore(self, rule: Mapping[str, Any]) -> None:
+        if "seen_in_all" not in rule and "seen" in rule:  # older states knew of no edits
+            rule = {**rule, "seen_in_all": math.fsum(rule["seen"].values())}
         self._check_rule(rule, _STATE_KEYS)
         vectors = {name: self._vector(rule[name], name) for name in _VECTORS}
         for name in ("credit", "average"):
@@ -252,6 +268,8 @@ class Ado(Mixer):
             data.load_state_dict(rule["data"], self.domains)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged("laws or histories", str(error)) from error
+        if not isinstance(rule["seen_in_all"], float):
+            raise self._damaged("seen_in_all", rule["seen_in_all"])
         next_fit = self._whole(rule["next_fit"], "next_fit", least=1)
         self._laws = [
             PowerLaw(epsilon=float(e), beta=float(b), alpha=float(a))
@@ -260,6 +278,11 @@ class Ado(Mixer):
         for name, vector in vectors.items():
             setattr(self, f"_{name}", vector)
         self._losses, self._data, self._next_fit = losses, data, next_fit
+        self._seen_in_all = rule["seen_in_all"]
+
+    def _reweighted(self, before: FloatArray) -> None:
+        if not self._shifted:  # q is still the given weights
+            self._average = self._mu
 
     def _estimates(self) -> dict[str, Any]:
         if not any(law.finite for law in self._laws):

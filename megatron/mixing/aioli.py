@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from megatron.errors import ConfigError
 from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.decision import Decision
+from megatron.mixing.migrate import Edit, Follow, newcomer, reset, share_of_all
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, by_domain, require
 from megatron.mixing.probing import ProbePlan, influence, normalised_influence
@@ -19,7 +20,7 @@ from megatron.mixing.simplex import normalise
 from megatron.mixing.weights import uniform_weights
 from megatron.mixing.window import Window
 
-_STATE_KEYS: Final = ("round", "last", "exposure", "exposed", "drop", "smoothed")
+_STATE_KEYS: Final = ("start", "anew", "round", "last", "exposure", "exposed", "drop", "smoothed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,14 @@ class Aioli(Mixer):
     method = "aioli"
     has_objective = True
     needs: frozenset[Signal] = frozenset({Signal.VALID_LOSS})
+    follows: ClassVar[Mapping[str, Follow]] = {
+        "round": reset(-1),
+        "last": reset(None),
+        "exposure": newcomer(0.0),
+        "exposed": newcomer(0.0),
+        "drop": newcomer(0.0),
+        "smoothed": share_of_all,
+    }
 
     def __init__(
         self,
@@ -141,14 +150,11 @@ class Aioli(Mixer):
         _check_fit(options, count)
         self._check_diagonal(options)
         self._eta, self._ema, self._diagonal = options.eta, options.ema, options.diagonal
-        self._plan = ProbePlan(
-            domains=self.domains,
-            start=max(options.warmup_steps, options.prior_steps),
-            every=options.update_every,
-            sweeps=options.lp_rounds,
-            steps=options.lp_steps,
-            seed=options.seed,
-        )
+        self._timing = options
+        self._first = max(options.warmup_steps, options.prior_steps)
+        self._plan = self._timetable(self._first)
+        self._anew = False
+        """Whether the next measurement opens a round, wherever the old timetable was."""
         self._prior_steps = options.prior_steps
         self._prior = self._initial if options.prior is None else self._read_prior(options.prior)
         self._weights = self._prior
@@ -164,6 +170,17 @@ class Aioli(Mixer):
         self._drop: npt.NDArray[np.float64] = np.zeros((count, len(self.measured)))  # [probe, loss]
         self._smoothed: npt.NDArray[np.float64] | None = None  # [loss, domain]
 
+    def _timetable(self, start: int) -> ProbePlan:
+        options = self._timing
+        return ProbePlan(
+            domains=self.domains,
+            start=start,
+            every=options.update_every,
+            sweeps=options.lp_rounds,
+            steps=options.lp_steps,
+            seed=options.seed,
+        )
+
     def _read_prior(self, prior: Mapping[str, float] | Sequence[float]) -> FloatArray:
         weights = by_domain("mixing method 'aioli': prior", prior, self.domains, missing=None)
         if (weights < 0).any() or not weights.any():
@@ -176,7 +193,7 @@ class Aioli(Mixer):
     def _decide(self, step: int) -> Decision:
         if step <= self._prior_steps:
             return Decision(sampling_weights=self._prior.copy())
-        if self._plan.measures_before(step) and not self._measured_before(step):
+        if self._anew or (self._plan.measures_before(step) and not self._measured_before(step)):
             return Decision(sampling_weights=self._weights.copy(), validate=True)
         probe = self._plan.probe(step)
         if probe is None:
@@ -192,6 +209,8 @@ class Aioli(Mixer):
 
     def _measure(self, step: int, valid_loss: FloatArray) -> None:
         following = step + 1
+        if self._anew and step >= self._first:
+            self._plan, self._anew = self._timetable(step), False
         if following <= self._plan.start or not self._plan.measures_before(following):
             return
         current, ended = self._plan.round(following), self._plan.ended_before(following)
@@ -243,6 +262,8 @@ class Aioli(Mixer):
 
     def _save(self) -> dict[str, Any]:
         return {
+            "start": None if self._plan.start == self._first else self._plan.start,
+            "anew": self._anew,
             "round": self._round,
             "last": None if self._last is None else self._by_measured(self._last),
             "exposure": self._by_name(self._exposure),
@@ -257,7 +278,11 @@ class Aioli(Mixer):
         }
 
     def _restore(self, rule: Mapping[str, Any]) -> None:
+        rule = {"start": None, "anew": False, **rule}  # older states knew of no edits
         self._check_rule(rule, _STATE_KEYS)
+        start = self._first
+        if rule["start"] is not None:
+            start = self._whole(rule["start"], "start", least=0)
         last, smoothed = rule["last"], rule["smoothed"]
         read = (
             self._whole(rule["round"], "round", least=-1),
@@ -268,6 +293,16 @@ class Aioli(Mixer):
             None if smoothed is None else self._influences(smoothed),
         )
         self._round, self._last, self._exposure, self._exposed, self._drop, self._smoothed = read
+        self._plan, self._anew = self._timetable(start), bool(rule["anew"])
+
+    def _edited(self, state: dict[str, Any], edit: Edit) -> dict[str, Any]:
+        """Open a round with the next step, in which the new domains are probed as the old are."""
+        rule = dict(state["rule"])
+        if state["step"] >= self._first:
+            rule["anew"] = True
+            # What was measured last is measured again, in the domains that there are now.
+            state = {**state, "measured_step": max(state["measured_step"] - 1, -1)}
+        return {**state, "rule": rule}
 
     def _rows(
         self, matrix: npt.NDArray[np.float64], names: Sequence[str]

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.migrate import Edit
 from megatron.mixing.observation import BoolArray, FloatArray
 from megatron.mixing.options import CommonOptions, require
 from megatron.mixing.simplex import (
@@ -98,6 +99,11 @@ class Bandit(Mixer):
         if weights is not None:
             self._estimate, self._epsilon = estimate, epsilon
         return weights
+
+    def _edited(self, state: dict[str, Any], edit: Edit) -> dict[str, Any]:
+        rule = state["rule"]
+        epsilon = min(rule["epsilon"], exploration_rate(0, len(edit.after)))
+        return {**state, "rule": {**rule, "epsilon": epsilon}}
 
     def _save(self) -> dict[str, Any]:
         return {"estimate": self._by_name(self._estimate), "epsilon": self._epsilon}

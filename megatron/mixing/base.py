@@ -52,6 +52,7 @@ import numpy.typing as npt
 
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.decision import Decision, RunContext
+from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.migrate import VERSION, Edit, Follow, current_state, migrated
 from megatron.mixing.objective import Objective, ObjectiveOptions
 from megatron.mixing.observation import (
@@ -130,6 +131,11 @@ class Mixer(ABC):
     def slots(self) -> npt.NDArray[np.int64]:
         """Which domains are one to the method, [K]: every domain is by itself."""
         return np.arange(len(self.domains))
+
+    @property
+    def gradient_aim(self) -> GradientAim | None:
+        """What the gradients of the domains are compared with; None if they are not read."""
+        return None
 
     @property
     def step(self) -> int:
@@ -313,8 +319,8 @@ class Mixer(ABC):
             state["retired"],
         )
         self._step, self._measured_step = state["step"], state["measured_step"]
-        if not same:
-            self._reweighted()
+        if given is not None and not same:
+            self._reweighted(given)
 
     def describe(self) -> dict[str, Any]:
         """Return what a log shows of the method: weights and estimates by name, JSON-able."""
@@ -374,8 +380,10 @@ class Mixer(ABC):
         """Return the state after an edit, put right where :attr:`follows` is not enough; pure."""
         return state
 
-    def _reweighted(self) -> None:  # noqa: B027 - most rules need nothing of it
-        """Take up given weights that are not those of the state that was restored."""
+    def _reweighted(  # noqa: B027 - most rules need nothing of it
+        self, before: FloatArray
+    ) -> None:
+        """Follow given weights that are no longer those of the restored state, [K], sum 1."""
 
     def _estimates(self) -> dict[str, Any]:
         """Return what :meth:`describe` shows beside the weights."""

@@ -154,6 +154,17 @@ def log_share(edit: Edit, value: Any, place: str) -> Any:
     return {name: log if log > -math.inf else 0.0 for name, log in shares.items()}
 
 
+def share_of_all(edit: Edit, value: Any, place: str) -> Any:
+    """Follow with a matrix of sum 1: a newcomer has the mean of the others; None if none is left."""
+    rows: dict[str, dict[str, float]] | None = mean(edit, value, place)
+    total = math.fsum(part for row in (rows or {}).values() for part in row.values())
+    if rows is None or total <= 0:
+        return None
+    return {
+        name: {other: part / total for other, part in row.items()} for name, row in rows.items()
+    }
+
+
 def left_behind(state: Mapping[str, Any], edit: Edit) -> dict[str, dict[str, float | None]]:
     """Return what to put aside: the numbers of every domain that is not measured any more."""
     gone = [name for name in edit.measured_before if name not in edit.measured_after]

@@ -11,6 +11,7 @@ import numpy as np
 from megatron.mixing.bandit import exponential_weights
 from megatron.mixing.base import RunContext
 from megatron.mixing.held_out import HeldOutMixer
+from megatron.mixing.migrate import Edit
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.options import CommonOptions
 from megatron.mixing.simplex import exploration_rate
@@ -58,6 +59,11 @@ class NaiveValidation(HeldOutMixer):
         weights = exponential_weights(self._gain, self._epsilon, epsilon)
         self._epsilon = epsilon
         return weights
+
+    def _edited(self, state: dict[str, Any], edit: Edit) -> dict[str, Any]:
+        rule = state["rule"]
+        epsilon = min(rule["epsilon"], exploration_rate(0, len(edit.after)))
+        return {**state, "rule": {**rule, "epsilon": epsilon}}
 
     def _save(self) -> dict[str, Any]:
         return {"gain": self._by_name(self._gain), "epsilon": self._epsilon}

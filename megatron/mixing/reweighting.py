@@ -54,6 +54,11 @@ class Reweighter(Mixer):
         """Return the domain weights of their logarithms, within floors and ceilings, [K]."""
         return self._bounded(distribution(log_weights, self._support))
 
+    def _reweighted(self, before: FloatArray) -> None:
+        """Let a domain that was not drawn start from its given share, and one leave."""
+        started = np.where(before == 0, logarithms(self._given), self._log_weights)
+        self._log_weights = np.where(self._support, started, 0.0)
+
     def _save_weights(self) -> dict[str, Any]:
         log_weights = np.where(self._support, self._log_weights, np.nan)
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.mixing.base import Mixer
+from megatron.mixing.base import Decision, Mixer
 from megatron.mixing.observation import FloatArray, Signal
 from megatron.mixing.options import CommonOptions
 from megatron.mixing.window import Window
@@ -20,6 +20,9 @@ class Static(Mixer):
 
     method = "static"
     needs: frozenset[Signal] = frozenset()
+
+    def _decide(self, step: int) -> Decision:
+        return Decision(sampling_weights=self._initial.copy())
 
     def _update(self, step: int, window: Window) -> FloatArray | None:
         return None
