@@ -15,6 +15,7 @@ from megatron.mixing.migrate import Follow, newcomer, share
 from megatron.mixing.observation import FloatArray, Observation
 from megatron.mixing.options import CommonOptions, require
 from megatron.mixing.power_law import NOT_FOUND, PowerLaw, fit_power_law
+from megatron.mixing.repetition import effective_data, marginal_value
 from megatron.mixing.simplex import is_distribution, normalise
 from megatron.mixing.smoothing import SmoothedHistory
 from megatron.mixing.window import Window
@@ -58,6 +59,15 @@ class AdoOptions(CommonOptions):
             "(h (1 - h))^0.5 as released"
         },
     )
+    r_star: float | None = field(
+        default=None,
+        metadata={
+            "help": "discount of repeated data: a sample read r times over counts e^(-r / r_star) "
+            "of a fresh one, in n and in the slope (15.4 in arXiv 2305.16264); null = as a fresh "
+            "one",
+            "unit": "repetitions",
+        },
+    )
     least_epsilon: float = field(
         default=0.0,
         metadata={
@@ -85,6 +95,8 @@ class AdoOptions(CommonOptions):
         require(
             "smoothing_order", order, 0 <= order < window, "at least 0 and below smoothing_window"
         )
+        star = self.r_star
+        require("r_star", star, star is None or star > 0, "above 0, or null")
         epsilon = self.least_epsilon
         require("least_epsilon", epsilon, epsilon >= 0, "at least 0")
 
@@ -101,7 +113,9 @@ class Ado(Mixer):
 
     q and h starting at mu.  p = mu until every domain with a share has a law.  n counts
     samples where they are known (tokens otherwise).  Under an objective o the right side of
-    rho is multiplied by o_k, the worst domain being that of the last training losses.
+    rho is multiplied by o_k, the worst domain being that of the last training losses.  With
+    ``r_star`` n counts effective data D' of each domain (own, or added over all), and s_k is
+    multiplied by dD'/dD, what the domain's next sample is worth (see ``repetition``).
 
     Source: ADO (arXiv 2410.11820), section 3 and its released code.
     """
@@ -129,6 +143,7 @@ class Ado(Mixer):
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         count = len(self.domains)
         self._check_targets()
+        self._unique = self._read_unique(options)
         self._ado = options
         self._mu = normalise(weights)
         self._credit, self._average = self._mu, self._mu
@@ -151,6 +166,19 @@ class Ado(Mixer):
                 f"mixing method 'ado': the objective counts {', '.join(names)}, never trained on, "
                 f"and the method reads training losses alone; use aioli, or skillit with a graph"
             )
+
+    def _read_unique(self, options: AdoOptions) -> FloatArray | None:
+        """Return the samples of each domain where repetition is discounted, [K]."""
+        if options.r_star is None:
+            return None
+        sizes = self._context.samples_per_epoch
+        if sizes is None or self._context.samples_per_step is None:
+            raise ConfigError(
+                "mixing method 'ado': r_star is given, but the samples of each domain and of a "
+                "step are not known; give samples_per_epoch and samples_per_step in the "
+                "RunContext, or leave r_star out"
+            )
+        return np.maximum(np.array(sizes, dtype=np.float64), 1.0)
 
     def _histories(self) -> tuple[SmoothedHistory, SmoothedHistory]:
         every = self._ado.subsample
@@ -194,9 +222,11 @@ class Ado(Mixer):
 
     def _amount(self) -> FloatArray:
         """Return n of each law, [K]."""
-        if self._ado.count == "own":
-            return self._seen
-        return np.full(len(self.domains), self._seen_in_all)
+        own, all_ = self._seen, self._seen_in_all
+        if self._unique is not None and self._ado.r_star is not None:
+            own = effective_data(self._seen, self._unique, self._ado.r_star)
+            all_ = all_ - float(self._seen.sum()) + float(own.sum())
+        return own if self._ado.count == "own" else np.full(len(self.domains), all_)
 
     def _fit(self) -> None:
         losses, data = self._losses.values(), self._data.values()
@@ -224,12 +254,18 @@ class Ado(Mixer):
         with np.errstate(all="ignore"):
             speed = np.maximum(alpha, LEAST_ALPHA) * beta * n**-alpha / n
             raw = self._mu * np.sqrt(np.maximum(h, 0.0)) * speed
-            raw = raw * self._factors()
+            raw = raw * self._factors() * self._worth()
         raw = np.where(known & (n > 0), raw, 0.0)
         if not np.isfinite(raw).all() or not raw.any():
             return None
         least = min(LEAST_SHARE, 1.0 / (2.0 * len(raw)))
         return normalise(np.maximum(normalise(raw), least))
+
+    def _worth(self) -> FloatArray:
+        """Return what the next sample of each domain is worth, [K]: 1 = a fresh one."""
+        if self._unique is None or self._ado.r_star is None:
+            return np.ones(len(self.domains))
+        return marginal_value(self._seen, self._unique, self._ado.r_star)
 
     def _factors(self) -> FloatArray:
         """Return what the objective makes of each domain, [K]."""

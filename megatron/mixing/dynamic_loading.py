@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,9 @@ class DynamicLoading(HeldOutMixer):
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         self._smoothing = options.smoothing
-        self._targets = _targets(options, self.domains)
+        self._targets = read_targets(
+            self.method, options.targets, options.targets_from, self.domains
+        )
 
     def _learn(self, step: int, valid_loss: FloatArray) -> FloatArray | None:
         valid_loss = valid_loss[: len(self.domains)]
@@ -96,13 +98,30 @@ class DynamicLoading(HeldOutMixer):
         return {"target": self._by_name(self._targets)}
 
 
-def _targets(options: DynamicLoadingOptions, domains: Sequence[str]) -> FloatArray:
-    where = "mixing method 'dynamic_loading'"
-    if options.targets_from is not None:
-        return final_losses(options.targets_from, domains)
-    if options.targets is None:
+def read_targets(
+    method: str,
+    targets: Mapping[str, float] | Sequence[float] | None,
+    targets_from: str | None,
+    domains: Sequence[str],
+) -> FloatArray:
+    """Return the held-out loss that each domain should reach, nats per token, [K].
+
+    Args:
+        method: whose targets they are, for messages.
+        targets: by name, or in the order of the domains.
+        targets_from: instead: an earlier run that reached them.
+        domains: names.
+
+    Raises:
+        ConfigError: neither is given, or a domain has no target.
+        DataError: the earlier run cannot be read.
+    """
+    where = f"mixing method '{method}'"
+    if targets_from is not None:
+        return final_losses(targets_from, domains)
+    if targets is None:
         raise ConfigError(
             f"{where}: no targets; give targets (the held-out loss that each domain should "
             f"reach) or targets_from (an earlier run that reached them)"
         )
-    return by_domain(f"{where}: targets", options.targets, domains, missing=None)
+    return by_domain(f"{where}: targets", targets, domains, missing=None)

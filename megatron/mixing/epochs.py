@@ -13,6 +13,8 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision, RunContext
 from megatron.mixing.epoch_limit import EpochLimit
+from megatron.mixing.gradient_aim import GradientAim
+from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, bounds
 from megatron.mixing.reported import Reported
@@ -81,6 +83,16 @@ class Epochs:
     def slots(self) -> npt.NDArray[np.int64]:
         """See :class:`~megatron.mixing.controller.Controller`."""
         return self._inner.slots
+
+    @property
+    def gradient_aim(self) -> GradientAim | None:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.gradient_aim
+
+    @property
+    def gradient_aim(self) -> GradientAim | None:
+        """See :class:`~megatron.mixing.controller.Controller`."""
+        return self._inner.gradient_aim
 
     def decide(self, step: int) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
