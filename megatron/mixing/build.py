@@ -13,6 +13,8 @@ from megatron.mixing.ado import Ado, AdoOptions
 from megatron.mixing.aioli import Aioli, AioliOptions
 from megatron.mixing.average_of_ledger import AverageOfLedger
 from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.doge import Doge, DogeOptions
+from megatron.mixing.doremi import Doremi, DoremiOptions
 from megatron.mixing.dynamic_loading import DynamicLoading, DynamicLoadingOptions
 from megatron.mixing.ema import Ema, EmaOptions
 from megatron.mixing.exp3 import Exp3, Exp3Options
@@ -26,6 +28,7 @@ from megatron.mixing.skillit import SkillIt, SkillItOptions
 from megatron.mixing.smoothed_mean import SmoothedMean, SmoothedMeanOptions
 from megatron.mixing.smoothed_mean_exp import SmoothedMeanExp, SmoothedMeanExpOptions
 from megatron.mixing.static import Static, StaticOptions
+from megatron.mixing.validation_gap import ValidationGap, ValidationGapOptions
 from megatron.mixing.weights import uniform_weights
 from megatron.registry import MixingMethod, mixing_methods
 
@@ -53,6 +56,9 @@ for _mixer, _options in (
     (Ema, EmaOptions),
     (Ado, AdoOptions),
     (NaiveValidation, NaiveValidationOptions),
+    (ValidationGap, ValidationGapOptions),
+    (Doremi, DoremiOptions),
+    (Doge, DogeOptions),
     (SkillIt, SkillItOptions),
     (DynamicLoading, DynamicLoadingOptions),
     (Aioli, AioliOptions),

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron.mixing.base import RunContext
 from megatron.mixing.build import build_mixer
+from megatron.mixing.observation import FloatArray
 from megatron.mixing.simulate import Draw, Multinomial, Simulated, simulate
 from megatron.mixing.worlds import Optimum, PowerWorld, World, hub_transfer, power_world
 from megatron.mixing.worlds import random_linear as linear_world
@@ -20,6 +21,9 @@ from megatron.mixing.worlds import random_linear as linear_world
 BATCH: Final = 256
 NOISE: Final = 1.0
 """Standard deviation of the loss of one sample, nats per token."""
+MIXTURE: Final = "its mixture)"
+"""Ends the label of a run that trains on the mixture which a proxy run came to."""
+VOCABULARY: Final = 50_000
 AVERAGED: Final = "aioli"
 """The run whose ledger ``replay`` and ``average_of_ledger`` read."""
 
@@ -91,6 +95,12 @@ def methods(
             "skillit",
             {"update_every": every, "graph": help_of.tolist()},
         ),
+        "validation_gap": ("validation_gap", {}),
+        "doremi (proxy)": ("doremi", {"reference": "simulated"}),
+        "doremi (its mixture)": ("doremi", {"reference": "simulated"}),
+        "doge (proxy)": ("doge", {}),
+        "doge (its mixture)": ("doge", {}),
+        "doge (all, its mixture)": ("doge", {"target": "all"}),
         "ado": ("ado", {"first_fit": fits, "fit_every": fits}),
         "ado (own counts)": ("ado", {"first_fit": fits, "fit_every": fits, "count": "own"}),
         "aioli": ("aioli", {**probes, "eta": 0.5}),
@@ -129,6 +139,8 @@ def compare(*, steps: int, only: Iterable[str] | None = None) -> list[Entry]:
                 if not wanted and label != AVERAGED:
                     continue
                 run = _run(method, options, world, steps, every=1 if label == AVERAGED else 10)
+                if label.endswith(MIXTURE):
+                    run = _run("static", {}, world, steps, every=10, weights=run.result)
                 if label == AVERAGED:
                     _write_ledger(ledger, world.domains, run)
                 if wanted:
@@ -137,12 +149,25 @@ def compare(*, steps: int, only: Iterable[str] | None = None) -> list[Entry]:
 
 
 def _run(
-    method: str, options: Mapping[str, Any], world: World, steps: int, *, every: int
+    method: str,
+    options: Mapping[str, Any],
+    world: World,
+    steps: int,
+    *,
+    every: int,
+    weights: FloatArray | None = None,
 ) -> Simulated:
-    context = RunContext(total_steps=steps, samples_per_step=BATCH, draws_per_step=BATCH)
-    mixer = build_mixer(method, domains=list(world.domains), context=context, **options)
+    context = RunContext(
+        total_steps=steps,
+        samples_per_step=BATCH,
+        draws_per_step=BATCH,
+        vocab_size=VOCABULARY,
+    )
+    mixer = build_mixer(
+        method, domains=list(world.domains), weights=weights, context=context, **options
+    )
     draw: Draw | None = None
-    if method in ("odm", "exp3", "smoothed_mean", "smoothed_mean_exp", "ema"):
+    if method in ("odm", "exp3", "smoothed_mean", "smoothed_mean_exp", "ema", "validation_gap"):
         draw = Multinomial(BATCH, seed=1)
     return simulate(
         mixer, world, steps=steps, batch=BATCH, draw=draw, noise=NOISE, record_every=every

@@ -14,9 +14,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron.mixing.base import Mixer
+from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision
 from megatron.mixing.observation import FloatArray, Observation
+from megatron.mixing.reported import Reported
+from megatron.mixing.simulated_signals import SimulatedSignals
 from megatron.mixing.worlds import World
 
 Counts = npt.NDArray[np.int64]
@@ -104,6 +106,9 @@ class Simulated:
         drawn: samples of every domain over the whole run, [K].
         validations: how many measurements were asked for.
         probe_steps: how many steps trained on a probe mixture.
+        said: what reviews said, with their steps.
+        fallback_steps: how many steps a guardrail's fallback drew.
+        result: the mixture that the method hands on, [K]; None for most.
     """
 
     steps: npt.NDArray[np.int64]
@@ -112,6 +117,9 @@ class Simulated:
     drawn: Counts
     validations: int
     probe_steps: int
+    said: tuple[tuple[int, str], ...] = ()
+    fallback_steps: int = 0
+    result: FloatArray | None = None
 
     @property
     def final(self) -> float:
@@ -119,8 +127,45 @@ class Simulated:
         return float(self.losses[-1].mean())
 
 
+class HeldOut:
+    """A report validation: fixed windows, some harder than others, measured with noise.
+
+    Args:
+        domains: their number.
+        windows: of each domain.
+        spread: standard deviation of how hard windows are, nats per token; the same at
+            every measurement.
+        noise: standard deviation of what a measurement of one window adds, nats per token.
+        seed: of both.
+    """
+
+    def __init__(
+        self,
+        domains: int,
+        *,
+        windows: int = 64,
+        spread: float = 0.5,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._rng, self._noise = np.random.default_rng(seed), noise
+        self._hard = spread * self._rng.standard_normal((domains, windows))
+        self._of = np.repeat(np.arange(domains), windows)
+
+    def measure(self, step: int, losses: FloatArray) -> Reported:
+        """Return what is reported of the losses, [K], after ``step``."""
+        scatter = self._noise * self._rng.standard_normal(self._hard.shape)
+        windows = losses[:, None] + self._hard + scatter
+        return Reported(
+            step=step,
+            loss=windows.mean(axis=1),
+            window_loss=windows.ravel(),
+            window_domain=self._of,
+        )
+
+
 def simulate(
-    mixer: Mixer,
+    mixer: Controller,
     world: World,
     *,
     steps: int,
@@ -129,6 +174,9 @@ def simulate(
     noise: float = 0.0,
     seed: int = 0,
     record_every: int = 1,
+    review_every: int | None = None,
+    held_out: HeldOut | None = None,
+    signals: SimulatedSignals | None = None,
     on_step: Callable[[int, Decision, Counts], None] | None = None,
 ) -> Simulated:
     """Train for ``steps`` steps: decide, measure if asked to, draw, train, observe.
@@ -143,14 +191,21 @@ def simulate(
             mean of n samples has noise / sqrt(n)); held-out losses are measured exactly.
         seed: of the noise.
         record_every: distance of the recorded steps; the last one always is.
+        review_every: distance of the report validations that the controller is told of;
+            None = none.
+        held_out: makes them; None = :class:`HeldOut` without noise.
+        signals: what there is to measure beside losses; None = :class:`SimulatedSignals` as
+            they come.
         on_step: is told every step's decision and counts.
     """
     count = len(world.domains)
     draw = draw or Apportion(count, batch)
     rng = np.random.default_rng(seed)
     world.reset()
+    signals = signals or SimulatedSignals(world, mixer, steps=steps)
     kept: list[tuple[int, FloatArray, FloatArray]] = []
-    drawn, validations, probes = np.zeros(count, dtype=np.int64), 0, 0
+    drawn, validations, probes, fallback = np.zeros(count, dtype=np.int64), 0, 0, 0
+    held_out, said = held_out or HeldOut(count), []
     for step in range(1, steps + 1):
         decision = mixer.decide(step)
         if decision.validate:
@@ -163,16 +218,27 @@ def simulate(
         if noise:
             scatter = noise / np.sqrt(np.maximum(counts, 1))
             losses = losses + scatter * rng.standard_normal(count)
-        world.train(counts / batch)
+        if decision.measure:
+            measured = signals.ahead(decision.measure, losses, counts.astype(np.float64))
+            decision = mixer.foresee(Observation(step, **measured))  # type: ignore[arg-type]
+        world.train(_trained_on(counts, decision))
         mixer.observe(
             Observation(
-                step, loss_sum=losses * counts, token_count=counts, sampling_weights=weights
+                step,
+                loss_sum=losses * counts,
+                token_count=counts,
+                sampling_weights=weights,
+                **signals.trained(losses, counts.astype(np.float64)),  # type: ignore[arg-type]
             )
         )
         drawn += counts
         probes += decision.probe is not None
+        fallback += decision.control == "fallback"
         if on_step is not None:
             on_step(step, decision, counts)
+        if review_every is not None and step % review_every == 0:
+            text = mixer.review(held_out.measure(step, world.losses()))
+            said += [] if text is None else [(step, text)]
         if step % record_every == 0 or step == steps:
             kept.append((step, world.losses().copy(), weights))
     return Simulated(
@@ -182,7 +248,16 @@ def simulate(
         drawn=drawn,
         validations=validations,
         probe_steps=probes,
+        said=tuple(said),
+        fallback_steps=fallback,
+        result=mixer.result() if hasattr(mixer, "result") else None,
     )
+
+
+def _trained_on(counts: Counts, decision: Decision) -> FloatArray:
+    """Return the shares of the domains in what a step learns from, [K]."""
+    weighted = counts * (1.0 if decision.loss_weights is None else decision.loss_weights)
+    return np.asarray(weighted / weighted.sum(), dtype=np.float64)
 
 
 def main() -> int:

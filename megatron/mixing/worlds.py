@@ -59,6 +59,10 @@ class World(ABC):
         """Take one step on ``shares`` of the domains, [K]."""
 
     @abstractmethod
+    def slopes(self) -> Matrix:
+        """Return how fast the losses fall now, [K, K]: loss i in a step on domain j alone."""
+
+    @abstractmethod
     def best_fixed(self, steps: int) -> Optimum:
         """Return the best fixed mixture for a run of ``steps``."""
 
@@ -101,6 +105,10 @@ class LinearWorld(World):
         """See :class:`World`."""
         self._losses = self._losses - float(self._rate(self._time)) * (self.matrix @ shares)
         self._time += 1
+
+    def slopes(self) -> Matrix:
+        """See :class:`World`."""
+        return float(self._rate(self._time)) * self.matrix
 
     def best_fixed(self, steps: int) -> Optimum:
         """See :class:`World`; one domain alone."""
@@ -158,6 +166,12 @@ class PowerWorld(World):
     def train(self, shares: FloatArray) -> None:
         """See :class:`World`."""
         self._spent = self._spent + shares
+
+    def slopes(self) -> Matrix:
+        """See :class:`World`; to first order."""
+        n = self._offset + self._batch * (self.transfer @ self._spent)
+        own = self.alpha * self.beta * n ** (-self.alpha - 1.0) * self._batch
+        return np.asarray(own[:, None] * self.transfer)
 
     def best_fixed(self, steps: int) -> Optimum:
         """See :class:`World`; accelerated projected gradient, to a tiny duality gap."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from support.mixing import with_signals
 
 from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
 from megatron.registry import mixing_methods
@@ -32,7 +33,7 @@ def products(mixing, folder):
     row = {"a": 0.5, "b": 0.5}
     (folder / "mixture.jsonl").write_text(json.dumps({"step": 1, "probability": row}) + "\n")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "valid_loss": row}) + "\n")
-    for key in {"ledger", "targets_from"} & mixing.keys():
+    for key in {"ledger", "targets_from", "reference"} & mixing.keys():
         assert mixing[key] == "runs/quickstart"
         mixing[key] = str(folder)
     return mixing
@@ -46,7 +47,7 @@ def test_every_method_has_one():
 def test_it_builds(file, tmp_path):
     mixing = products(block(file), tmp_path)
     options = {name: value for name, value in mixing.items() if name not in SHARED}
-    context = RunContext(total_steps=100, tokens_per_step=1000)
+    context = RunContext(total_steps=100, tokens_per_step=1000, vocab_size=100)
     mixer = build_mixer(mixing["method"], domains=["a", "b"], context=context, **options)
     assert mixer.decide(1).sampling_weights.tolist() == [0.5, 0.5]
 
@@ -79,7 +80,8 @@ def steps_that_change(mixing):
     if mixing["method"] == "dynamic_loading":
         del options["targets_from"]
         options["targets"] = [1.0] * len(names)
-    mixer = build_mixer(mixing["method"], domains=names, **options)
+    context = RunContext(vocab_size=100)
+    mixer = build_mixer(mixing["method"], domains=names, context=context, **options)
     changes, before, probing = [], None, []
     for step in range(1, QUICKSTART_STEPS + 1):
         level = 5.0 / step**0.3
@@ -90,17 +92,32 @@ def steps_that_change(mixing):
             decision = mixer.decide(step)
         assert not decision.validate
         probing.append(decision.probe is not None)
+        observation = Observation(step, loss_sum=losses * 100, token_count=[100] * len(names))
+        if decision.measure:
+            decision = mixer.foresee(with_signals(observation))
         if decision.probe is None:
-            if before is not None and not np.array_equal(before, decision.sampling_weights):
+            weights = [decision.sampling_weights, decision.loss_weights]
+            if before is not None and not all(map(np.array_equal, before, weights)):
                 changes.append(step)
-            before = decision.sampling_weights
-        mixer.observe(Observation(step, loss_sum=losses * 100, token_count=[100] * len(names)))
+            before = weights
+        mixer.observe(with_signals(observation))
     left = sum(a and not b for a, b in itertools.pairwise(probing))
     return changes, left
 
 
 @pytest.mark.parametrize(
-    "name", ["ado", "aioli", "dynamic_loading", "naive_validation", "skillit", *sorted(BANDITS)]
+    "name",
+    [
+        "ado",
+        "aioli",
+        "doge",
+        "doremi",
+        "dynamic_loading",
+        "naive_validation",
+        "skillit",
+        "validation_gap",
+        *sorted(BANDITS),
+    ],
 )
 def test_its_cadence_fits_the_quickstart(name):
     changes, left = steps_that_change(block(FOLDER / f"{name}.yml"))

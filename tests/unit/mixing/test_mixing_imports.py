@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 USE = """
 import sys
 sys.path[:0] = sys.argv[1:]
-from data_sampling_utils import Observation, available_methods, build_mixer
+from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
 
 import json, pathlib, tempfile
 ledger = pathlib.Path(tempfile.mkdtemp()) / "mixture.jsonl"
@@ -22,6 +22,7 @@ ledger.write_text(json.dumps({"step": 1, "probability": {"code": 0.5, "prose": 0
 needed = {
     "ado": {"first_fit": 2},
     "dynamic_loading": {"targets": [1.0, 2.0]},
+    "doremi": {"reference": "runs/reference", "context": RunContext(vocab_size=100)},
     "replay": {"ledger": str(ledger)},
     "average_of_ledger": {"ledger": str(ledger)},
 }
