@@ -3,58 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from megatron.config import Config, deepspeed_config, resolve_batch
-from megatron.data.domain import Domain
+from megatron.config import Config, resolve_batch
 from megatron.data.loader import Loader
 from megatron.data.sampler import Sampler
-from megatron.data.validation import ValidationSet
 from megatron.engine.engine import TrainEngine
-from megatron.engine.optimizer import build_optimizer
 from megatron.engine.runtime import Runtime, sum_on_host
 from megatron.engine.schedule import learning_rate
-from megatron.engine.sequential import SequentialEngine
 from megatron.errors import DataError
+from megatron.mixing.base import Signal
 from megatron.mixing.controller import Controller
 from megatron.model.accounting import flops_per_token
-from megatron.model.domain_loss import DomainLoss
-from megatron.model.gpt import GPT, layers, param_groups
-from megatron.model.layer_run import recomputed_blocks
 from megatron.monitor.build import build_sinks
 from megatron.monitor.overhead import Overhead
 from megatron.monitor.sink import SinkGroup
 from megatron.monitor.throughput import Throughput
-from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
+from megatron.signals.foresight import Foresight
 from megatron.signals.ledger import Ledger
+from megatron.signals.reference import ModelReference, ReferenceSource
 from megatron.signals.validation import LossObserver, Validation
-from megatron.signals.windows import WindowSums
 from megatron.training.compatible import model_facts
 from megatron.training.domains import OpenDomains
+from megatron.training.engines import Batch, build_engine
+from megatron.training.foresight import ForesightParts, build_foresight, foresight_tokens
 from megatron.training.guard import NonFiniteGuard
-from megatron.training.layout import layer_bounds, run_layout
+from megatron.training.held_out import HeldOutUses, contributes
+from megatron.training.layout import run_layout
+from megatron.training.loop import Reader
 from megatron.training.planner import Planner
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
+from megatron.training.reference import ReferenceReader, reference_source
 from megatron.training.token_costs import TokenCosts
-
-
-class Batch(NamedTuple):
-    """Batch sizes of a run on its layout, as ``resolve_batch`` gives them."""
-
-    micro: int
-    accumulation: int
-    total: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +54,9 @@ class Parts:
     engine: TrainEngine
     planner: Planner
     loader: Loader
-    reader: PlanReader
+    reader: Reader
+    reference: ReferenceSource | None
+    foresight: Foresight
     ledger: Ledger
     guard: NonFiniteGuard
     sinks: SinkGroup
@@ -76,6 +67,12 @@ class Parts:
     test: Validation
     learning_rate: Callable[[int], float]
     samples_seen: Callable[[], npt.NDArray[np.int64]]
+
+    def close(self) -> None:
+        """Stop what reads in the background."""
+        self.loader.close()
+        if self.reference is not None:
+            self.reference.close()
 
 
 def run_facts(config: Config) -> dict[str, object]:
@@ -96,6 +93,7 @@ def build(
     runtime: Runtime,
     domains: OpenDomains,
     mixer: Controller,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Parts:
     """Build the parts of a run; collective (DeepSpeed spreads the model here).
 
@@ -104,6 +102,7 @@ def build(
         runtime: ranks and device.
         domains: opened data.
         mixer: the controller, before its first step.
+        say: takes a line for the console.
     """
     layout = run_layout(config, runtime.world_size)
     topology = Topology.create(
@@ -115,22 +114,30 @@ def build(
         len(domains.names),
         runtime.device,
         contributes=contributes(topology),
+        compared=Signal.EXCESS_LOSS in mixer.needs,
         overhead=overhead,
     )
     observer = LossObserver(ledger)
-    engine = _build_engine(config, topology, batch, observer)
+    engine = build_engine(config, topology, batch, observer)
     eod_id = _eod_id(config, domains)
-    held_out = _HeldOut(config, runtime, topology, batch, domains, observer, eod_id)
-    sampler = Sampler(
-        domains.names,
-        domains.train,
-        seed=config.training.seed,
-        global_batch=batch.total,
-        micro_batch=batch.micro,
-        unit=config.mixing.unit,
-        draw=config.mixing.draw,
-        on_exhausted=config.mixing.on_exhausted,
-    )
+    held_out = HeldOutUses(config, runtime, topology, batch, domains, observer, eod_id)
+    sampler = _sampler(config, domains, batch)
+    loader = _loader(config, runtime, topology, batch, domains, eod_id)
+    reads = topology.is_first_stage or topology.is_last_stage
+    reader: Reader = PlanReader(loader, sampler, reads=reads)
+    reference = None
+    if Signal.EXCESS_LOSS in mixer.needs:
+        reference = reference_source(
+            config,
+            runtime,
+            topology,
+            domains,
+            micro=batch.micro,
+            accumulation=batch.accumulation,
+            overhead=overhead,
+            say=say,
+        )
+        reader = ReferenceReader(reader, reference)
     planner = Planner(
         mixer=mixer,
         sampler=sampler,
@@ -138,19 +145,23 @@ def build(
         measure=lambda: held_out.controller.measure(engine).loss,
         overhead=overhead,
     )
-    loader = Loader(
-        domains.train,
-        seq_length=config.model.context_length,
-        micro_batch=batch.micro,
-        accumulation=batch.accumulation,
-        data_rank=topology.data_rank,
-        data_size=topology.data_size,
-        eod_mask_loss=config.training.eod_mask_loss,
-        eod_id=eod_id,
-        reduce_counts=partial(sum_on_host, group=topology.host_data_group),
-        vocab_size=config.model.vocab_size,
-        pin_memory=runtime.device.type == "cuda",
+    foresight = build_foresight(
+        ForesightParts(
+            config=config,
+            topology=topology,
+            engine=engine,
+            observer=observer,
+            domains=domains,
+            read=reader.read,
+            micro=batch.micro,
+            accumulation=batch.accumulation,
+            eod_id=eod_id,
+            contributes=contributes(topology),
+            device=runtime.device,
+        ),
+        mixer,
     )
+    throughput = _throughput(config, runtime)
     sinks = build_sinks(
         config.logging,
         config.checkpoint.run_dir,
@@ -158,13 +169,21 @@ def build(
         total_steps=config.training.train_iters,
         audit_samples=config.training.audit_samples,
     )
-    throughput = _throughput(config, runtime)
+    length = config.model.context_length
+    costs = TokenCosts(
+        seq_length=length,
+        validation=held_out.controller.windows * length,
+        reference=isinstance(reference, ModelReference),
+        foresight=foresight_tokens(mixer, batch.total * length),
+    )
     return Parts(
         topology=topology,
         engine=engine,
         planner=planner,
         loader=loader,
-        reader=PlanReader(loader, sampler, reads=topology.is_first_stage or topology.is_last_stage),
+        reader=reader,
+        reference=reference,
+        foresight=foresight,
         ledger=ledger,
         guard=NonFiniteGuard(
             limit=config.training.nonfinite_limit,
@@ -185,10 +204,7 @@ def build(
             bytes_per_token=domains.bytes_per_token,
             audit=config.training.audit_samples,
             overhead=overhead,
-            token_costs=TokenCosts(
-                seq_length=config.model.context_length,
-                validation=held_out.controller.windows * config.model.context_length,
-            ),
+            token_costs=costs,
         ),
         throughput=throughput,
         overhead=overhead,
@@ -199,107 +215,40 @@ def build(
     )
 
 
-def _build_engine(
+def _sampler(config: Config, domains: OpenDomains, batch: Batch) -> Sampler:
+    return Sampler(
+        domains.names,
+        domains.train,
+        seed=config.training.seed,
+        global_batch=batch.total,
+        micro_batch=batch.micro,
+        unit=config.mixing.unit,
+        draw=config.mixing.draw,
+        on_exhausted=config.mixing.on_exhausted,
+    )
+
+
+def _loader(
     config: Config,
+    runtime: Runtime,
     topology: Topology,
     batch: Batch,
-    observer: LossObserver,
-) -> TrainEngine:
-    settings: dict[str, Any] = deepspeed_config(
-        config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
+    domains: OpenDomains,
+    eod_id: int | None,
+) -> Loader:
+    return Loader(
+        domains.train,
+        seq_length=config.model.context_length,
+        micro_batch=batch.micro,
+        accumulation=batch.accumulation,
+        data_rank=topology.data_rank,
+        data_size=topology.data_size,
+        eod_mask_loss=config.training.eod_mask_loss,
+        eod_id=eod_id,
+        reduce_counts=partial(sum_on_host, group=topology.host_data_group),
+        vocab_size=config.model.vocab_size,
+        pin_memory=runtime.device.type == "cuda",
     )
-    assert config.model.vocab_size is not None
-    loss_fn = DomainLoss(topology=topology, vocab_size=config.model.vocab_size, observe=observer)
-    dropout = DropoutRng(seed=config.training.seed, topology=topology)
-
-    def before_micro_batch(step: int, micro: int) -> None:
-        dropout.begin(step=step, micro_batch=micro)
-
-    if topology.pipe_size == 1:
-        model = GPT(
-            config.model, topology, seed=config.training.seed, loss_fn=loss_fn, dropout=dropout
-        )
-        return SequentialEngine(
-            model=model,
-            topology=topology,
-            optimizer=_optimizer(config, model),
-            config=settings,
-            before_micro_batch=before_micro_batch,
-        )
-    # DeepSpeed chooses its device when it is imported, which start_runtime has prepared.
-    from megatron.engine.pipeline import PipelineEngine, Stage
-
-    stage = Stage(
-        layers(config.model, topology, seed=config.training.seed, dropout=dropout),
-        topology=topology,
-        bounds=layer_bounds(config),
-        loss_fn=loss_fn,
-        dropout=dropout,
-        recomputed=recomputed_blocks(config.model),
-    )
-    return PipelineEngine(
-        stage=stage,
-        optimizer=_optimizer(config, stage),
-        config=settings,
-        before_micro_batch=before_micro_batch,
-    )
-
-
-def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(
-        param_groups(model, config.optimizer.weight_decay),
-        kind=config.optimizer.type,
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-    )
-
-
-def contributes(topology: Topology) -> bool:
-    """Whether this rank is the one of its data-parallel place that adds its losses to sums."""
-    return topology.is_last_stage and topology.tensor_rank == 0
-
-
-class _HeldOut:
-    """The three uses of held-out data, each with its own windows."""
-
-    def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        topology: Topology,
-        batch: Batch,
-        domains: OpenDomains,
-        observer: LossObserver,
-        eod_id: int | None,
-    ) -> None:
-        def use(parts: Sequence[Domain | None], samples: int) -> Validation:
-            sets = [
-                ValidationSet(
-                    domain,
-                    samples,
-                    seed=config.training.seed,
-                    masked_token=eod_id,
-                    vocab_size=config.model.vocab_size,
-                )
-                if domain is not None and samples > 0
-                else None
-                for domain in parts
-            ]
-            return Validation(
-                sets,
-                sums=partial(WindowSums, device=runtime.device, contributes=contributes(topology)),
-                observer=observer,
-                micro_batch=batch.micro,
-                data_rank=topology.data_rank,
-                data_size=topology.data_size,
-                device=runtime.device,
-            )
-
-        training = config.training
-        self.controller = use(domains.valid, config.mixing.validation_samples)
-        self.reported = use(domains.valid, training.validation_samples(batch.total))
-        self.test = use(domains.test, training.validation_samples(batch.total, "test"))
 
 
 def _learning_rate(config: Config) -> Callable[[int], float]:

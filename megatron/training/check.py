@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron.checkpoint.bundle import read_bundle
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.domain import Domain
 from megatron.data.ingest.overlap import Overlap, Span, overlap
 from megatron.errors import CheckpointError, ConfigError, NeomixError, RunError
 from megatron.mixing import RunContext, Signal, build_mixer
-from megatron.mixing.base import Mixer
+from megatron.mixing.controller import Controller
 from megatron.training.compatible import (
     check_form,
     check_same_data,
@@ -31,8 +32,11 @@ from megatron.training.compatible import (
     model_facts,
 )
 from megatron.training.domains import OpenDomains, open_domains, start_weights
+from megatron.training.edits import find_edits
 from megatron.training.layout import layer_bounds, run_layout
 from megatron.training.plan import checkpoint_bytes
+from megatron.training.reference_options import check_reference_source
+from megatron.training.signals_fit import asked_ahead, check_signals
 from megatron.training.summary import check_device, complete, startup_report
 
 FloatArray = npt.NDArray[np.float64]
@@ -56,7 +60,7 @@ class Checked:
     config: Config
     domains: OpenDomains
     weights: FloatArray
-    mixer: Mixer
+    mixer: Controller
 
 
 def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
@@ -86,6 +90,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
         layer_bounds(config)
         weights = start_weights(config.mixing, config.domains, domains)
         mixer = _build_mixer(config, domains, weights, micro=micro, total=total)
+        _check_signals(config, domains, weights, mixer, world_size=world_size)
     except NeomixError:
         domains.close()
         raise
@@ -114,7 +119,7 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
         startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
         _check_read(domains)
         _check_disk(config, say)
-        _check_resume(config, domains, world_size, say)
+        _check_resume(checked, world_size, say)
         _warn(config, domains, gpus, say)
     finally:
         domains.close()
@@ -124,7 +129,7 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
 
 def _build_mixer(
     config: Config, domains: OpenDomains, weights: FloatArray, *, micro: int, total: int
-) -> Mixer:
+) -> Controller:
     """Build the mixer and let it decide once: its own checks belong to the run's."""
     samples_per_draw = {"sample": 1, "micro_batch": micro, "step": total}[config.mixing.unit]
     mixer = build_mixer(
@@ -143,10 +148,28 @@ def _build_mixer(
         **config.mixing.options,
     )
     mixer.decide(step=1)
+    return mixer
+
+
+def _check_signals(
+    config: Config,
+    domains: OpenDomains,
+    weights: FloatArray,
+    mixer: Controller,
+    *,
+    world_size: int,
+) -> None:
+    """Check that the data, the layout and what is at hand can give what the method reads."""
+    held_out = {Signal.VALID_LOSS, Signal.BATCH_VALID_LOSS}
+    aim = mixer.gradient_aim
+    wanted = [
+        bool(mixer.needs & held_out) or (aim is not None and not aim.others and aim.weights[k] > 0)
+        for k in range(len(domains.measured))
+    ]
     blind = [
         name
-        for name, part in zip(domains.measured, domains.valid, strict=True)
-        if part is None and Signal.VALID_LOSS in mixer.needs
+        for name, part, asked in zip(domains.measured, domains.valid, wanted, strict=True)
+        if part is None and asked
     ]
     if blind:
         raise ConfigError(
@@ -154,7 +177,20 @@ def _build_mixer(
             f"{', '.join(blind)} has no validation data; give the domain a `valid`, or a split "
             f"with a share for it"
         )
-    return mixer
+    options = config.mixing.options
+    check_signals(
+        config.mixing.method,
+        needs=mixer.needs,
+        ahead=asked_ahead(
+            mixer,
+            warmup_steps=options["warmup_steps"],
+            update_every=options["update_every"],
+        ),
+        layout=run_layout(config, world_size),
+        zero_stage=config.zero_stage,
+    )
+    if Signal.EXCESS_LOSS in mixer.needs:
+        check_reference_source(config, domains, weights, world_size=world_size)
 
 
 def _check_read(domains: OpenDomains) -> None:
@@ -188,10 +224,9 @@ def _check_disk(config: Config, say: Callable[[str], None]) -> None:
         )
 
 
-def _check_resume(
-    config: Config, domains: OpenDomains, world_size: int, say: Callable[[str], None]
-) -> None:
+def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None]) -> None:
     """Compare the checkpoint that the run starts from with it; hashes are left to the run."""
+    config, domains = checked.config, checked.domains
     own, load = CheckpointStore(config.checkpoint.save_dir), config.checkpoint.load
     resumes = bool(own.steps())
     store = own if resumes or load is None else CheckpointStore(load)
@@ -213,6 +248,7 @@ def _check_resume(
     weights_only = config.checkpoint.finetune and not resumes
     check_same_model(manifest, model_facts(config))
     layout = layout_facts(config, run_layout(config, world_size))
+    told: list[str] = []
     if weights_only:
         start = f"finetune: the run starts from the weights of {path}, at step 0"
     else:
@@ -221,9 +257,15 @@ def _check_resume(
         if manifest.step >= config.training.train_iters:
             say(f"resume: the run is complete, by {path}")
             return
+        given = manifest.extra.get("weights")
+        edits = find_edits(read_bundle(path), config.trained, checked.weights, given)
+        edits.check_allowed(allowed=config.data.allow_domain_edits)
+        told = edits.lines(learns=bool(checked.mixer.needs))
         start = f"resume: the run goes on after step {manifest.step} from {path}"
     converted = how_to_load(manifest, layout, weights_only=weights_only) == "convert"
     say(start + (", which is converted to this run's layout first" if converted else ""))
+    for line in told:
+        say(line)
 
 
 def _warn(

@@ -96,6 +96,7 @@ class Loop:
     engine: TrainEngine
     planner: Planner
     reader: Reader
+    foresight: Foresight
     ledger: Ledger
     guard: NonFiniteGuard
     recorder: Recorder
@@ -105,7 +106,6 @@ class Loop:
     after_step: Callable[[int, Ending | None], None]
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    foresight: Foresight | None = None
     overhead: Overhead = field(default_factory=Overhead)
 
     def run(self, *, start: int, last: int) -> tuple[int, Ending]:
@@ -141,7 +141,6 @@ class Loop:
     def _foresee(self, planned: Planned) -> Planned:
         """Measure what the decision asks for on its own batch, and let it be made anew."""
         self.heartbeat.at(MEASURING, planned.step)
-        assert self.foresight is not None, "a method asks for what nothing measures"
         with self.overhead.time("foresight"):  # it ends with a copy to the host
             measured = self.foresight.measure(planned)
         return self.planner.foresee(planned, measured, lr=self.learning_rate(planned.step))

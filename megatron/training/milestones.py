@@ -35,6 +35,7 @@ class Milestones:
         test: the test sets, measured once when the run is complete.
         agreement: compares the ranks' states, now and then and before every save.
         saver: writes checkpoints.
+        write_product: writes the mixture that the method has found so far, if it finds one.
         recorder: takes the measurements.
         throughput: paused meanwhile, so that the rate is that of training.
         eval_interval: steps between two validations.
@@ -50,6 +51,7 @@ class Milestones:
     test: Validation
     agreement: Agreement
     saver: Saver
+    write_product: Callable[[int], None]
     recorder: RunRecorder
     throughput: Throughput
     eval_interval: int
@@ -124,4 +126,5 @@ class Milestones:
             self.heartbeat.at(SAVING, step)
             self.agreement.compare(step)
             self.saver.save(step)
+            self.write_product(step)
             self._saved = step

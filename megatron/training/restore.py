@@ -17,8 +17,11 @@ from megatron.config import Config
 from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError, RunError
 from megatron.training.build import Parts, run_facts
+from megatron.training.check import Checked
 from megatron.training.compatible import check_form, how_to_load, layout_facts
 from megatron.training.conversion import universal_form
+from megatron.training.domains import OpenDomains
+from megatron.training.edits import Edits, find_edits, follow_edits
 from megatron.training.layout import run_layout
 
 
@@ -149,13 +152,33 @@ def find_source(
     )
 
 
+def edits_since(source: Source, checked: Checked) -> Edits:
+    """Return how the run's domains differ from the checkpoint's.
+
+    Raises:
+        CheckpointError: a domain is a part of one that the run never had.
+    """
+    return find_edits(
+        read_bundle(source.checkpoint),
+        checked.config.trained,
+        checked.weights,
+        source.manifest.extra.get("weights"),
+    )
+
+
+def known_fingerprints(source: Source | None, domains: OpenDomains) -> dict[str, str]:
+    """Return the fingerprint of every domain that the run has ever had, gone ones included."""
+    earlier = {} if source is None or source.weights_only else source.manifest.fingerprints
+    return {**earlier, **domains.fingerprints}
+
+
 def restore(
-    config: Config, runtime: Runtime, parts: Parts, source: Source, say: Callable[[str], None]
+    checked: Checked, runtime: Runtime, parts: Parts, source: Source, say: Callable[[str], None]
 ) -> int:
     """Load weights, optimizer, data and mixing state; return the step they are of.
 
     Args:
-        config: of the run.
+        checked: what the run opened.
         runtime: compares what the ranks have read.
         parts: newly built; filled here.
         source: what :func:`find_source` found.
@@ -164,7 +187,7 @@ def restore(
     Raises:
         CheckpointError: the state does not fit the run.
     """
-    manifest, files = source.manifest, source.engine_files
+    config, manifest, files = checked.config, source.manifest, source.engine_files
     if source.universal:
         parts.engine.load_universal(
             files,
@@ -179,9 +202,13 @@ def restore(
         return 0
     bundle = read_bundle(source.checkpoint)
     _check_same_on_all_ranks(runtime, source, [bundle["step"], parts.engine.steps_done])
-    parts.planner.load_state_dict(bundle["planner"])
+    edits = edits_since(source, checked)
+    edits.check_allowed(allowed=config.data.allow_domain_edits)
+    parts.planner.load_state_dict(follow_edits(bundle["planner"], edits, checked.mixer))
     parts.guard.load_state_dict(bundle["guard"])
     say(f"loaded {source.checkpoint}")
+    for line in edits.lines(learns=bool(checked.mixer.needs)):
+        say(line)
     if manifest.config_hash != config.hash():
         say("note: the configuration is not the one that the checkpoint was written with")
     before, now = manifest.extra.get("threads"), run_facts(config)["threads"]

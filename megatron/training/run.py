@@ -27,11 +27,17 @@ from megatron.training.compatible import (
     layout_facts,
     model_facts,
 )
-from megatron.training.domains import OpenDomains
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
 from megatron.training.plan import checkpoint_bytes
-from megatron.training.restore import Source, find_source, restore
+from megatron.training.product import write_mixture
+from megatron.training.restore import (
+    Source,
+    edits_since,
+    find_source,
+    known_fingerprints,
+    restore,
+)
 from megatron.training.saving import Saver
 from megatron.training.stall import ENDING, RESTORING, Heartbeat, Watchdog
 from megatron.training.summary import startup_report
@@ -75,17 +81,17 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
         store.sweep()
     heartbeat.at(RESTORING)
     source = find_source(config, runtime, store, say)
-    if source is not None and _complete(config, source, domains):
+    if source is not None and _complete(checked, source):
         say(
             f"nothing to do: {source.checkpoint} is complete ({source.manifest.step} of "
             f"{config.training.train_iters} steps); raise train_iters to go on"
         )
         return EXIT_DONE
-    parts = build(config, runtime, domains, checked.mixer)
+    parts = build(config, runtime, domains, checked.mixer, say)
     layout = parts.topology.layout
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
-    start = restore(config, runtime, parts, source, say) if source is not None else 0
-    milestones = _milestones(config, runtime, checked, store, parts, heartbeat)
+    start = restore(checked, runtime, parts, source, say) if source is not None else 0
+    milestones = _milestones(config, runtime, checked, store, parts, heartbeat, source)
     if runtime.rank == 0:
         _write_config(config)
     parts.sinks.start(start or None, _description(config, checked, parts))
@@ -94,7 +100,7 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
     finally:
         heartbeat.at(ENDING)
         parts.sinks.close()
-        parts.loader.close()
+        parts.close()
     why = parts.planner.end_of_data if ending is Ending.EXHAUSTED else ending.value
     say(f"ended after step {step} of {config.training.train_iters}: {why}")
     if spent := parts.overhead.total:
@@ -116,6 +122,7 @@ def _train(
         engine=parts.engine,
         planner=parts.planner,
         reader=parts.reader,
+        foresight=parts.foresight,
         ledger=parts.ledger,
         guard=parts.guard,
         recorder=parts.recorder,
@@ -139,7 +146,9 @@ def _milestones(
     store: CheckpointStore,
     parts: Parts,
     heartbeat: Heartbeat,
+    source: Source | None,
 ) -> Milestones:
+    weights = checked.weights / checked.weights.sum()
     last = config.training.train_iters
     saver = Saver(
         runtime=runtime,
@@ -151,11 +160,25 @@ def _milestones(
         domains=list(checked.domains.names),
         layout=layout_facts(config, parts.topology.layout),
         config_hash=config.hash(),
-        fingerprints=checked.domains.fingerprints,
-        facts=run_facts(config),
+        fingerprints=known_fingerprints(source, checked.domains),
+        facts={
+            **run_facts(config),
+            "weights": dict(zip(checked.domains.names, weights.tolist(), strict=True)),
+        },
         universal_info=_universal_info(config),
         bytes_needed=checkpoint_bytes(config),
     )
+
+    def write_product(step: int) -> None:
+        if runtime.rank == 0:
+            write_mixture(
+                config.checkpoint.run_dir,
+                checked.domains.names,
+                parts.planner.result,
+                method=config.mixing.method,
+                step=step,
+            )
+
     return Milestones(
         engine=parts.engine,
         validation=parts.validation,
@@ -168,11 +191,12 @@ def _milestones(
         review=parts.planner.review,
         say=_speaker(runtime),
         saver=saver,
+        write_product=write_product,
         recorder=parts.recorder,
         throughput=parts.throughput,
         eval_interval=config.training.eval_interval,
         saves_at=lambda step: config.checkpoint.saves_at(step, last),
-        weights=checked.weights / checked.weights.sum(),
+        weights=weights,
         heartbeat=heartbeat,
     )
 
@@ -191,12 +215,13 @@ def _description(config: Config, checked: Checked, parts: Parts) -> dict[str, An
     }
 
 
-def _complete(config: Config, source: Source, domains: OpenDomains) -> bool:
+def _complete(checked: Checked, source: Source) -> bool:
     """Tell whether there is nothing left to do; check that the checkpoint is of this run.
 
     Raises:
         CheckpointError: it is of another model, or of other data.
     """
+    config, domains = checked.config, checked.domains
     check_same_model(source.manifest, model_facts(config))
     if source.weights_only:
         return False
@@ -205,6 +230,8 @@ def _complete(config: Config, source: Source, domains: OpenDomains) -> bool:
     check_same_data(
         source.manifest, domains.fingerprints, allow_changed=config.data.allow_changed_data
     )
+    allowed = config.data.allow_domain_edits
+    edits_since(source, checked).check_allowed(allowed=allowed)
     return False
 
 

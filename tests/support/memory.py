@@ -103,14 +103,14 @@ def traffic(rank: int, world_size: int, file: Path) -> dict[str, tuple[float, fl
 
 def _build(rank: int, world_size: int, file: Path) -> _Meter:
     from megatron.engine.runtime import start_runtime
-    from megatron.training.build import Batch, _build_engine
+    from megatron.training.engines import Batch, build_engine
 
     start_runtime(deterministic=False)
     config = load_config([str(file)])
     layout = run_layout(config, world_size)
     topology = Topology.create(layout, rank, sequence_parallel=config.parallel.sequence_parallel)
     batch = Batch(*resolve_batch(config.batch, layout.data_size))
-    engine = _build_engine(config, topology, batch, lambda *_: None)  # type: ignore[arg-type]
+    engine = build_engine(config, topology, batch, lambda *_: None)  # type: ignore[arg-type]
     return _Meter(engine, config, topology, batch)
 
 

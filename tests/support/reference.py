@@ -9,13 +9,14 @@ the papers and from METHODS, in the plainest way there is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from support.rules import Batch, Rule
 
 from megatron.data.domain import Domain, open_domain
 from megatron.data.sampler import Sampler
@@ -148,50 +149,6 @@ def _linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return product if bias is None else product + bias
 
 
-# Mixing rules: a distribution for the next step, and what a step teaches.
-
-
-class Fixed:
-    """Distributions that are a function of the step."""
-
-    def __init__(self, by_step: Callable[[int], np.ndarray]) -> None:
-        self.by_step = by_step
-
-    def decide(self, step: int) -> np.ndarray:
-        """Return the distribution of ``step``."""
-        return self.by_step(step)
-
-    def observe(self, step: int, loss: np.ndarray, seen: np.ndarray, drawn_by: np.ndarray) -> None:
-        """Learn nothing."""
-
-
-class Odm:
-    """METHODS, ``odm``: importance-weighted reward, exponential weights."""
-
-    def __init__(self, start: np.ndarray, alpha: float = 0.9) -> None:
-        self.p = start / start.sum()
-        self.alpha = alpha
-        self.estimate = np.zeros(len(start))
-        self.last_epsilon = 1.0 / len(start)
-
-    def decide(self, step: int) -> np.ndarray:
-        """Return the distribution of ``step``."""
-        return self.p
-
-    def observe(self, step: int, loss: np.ndarray, seen: np.ndarray, drawn_by: np.ndarray) -> None:
-        """Smooth L / p into the estimate, and weigh its exponentials."""
-        k = len(self.p)
-        for i in range(k):
-            if seen[i]:
-                reward = loss[i] / drawn_by[i]
-                self.estimate[i] = self.alpha * self.estimate[i] + (1 - self.alpha) * reward
-        epsilon = min(1.0 / k, math.sqrt(math.log(k) / (k * step)))
-        scores = self.last_epsilon * self.estimate
-        exponentials = np.exp(scores - scores.max())
-        p = (1 - k * epsilon) * exponentials / exponentials.sum() + epsilon
-        self.p, self.last_epsilon = p / p.sum(), epsilon
-
-
 # The loop.
 
 
@@ -201,7 +158,7 @@ class Reference:
     Args:
         content: the configuration as the layouts get it, in GPT-NeoX's names.
         weights: initial weights by name, without padding.
-        mixture: ``decide`` and ``observe``.
+        mixture: the mixing rule.
         loss_weights: by step, the weight of each domain's tokens [K]; None = 1.
         eod: token after which the loss is masked, or None.
     """
@@ -210,7 +167,7 @@ class Reference:
         self,
         content: Mapping[str, Any],
         weights: Mapping[str, torch.Tensor],
-        mixture: Fixed | Odm,
+        mixture: Rule,
         *,
         loss_weights: Callable[[int], np.ndarray] | None = None,
         eod: int | None = None,
@@ -270,6 +227,7 @@ class Reference:
 
     def step(self, step: int) -> dict[str, Any]:
         """Train one step; return what the layouts' ledger holds of it."""
+        self.mixture.before(step, self)
         p = self.mixture.decide(step) if self.ahead is None else self.ahead
         if self.lag:
             self.ahead = self.mixture.decide(step + 1)  # before this step is observed
@@ -281,7 +239,8 @@ class Reference:
         ]
         tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
         mask = self._mask(tokens)
-        factors = np.ones(len(self.names)) if self.loss_weights is None else self.loss_weights(step)
+        batch = Batch(drawn=drawn, place=place, tokens=tokens, mask=mask)
+        factors = self._factors(step, batch)
         weight = mask * torch.from_numpy(factors[place]).float()[:, None]
         losses = self._backward(tokens, weight)
         norm = self._clip()
@@ -290,7 +249,7 @@ class Reference:
             group["lr"] = lr
         self.optimizer.step()
         loss, count = self._by_domain(losses, mask, place)
-        self.mixture.observe(step, loss, count > 0, p)
+        self.mixture.observe(step, loss, count > 0, p, batch, losses)
         return {
             "step": step,
             "samples": drawn,
@@ -300,6 +259,13 @@ class Reference:
             "grad_norm": norm,
             "lr": lr,
         }
+
+    def _factors(self, step: int, batch: Batch) -> np.ndarray:
+        """Return the weight of each domain's tokens in the loss, [K]."""
+        if self.loss_weights is not None:
+            return self.loss_weights(step)
+        factors = self.mixture.factors(step, self, batch)
+        return np.ones(len(self.names)) if factors is None else factors
 
     def validation(self, samples: int) -> np.ndarray:
         """Return every domain's mean loss over its first ``samples`` validation windows."""
@@ -353,16 +319,3 @@ class Reference:
             if count[k]:
                 mean[k] = float((losses[own].double() * mask[own]).sum()) / count[k]
         return mean, count
-
-
-def piecewise_linear(
-    places: Sequence[int], distributions: Sequence[Sequence[float]]
-) -> Callable[[int], np.ndarray]:
-    """Return the function that is ``distributions[i]`` at step ``places[i]``, linear between."""
-    table = np.array([np.array(row) / np.sum(row) for row in distributions])
-
-    def at(step: int) -> np.ndarray:
-        columns = [np.interp(step, places, table[:, k]) for k in range(table.shape[1])]
-        return np.array(columns)
-
-    return at

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from support import runs
-from support.reference import Fixed, Odm, Reference, piecewise_linear
+from support.reference import Reference
+from support.rules import Fixed, Odm, Rule, piecewise_linear
 
 from megatron.config import Config, load_config
 from megatron.model.gpt import GPT
@@ -122,7 +123,7 @@ class Scenario:
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     mixing: Mapping[str, Any] = field(default_factory=dict)
-    mixture: Callable[[], Fixed | Odm]
+    mixture: Callable[[], Rule]
     weighted: bool = False
     masked: bool = False
     replays: str | None = None

@@ -35,6 +35,7 @@ class Harness:
             engine=parts.engine,
             planner=parts.planner,
             reader=parts.reader,
+            foresight=parts.foresight,
             ledger=parts.ledger,
             guard=parts.guard,
             recorder=self,
@@ -68,11 +69,11 @@ class Harness:
         try:
             return self.loop().run(start=0, last=last)
         finally:
-            self.parts.loader.close()
+            self.parts.close()
 
     def close(self) -> None:
         """Let go of files, hooks and memory, so that this process can build another."""
-        self.parts.loader.close()
+        self.parts.close()
         self.domains.close()
         self.parts.engine._engine.destroy()
 

@@ -1,0 +1,92 @@
+"""The engine of a run: a whole model on every rank, or a stage of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from megatron.config import Config, deepspeed_config
+from megatron.engine.engine import TrainEngine
+from megatron.engine.optimizer import build_optimizer
+from megatron.engine.sequential import SequentialEngine
+from megatron.model.domain_loss import DomainLoss
+from megatron.model.gpt import GPT, layers, param_groups
+from megatron.model.layer_run import recomputed_blocks
+from megatron.parallel.rng import DropoutRng
+from megatron.parallel.topology import Topology
+from megatron.signals.validation import LossObserver
+from megatron.training.layout import layer_bounds
+
+
+class Batch(NamedTuple):
+    """Batch sizes of a run on its layout, as ``resolve_batch`` gives them."""
+
+    micro: int
+    accumulation: int
+    total: int
+
+
+def build_engine(
+    config: Config,
+    topology: Topology,
+    batch: Batch,
+    observer: LossObserver,
+) -> TrainEngine:
+    """Build the model and hand it to DeepSpeed; collective.
+
+    Args:
+        config: with ``model.vocab_size`` filled in.
+        topology: this rank's place.
+        batch: sizes.
+        observer: told of every sample's loss.
+    """
+    settings: dict[str, Any] = deepspeed_config(
+        config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
+    )
+    assert config.model.vocab_size is not None
+    loss_fn = DomainLoss(topology=topology, vocab_size=config.model.vocab_size, observe=observer)
+    dropout = DropoutRng(seed=config.training.seed, topology=topology)
+
+    def before_micro_batch(step: int, micro: int) -> None:
+        dropout.begin(step=step, micro_batch=micro)
+
+    if topology.pipe_size == 1:
+        model = GPT(
+            config.model, topology, seed=config.training.seed, loss_fn=loss_fn, dropout=dropout
+        )
+        return SequentialEngine(
+            model=model,
+            topology=topology,
+            optimizer=_optimizer(config, model),
+            config=settings,
+            before_micro_batch=before_micro_batch,
+        )
+    # DeepSpeed chooses its device when it is imported, which start_runtime has prepared.
+    from megatron.engine.pipeline import PipelineEngine, Stage
+
+    stage = Stage(
+        layers(config.model, topology, seed=config.training.seed, dropout=dropout),
+        topology=topology,
+        bounds=layer_bounds(config),
+        loss_fn=loss_fn,
+        dropout=dropout,
+        recomputed=recomputed_blocks(config.model),
+    )
+    return PipelineEngine(
+        stage=stage,
+        optimizer=_optimizer(config, stage),
+        config=settings,
+        before_micro_batch=before_micro_batch,
+    )
+
+
+def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(
+        param_groups(model, config.optimizer.weight_decay),
+        kind=config.optimizer.type,
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
