@@ -60,7 +60,7 @@ def loaded_state(rank: int, world: int, file: Path) -> dict[str, Any]:
     source = find_source(config, runtime, CheckpointStore(config.checkpoint.save_dir), print)
     assert source is not None
     parts = build(config, runtime, checked.domains, checked.mixer)
-    step = restore(config, runtime, parts, source, print)
+    step = restore(checked, runtime, parts, source, print)
     engine: Any = parts.engine._engine
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
