@@ -122,7 +122,8 @@ def relative(one: Any, other: Any) -> float:
     there = ~np.isnan(first)
     if not there.any():
         return 0.0
-    return float((np.abs(first - second) / np.abs(second))[there].max())
+    scale = np.where(second == 0, 1.0, np.abs(second))
+    return float((np.abs(first - second) / scale)[there].max())
 
 
 COMPARED = ("domain_loss", "grad_norm", "weights")
@@ -154,6 +155,9 @@ def assert_equal(
         assert own["tokens"] == other["tokens"], f"step {step} counts other tokens"
         assert relative(own["lr"], other["lr"]) < 1e-12, f"step {step} has another learning rate"
         assert not own["skipped"]
+        if own["loss_weights"] is not None:
+            difference = relative(own["loss_weights"], other["loss_weights"])
+            assert difference <= bound(step), f"step {step}: loss weights differ by {difference}"
         for name in compared:
             difference = relative(own[name], other[name])
             assert difference <= bound(step), (

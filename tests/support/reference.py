@@ -193,7 +193,7 @@ class Reference:
         self.lag = content["mixing"].get("lag", 0)
         self.ahead: np.ndarray | None = None
         self.names = list(content["domains"])
-        self.domains = self._open("train")
+        self.domains = open_parts(content, "train")
         self.sampler = Sampler(
             self.names,
             self.domains,
@@ -201,19 +201,6 @@ class Reference:
             global_batch=content["train_batch_size"],
             draw=content["mixing"]["draw"],
         )
-
-    def _open(self, part: str) -> list[Domain]:
-        return [
-            open_domain(
-                name,
-                [entry["train"]],
-                seq_length=self.content["seq_length"],
-                seed=self.content["seed"],
-                split=(self.content["split"], part),
-                epoch_offset=part == "train",
-            )
-            for name, entry in self.content["domains"].items()
-        ]
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to min_lr, at the rates that GPT-NeoX gives."""
@@ -254,6 +241,7 @@ class Reference:
             "step": step,
             "samples": drawn,
             "weights": p.tolist(),
+            "loss_weights": (factors / factors.sum()).tolist(),
             "domain_loss": loss.tolist(),
             "tokens": count.tolist(),
             "grad_norm": norm,
@@ -270,7 +258,7 @@ class Reference:
     def validation(self, samples: int) -> np.ndarray:
         """Return every domain's mean loss over its first ``samples`` validation windows."""
         result = []
-        for domain in self._open("valid"):
+        for domain in open_parts(self.content, "valid"):
             wanted = ValidationSet(domain, samples, seed=self.content["seed"]).windows
             places = [domain.window_at(0, int(window)) for window in wanted]
             length = self.content["seq_length"] + 1
@@ -319,3 +307,18 @@ class Reference:
             if count[k]:
                 mean[k] = float((losses[own].double() * mask[own]).sum()) / count[k]
         return mean, count
+
+
+def open_parts(content: Mapping[str, Any], part: str) -> list[Domain]:
+    """Open every domain of a configuration's mapping on a part of its split."""
+    return [
+        open_domain(
+            name,
+            [entry["train"]],
+            seq_length=content["seq_length"],
+            seed=content["seed"],
+            split=(content["split"], part),
+            epoch_offset=part == "train" and content.get("epoch_offset", True),
+        )
+        for name, entry in content["domains"].items()
+    ]

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from support import runs
-from support.reference import Reference
-from support.rules import Fixed, Odm, Rule, piecewise_linear
+from support.reference import Reference, open_parts
+from support.rules import Doge, Doremi, Fixed, NaiveValidation, Odm, Rule, piecewise_linear
+from support.store import write_store
 
 from megatron.config import Config, load_config
 from megatron.model.gpt import GPT
@@ -195,6 +196,46 @@ SCENARIOS = {
             weighted=True,
             replays="odm",
         ),
+        # One method of each further kind of signal: held-out losses, a reference, gradients.
+        Scenario(
+            name="held-out",
+            changes=SEQUENTIAL,
+            mixing={
+                "method": "naive_validation",
+                "draw": "multinomial",
+                "weights": GIVEN,
+                "update_every": 2,
+                "validation_samples": 5,
+            },
+            mixture=lambda: NaiveValidation(_given(), every=2, samples=5),
+            masked=True,
+        ),
+        Scenario(
+            name="excess",
+            changes={**NEOX, "epoch_offset": False},
+            mixing={
+                "method": "doremi",
+                "draw": "apportion",
+                "weights": GIVEN,
+                "reference_losses": "store",
+                "eta": 0.5,
+                "smoothing": 1e-3,
+            },
+            mixture=lambda: Doremi(_given(), eta=0.5, smoothing=1e-3, vocabulary=VOCABULARY),
+            masked=True,
+        ),
+        Scenario(
+            name="gradients",
+            changes=LLAMA,
+            mixing={
+                "method": "doge",
+                "draw": "apportion",
+                "weights": GIVEN,
+                "target": "all",
+                "mu": 0.02,
+            },
+            mixture=lambda: Doge(_given(), mu=0.02, clip=5.0, bound=0.7),
+        ),
     )
 }
 
@@ -237,6 +278,8 @@ class Case:
             rows = [np.array(record["weights"]) for record in replayed.records(REPLAYED)[:REPLAYED]]
             mixture = Fixed(lambda step: rows[min(step, REPLAYED) - 1])
             _write_ledger(Path(mixing["replay"]), rows)
+        if "reference_losses" in mixing:
+            mixing["reference_losses"] = str(folder / "store")
         self.content = {**self._content(mixing), **changes}
         self._mixture = mixture
         self._records: list[dict[str, Any]] = []
@@ -274,6 +317,7 @@ class Case:
 
     def file(self, shape: Shape, **changes: Any) -> Path:
         """Write the configuration of one layout."""
+        self.make_store()
         text = json.dumps({str(shape): changes}, sort_keys=True, default=str)
         tag = hashlib.sha256(text.encode()).hexdigest()[:8]
         path = self.folder / f"{self.scenario.name}-{shape}-{tag}.yml"
@@ -320,6 +364,13 @@ class Case:
             loss_weights=weighed,
             eod=runs.EOD if self.scenario.masked else None,
         )
+
+    def make_store(self) -> None:
+        """Write the losses that the scenario compares with, where it does."""
+        folder = self.content["mixing"].get("reference_losses")
+        if folder is not None and not Path(folder).exists():
+            domains = open_parts(self.content, "train")
+            write_store(Path(folder), domains, split=self.content["split"], vocab_size=VOCABULARY)
 
     def records(self, steps: int) -> list[dict[str, Any]]:
         """Return the reference's ledger of at least so many steps."""

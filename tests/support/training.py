@@ -55,6 +55,7 @@ class Harness:
                 "tokens": totals.token_count.tolist(),
                 "grad_norm": float(outcome.grad_norm) if outcome.grad_norm is not None else None,
                 "weights": planned.plan.weights.tolist(),
+                "loss_weights": _scaled(planned.decision.loss_weights),
                 "samples": planned.plan.sample_ids(self.domains.names),
                 "lr": lr,
                 "skipped": skipped,
@@ -83,3 +84,8 @@ class Harness:
         # Under ZeRO-3 a rank holds only its part of them between steps.
         with deepspeed.zero.GatheredParameters(list(named.values())):
             return {name: value.detach().float().numpy().copy() for name, value in named.items()}
+
+
+def _scaled(weights: np.ndarray | None) -> list[float] | None:
+    """Scale weights in a loss to sum 1: only their ratios count."""
+    return None if weights is None else (weights / weights.sum()).tolist()
