@@ -179,10 +179,9 @@ class GradientAlignment:
         self, batch: _Batch, vectors: Vectors, into: torch.Tensor, slot: int
     ) -> tuple[float, float]:
         """Write a slot's gradient; return the factor that clips it, and its clipped norm."""
-        domains = np.flatnonzero(self._slots == slot)
-        shares = np.zeros(len(self._slots))
-        shares[domains] = 1.0 / max(batch.tokens[domains].sum(), 1.0)
-        self._accumulate(vectors, into, batch.of(domains.tolist()), shares)
+        own = self._slots == slot
+        shares = own / max(batch.tokens[own].sum(), 1.0)
+        self._accumulate(vectors, into, batch.of([slot]), shares)
         norm = math.sqrt(vectors.dot(into, into))
         clip = self._clip(norm)
         return clip, clip * norm
