@@ -155,7 +155,7 @@ def log_share(edit: Edit, value: Any, place: str) -> Any:
 
 
 def share_of_all(edit: Edit, value: Any, place: str) -> Any:
-    """Follow with a matrix of sum 1: a newcomer has the mean of the others; None if none is left."""
+    """Follow with a matrix of sum 1, or None if nothing is left; a newcomer has the mean in it."""
     rows: dict[str, dict[str, float]] | None = mean(edit, value, place)
     total = math.fsum(part for row in (rows or {}).values() for part in row.values())
     if rows is None or total <= 0:

@@ -52,11 +52,14 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
 
     Args:
         path: the ledger, or the folder that holds it.
-        domains: names of the domains, in the order of the result.
+        domains: names of the domains, in the order of the result.  The lines of a run whose
+            domains were edited name different ones; a domain that a line does not name
+            had probability 0.
 
     Raises:
         DataError: the file is missing, empty or damaged, its steps do not rise, or its
-            domains are not ``domains``; the message names file and line.
+            domains, those of all lines together, are not ``domains``; the message names
+            file and line.
     """
     file = Path(path)
     file = file / LEDGER_NAME if file.is_dir() or not file.suffix else file
@@ -64,6 +67,7 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
     loss_weight: dict[int, FloatArray] = {}
     fresh_quota: dict[int, int] = {}
     probe: dict[int, int] = {}
+    never = set(domains)
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -76,8 +80,11 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
                     raise DataError(f"{where}: step {step} after step {steps[-1]}; steps must rise")
                 steps.append(step)
                 rows.extend(_distribution(where, record["probability"], domains))
+                never -= record["probability"].keys()
                 if record.get("loss_weight") is not None:
-                    weights = _by_domain(where, "loss_weight", record["loss_weight"], domains)
+                    weights = _by_domain(
+                        where, "loss_weight", record["loss_weight"], domains, missing=1.0
+                    )
                     loss_weight[step] = np.array(weights, dtype=np.float64)
                 for key, target in (("fresh_quota", fresh_quota), ("probe", probe)):
                     if record.get(key) is not None:
@@ -89,6 +96,11 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
         ) from error
     if not steps:
         raise DataError(f"replay: {file} holds no complete record; give the ledger of a run")
+    if never:
+        raise DataError(
+            f"replay: no line of {file} names {', '.join(map(repr, sorted(never)))}, and this run "
+            f"mixes it; replay needs the domains of the ledger and no other"
+        )
     return Ledger(
         steps=np.array(steps, dtype=np.int64),
         probability=np.array(rows, dtype=np.float64).reshape(len(steps), len(domains)),
@@ -118,24 +130,26 @@ def _whole(name: str, value: object) -> int:
     return value
 
 
-def _by_domain(where: str, name: str, values: object, domains: Sequence[str]) -> list[float]:
+def _by_domain(
+    where: str, name: str, values: object, domains: Sequence[str], *, missing: float
+) -> list[float]:
     if not isinstance(values, Mapping):
         raise DataError(f"{where}: {name} is {values!r}; it must be an object keyed by domain")
-    if values.keys() != set(domains):
-        differing = sorted(values.keys() ^ set(domains))[0]
+    strangers = sorted(values.keys() - set(domains))
+    if strangers:
         raise DataError(
             f"{where}: {name} is of the domains {sorted(values)} and this run mixes "
-            f"{sorted(domains)}: '{differing}' is not in both"
-            f"{did_you_mean(differing, values.keys() & set(domains))}; replay needs the same names"
+            f"{sorted(domains)}: '{strangers[0]}' is not in both"
+            f"{did_you_mean(strangers[0], domains)}; replay needs all domains that the ledger names"
         )
-    row = [values[domain] for domain in domains]
+    row = [values.get(domain, missing) for domain in domains]
     if not all(isinstance(v, int | float) and np.isfinite(v) and v >= 0 for v in row):
         raise DataError(f"{where}: {name} {row!r} must be finite numbers of at least 0")
     return row
 
 
 def _distribution(where: str, values: object, domains: Sequence[str]) -> list[float]:
-    row = _by_domain(where, "probability", values, domains)
+    row = _by_domain(where, "probability", values, domains, missing=0.0)
     p = np.array(row, dtype=np.float64)
     if is_distribution(p):
         return row  # as recorded, to the bit

@@ -81,3 +81,37 @@ def test_bounds_and_warm_up_go_with_it(method, tmp_path):
     np.testing.assert_allclose(mixer.decide(2).sampling_weights, [0.5, 0.25, 0.25])
     for step in range(3, 20):
         assert (mixer.decide(step).sampling_weights >= 0.25 - 1e-12).all()
+
+
+EDITED = (
+    {"step": 1, "probability": {"a": 0.5, "b": 0.5}, "loss_weight": {"a": 0.25, "b": 1.75}},
+    {"step": 2, "probability": {"b": 0.75, "c": 0.25}, "loss_weight": {"b": 1.5, "c": 0.5}},
+    {"step": 3, "probability": {"a": 0.125, "c": 0.875}},
+)
+
+
+def write_edited(path):
+    text = "".join(json.dumps(line) + "\n" for line in EDITED)
+    (path / "mixture.jsonl").write_text(text)
+
+
+def test_a_ledger_over_an_edit_is_replayed_over_all_its_domains(tmp_path):
+    write_edited(tmp_path)
+    mixer = build_mixer("replay", domains=["c", "a", "b"], ledger=str(tmp_path))
+    rows = ([0, 0.5, 0.5], [0.25, 0, 0.75], [0.875, 0.125, 0])
+    for step, row in enumerate(rows, start=1):
+        assert mixer.decide(step).sampling_weights.tolist() == row
+    assert mixer.decide(1).loss_weights.tolist() == [1.0, 0.25, 1.75]
+    assert mixer.decide(2).loss_weights.tolist() == [0.5, 1.0, 1.5]
+    average = build_mixer("average_of_ledger", domains=["c", "a", "b"], ledger=str(tmp_path))
+    mean = np.mean(rows, axis=0)
+    np.testing.assert_allclose(average.decide(9).sampling_weights, mean, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("domains", "named"), [(["a", "b"], "'c' is not in both"), ([*NAMES, "d"], "names 'd', and")]
+)
+def test_the_domains_of_a_replay_are_those_of_the_ledger(tmp_path, domains, named):
+    write_edited(tmp_path)
+    with pytest.raises(DataError, match=named):
+        build_mixer("replay", domains=domains, ledger=str(tmp_path))
