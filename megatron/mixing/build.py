@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,12 @@ from megatron.mixing.ado import Ado, AdoOptions
 from megatron.mixing.aioli import Aioli, AioliOptions
 from megatron.mixing.average_of_ledger import AverageOfLedger
 from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.controller import Controller
 from megatron.mixing.doge import Doge, DogeOptions
 from megatron.mixing.doremi import Doremi, DoremiOptions
 from megatron.mixing.dynamic_loading import DynamicLoading, DynamicLoadingOptions
 from megatron.mixing.ema import Ema, EmaOptions
+from megatron.mixing.epochs import with_epochs
 from megatron.mixing.exp3 import Exp3, Exp3Options
 from megatron.mixing.naive_validation import NaiveValidation, NaiveValidationOptions
 from megatron.mixing.observation import FloatArray
@@ -29,6 +31,7 @@ from megatron.mixing.smoothed_mean import SmoothedMean, SmoothedMeanOptions
 from megatron.mixing.smoothed_mean_exp import SmoothedMeanExp, SmoothedMeanExpOptions
 from megatron.mixing.static import Static, StaticOptions
 from megatron.mixing.validation_gap import ValidationGap, ValidationGapOptions
+from megatron.mixing.velocitune import Velocitune, VelocituneOptions
 from megatron.mixing.weights import uniform_weights
 from megatron.registry import MixingMethod, mixing_methods
 
@@ -61,6 +64,7 @@ for _mixer, _options in (
     (Doge, DogeOptions),
     (SkillIt, SkillItOptions),
     (DynamicLoading, DynamicLoadingOptions),
+    (Velocitune, VelocituneOptions),
     (Aioli, AioliOptions),
     (Replay, ReplayOptions),
     (AverageOfLedger, ReplayOptions),
@@ -80,7 +84,7 @@ def build_mixer(
     weights: npt.ArrayLike | Mapping[str, float] | None = None,
     context: RunContext | None = None,
     **options: Any,
-) -> Mixer:
+) -> Controller:
     """Build the mixer of one run.
 
     Args:
@@ -97,15 +101,14 @@ def build_mixer(
     """
     entry = mixing_methods[method]
     names = _domain_names(domains)
-    return cast(
-        Mixer,
-        entry.build(
-            domains=names,
-            weights=_given_weights(weights, names),
-            options=read_options(entry.options, method, options),
-            context=context or RunContext(),
-        ),
+    read, context = read_options(entry.options, method, options), context or RunContext()
+    controller: Controller = entry.build(
+        domains=names,
+        weights=_given_weights(weights, names),
+        options=read,
+        context=context,
     )
+    return with_epochs(controller, read, context)
 
 
 def _domain_names(domains: Sequence[str]) -> tuple[str, ...]:

@@ -88,6 +88,15 @@ class CommonOptions:
             "a run that goes on without it hands control over"
         },
     )
+    max_epochs: float | dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "greatest number of passes over a domain's data in the whole run: one number "
+            "for all, or a mapping by name (others without limit). The weights keep to what the "
+            "rest of the run can hold, whatever decides them; a floor above that gives way",
+            "unit": "epochs",
+        },
+    )
     objective: ObjectiveOptions = field(
         default=ObjectiveOptions(),
         metadata={

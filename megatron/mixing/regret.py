@@ -90,6 +90,10 @@ def methods(
             "dynamic_loading",
             {"update_every": every, "targets": best.losses.tolist()},
         ),
+        "velocitune (best's losses)": (
+            "velocitune",
+            {"update_every": every, "targets": best.losses.tolist()},
+        ),
         "skillit (identity)": ("skillit", {"update_every": every}),
         "skillit (true graph)": (
             "skillit",

@@ -16,7 +16,7 @@ from data_sampling_utils import Mixer, Observation, RunContext, available_method
 
 ALONE = [method for method in available_methods() if method != "aioli"]
 """The methods that take a single domain."""
-HELD_OUT = {"aioli", "dynamic_loading", "naive_validation", "skillit"}
+HELD_OUT = {"aioli", "dynamic_loading", "naive_validation", "skillit", "velocitune"}
 """The methods whose estimates move with held-out losses alone."""
 LEDGERS = {"replay", "average_of_ledger"}
 
@@ -28,7 +28,7 @@ def build_any(method: str, *, domains: list[str], **arguments: Any) -> Mixer:
             reject()
         every = arguments.pop("update_every", 1) + len(domains)
         arguments |= {"lp_rounds": 1, "lp_steps": 1, "update_every": every}
-    elif method == "dynamic_loading":
+    elif method in ("dynamic_loading", "velocitune"):
         arguments.setdefault("targets", [1.0] * len(domains))
     elif method == "doremi":
         arguments.setdefault("reference", "runs/reference")

@@ -77,7 +77,7 @@ def steps_that_change(mixing):
     """Drive a ready file's mixer through the quickstart's steps; return where it changed p."""
     names = [f"d{i}" for i in range(QUICKSTART_DOMAINS)]
     options = {name: value for name, value in mixing.items() if name not in SHARED}
-    if mixing["method"] == "dynamic_loading":
+    if mixing["method"] in ("dynamic_loading", "velocitune"):
         del options["targets_from"]
         options["targets"] = [1.0] * len(names)
     context = RunContext(vocab_size=100)

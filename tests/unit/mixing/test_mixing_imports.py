@@ -22,6 +22,7 @@ ledger.write_text(json.dumps({"step": 1, "probability": {"code": 0.5, "prose": 0
 needed = {
     "ado": {"first_fit": 2},
     "dynamic_loading": {"targets": [1.0, 2.0]},
+    "velocitune": {"targets": [1.0, 2.0]},
     "doremi": {"reference": "runs/reference", "context": RunContext(vocab_size=100)},
     "replay": {"ledger": str(ledger)},
     "average_of_ledger": {"ledger": str(ledger)},

@@ -23,6 +23,7 @@ COMMON = {
     "min_tokens",
     "shadow",
     "objective",
+    "max_epochs",
 }
 
 
