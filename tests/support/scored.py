@@ -14,7 +14,6 @@ from megatron.config import load_config
 from megatron.data.plan import Plan
 from megatron.engine.runtime import start_runtime
 from megatron.launch.stop import StopFlag
-from megatron.training.reference import reference_source
 from megatron.training.reference_options import open_for_scoring
 from megatron.training.scoring import ScoreRequest, score
 
@@ -75,17 +74,9 @@ def references(rank: int, world: int, files: dict[str, Path], steps: int) -> dic
     found = {}
     for name, file in files.items():
         harness = Harness(file)
-        config, parts = harness.config, harness.parts
-        topology, loader = parts.topology, parts.loader
-        source = reference_source(
-            config,
-            harness.runtime,
-            topology,
-            harness.domains,
-            micro=loader.micro_batch,
-            accumulation=loader.accumulation,
-            say=lambda text: None,
-        )
+        parts = harness.parts
+        topology, source = parts.topology, parts.reference
+        assert source is not None
         rows: dict[int, list[float]] = {}
         total = 0
         for step in range(1, steps + 1):
@@ -94,7 +85,7 @@ def references(rank: int, world: int, files: dict[str, Path], steps: int) -> dic
             slots = _slots(planned.plan, parts)
             # Asked for twice, as a step is that is measured before it trains.
             for _ in range(2):
-                batches = list(source.attach(planned.plan, parts.reader.read(planned)))
+                batches = list(parts.reader.read(planned))
             for micro, batch in enumerate(batches):
                 if not topology.is_last_stage:
                     continue
@@ -103,7 +94,6 @@ def references(rank: int, world: int, files: dict[str, Path], steps: int) -> dic
                 for slot, row in zip(slots[micro].tolist(), losses.tolist(), strict=True):
                     rows[total + slot] = row
             total += planned.plan.domain.size
-        source.close()
         harness.close()
         found[name] = {"rows": rows, "tokens": source.tokens, "identity": source.identity}
     return found
@@ -121,3 +111,21 @@ def gathered(results: list[dict[str, Any]], name: str) -> np.ndarray:
         for slot, row in result[name]["rows"].items():
             assert rows.setdefault(slot, row) == row, "tensor ranks disagree"
     return np.array([rows[slot] for slot in sorted(rows)], dtype=np.float32)
+
+
+def proxies(rank: int, world: int, files: dict[str, Path], steps: int) -> dict[str, Any]:
+    """Train every run for some steps; return what its mixer made of them."""
+    found = {}
+    for name, file in files.items():
+        harness = Harness(file)
+        harness.run(steps)
+        result = harness.parts.planner.result()
+        assert result is not None
+        found[name] = {
+            "mean": result.tolist(),
+            "weights": list(harness.parts.planner.describe()["domain_weights"].values()),
+            "ledger": harness.ledger,
+            "state": harness.parts.planner.state_dict(),
+        }
+        harness.close()
+    return found
