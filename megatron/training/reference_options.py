@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megatron.config import Config, resolve_batch
 from megatron.data.loss_header import HEADER_NAME
 from megatron.data.loss_store import LossStore
-from megatron.errors import CheckpointError, ConfigError, NeomixError
+from megatron.errors import ConfigError, NeomixError
 from megatron.training.domains import OpenDomains, open_domains
 from megatron.training.layout import run_layout
 from megatron.training.reference_checkpoint import check_reference, find_reference
@@ -52,13 +52,13 @@ def reference_paths(config: Config) -> ReferencePaths:
         raise ConfigError(
             f"mixing method '{config.mixing.method}' compares losses with a reference model's: "
             f"give mixing.reference (a trained run's folder) or mixing.reference_losses (a store "
-            f"of its losses), not both; {given}. A store is made with: {how_to_score()}"
+            f"of its losses), not both; {given}. A store is made with: {how_to_score(config)}"
         )
     return ReferencePaths(model=model, losses=losses)
 
 
-def how_to_score(store: str | Path | None = None, epochs: int | None = None) -> str:
-    """Return the command that makes a loss store, or adds to it."""
+def how_to_score(config: Config, store: str | Path | None = None, epochs: int | None = None) -> str:
+    """Return the command that makes a loss store for a run, or adds to it."""
     folder, model = store or "STORE", "REFERENCE_RUN"
     if store is not None:
         try:
@@ -67,7 +67,8 @@ def how_to_score(store: str | Path | None = None, epochs: int | None = None) -> 
             model = str(header["model"]["checkpoint"])
         except (OSError, ValueError, KeyError, TypeError):
             model = "runs/quickstart" if "quickstart" in str(store) else model
-    configs = "-d configs local/quickstart" if "quickstart" in model else "YOUR_CONFIGS"
+    ready = f"-d configs local/quickstart mixing/{config.mixing.method}"
+    configs = ready if "quickstart" in model else "YOUR_CONFIGS"
     command = f"python tools/score_data.py {configs} --checkpoint {model} --out {folder}"
     return f"{command} --epochs {epochs}" if epochs is not None else command
 
@@ -89,7 +90,7 @@ def open_store(config: Config, domains: OpenDomains, folder: str | Path) -> Loss
         domains.train,
         splits=splits_of(config, domains),
         vocab_size=config.model.vocab_size,
-        remedy=lambda epochs: how_to_score(folder, epochs),
+        remedy=lambda epochs: how_to_score(config, folder, epochs),
     )
 
 
@@ -157,12 +158,14 @@ def check_reference_source(
         store.check_forecast(least_samples(config, domains, weights, world_size=world_size))
         return
     assert paths.model is not None
-    if Path(paths.model).absolute() == Path(config.checkpoint.run_dir).absolute():
-        raise CheckpointError(
-            f"mixing.reference: {paths.model} is this run's own folder; give the run_dir of an "
-            "earlier one, or another run_dir to this run"
+    reference = find_reference(paths.model, verified=False, say=say)
+    if reference.path.resolve().parent == Path(config.checkpoint.save_dir).resolve():
+        raise ConfigError(
+            f"mixing.reference: {paths.model} is the run's own folder, which would go on from the "
+            "reference's checkpoint; give this run another: --set run_dir=runs/"
+            f"{config.mixing.method}"
         )
-    check_reference(find_reference(paths.model, verified=False, say=say), config)
+    check_reference(reference, config)
 
 
 def least_samples(
