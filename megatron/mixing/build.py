@@ -14,6 +14,7 @@ from megatron.mixing.aioli import Aioli, AioliOptions
 from megatron.mixing.average_of_ledger import AverageOfLedger
 from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.controller import Controller
+from megatron.mixing.controls import build_controlled
 from megatron.mixing.doge import Doge, DogeOptions
 from megatron.mixing.doremi import Doremi, DoremiOptions
 from megatron.mixing.dynamic_loading import DynamicLoading, DynamicLoadingOptions
@@ -85,7 +86,7 @@ def build_mixer(
     context: RunContext | None = None,
     **options: Any,
 ) -> Controller:
-    """Build the mixer of one run.
+    """Build the mixer of one run, with the controls around it that its options ask for.
 
     Args:
         method: one of :func:`available_methods`.
@@ -93,8 +94,8 @@ def build_mixer(
         weights: the given weights, in the order of the domains or by name: at least 0,
             not all 0, of any sum; None = uniform.
         context: what is known of the run; a schedule in tokens or fractions needs it.
-        **options: the method's own options (``floor``, ``ceiling``, ``warmup_steps``,
-            ``update_every`` and ``pool`` for every method).
+        **options: the method's own options, and those of every method
+            (:class:`~megatron.mixing.options.CommonOptions`).
 
     Raises:
         ConfigError: an unknown method or option, or a value that is wrong.
@@ -102,7 +103,9 @@ def build_mixer(
     entry = mixing_methods[method]
     names = _domain_names(domains)
     read, context = read_options(entry.options, method, options), context or RunContext()
-    controller: Controller = entry.build(
+    controller = build_controlled(
+        entry.build,
+        method=method,
         domains=names,
         weights=_given_weights(weights, names),
         options=read,

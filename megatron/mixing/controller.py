@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.mixing.decision import Decision
+from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.reported import Reported
 
@@ -41,6 +42,11 @@ class Controller(Protocol):
         """Which domains are one to the method, [K]: equal numbers (from 0) go together."""
         ...
 
+    @property
+    def gradient_aim(self) -> GradientAim | None:
+        """What the gradients of the domains are compared with; None if they are not read."""
+        ...
+
     def decide(self, step: int) -> Decision:
         """Return the decision for a step; pure."""
         ...
@@ -67,6 +73,10 @@ class Controller(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state."""
+        ...
+
+    def migrate(self, state: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
+        """Return a state of other domains as one that can be taken up; changes nothing."""
         ...
 
     def describe(self) -> dict[str, Any]:

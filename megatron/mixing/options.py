@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron.errors import ConfigError
+from megatron.mixing.grouping import GroupsOptions
+from megatron.mixing.guardrail_options import GuardrailOptions
 from megatron.mixing.objective import ObjectiveOptions
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.reading import by_domain, describe_type, fits, read_dataclass, require
@@ -102,6 +104,22 @@ class CommonOptions:
         metadata={
             "help": "which losses count and how much, for methods that have a notion of it: "
             "uniform, worst, weights by name, or a block"
+        },
+    )
+    groups: GroupsOptions | None = field(
+        default=None,
+        metadata={
+            "help": "let the method act on groups of domains, inside which shares are fixed ({} = "
+            "groups by name, shares as given); then floor, ceiling and objective may name groups "
+            "and domains, one number for all is for groups, and the method's own options name "
+            "groups"
+        },
+    )
+    guardrail: GuardrailOptions | None = field(
+        default=None,
+        metadata={
+            "help": "let a fixed mixture draw when the objective's held-out loss shows that the "
+            "method makes the run worse ({} = with the defaults)"
         },
     )
 
