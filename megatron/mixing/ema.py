@@ -51,7 +51,8 @@ class Ema(Mixer):
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         self._normalisation = options.normalisation
-        self._mean: FloatArray = weights.copy()
+        self._start: FloatArray = weights.copy()
+        self._mean = self._start
 
     def _update(self, step: int, window: Window) -> FloatArray | None:
         share = 2.0 / (1.0 + step)
@@ -82,6 +83,10 @@ class Ema(Mixer):
                 f"the state of mixing method 'ema' is damaged: mean {mean.tolist()}"
             )
         self._mean = mean
+
+    def _reweighted(self, before: FloatArray) -> None:
+        if not self._shifted:  # it holds the given weights still
+            self._mean = self._start
 
     def _estimates(self) -> dict[str, Any]:
         return {"mean_loss": self._by_name(self._mean)}
