@@ -233,13 +233,14 @@ class Aioli(Mixer):
         self._drop[probe] += np.where(np.isnan(drop), 0.0, drop)
 
     def _learn(self) -> None:
+        counted = self._objective.counted
+        solved = np.ones(len(counted), dtype=np.bool_) if self._diagonal else counted
         found = influence(
             self._exposed / self._plan.sweeps,
-            self._drop / self._plan.sweeps,
+            self._drop[:, solved] / self._plan.sweeps,
             diagonal=self._diagonal,
         )
-        counted = self._objective.counted
-        normalised = None if found is None else normalised_influence(found[counted])
+        normalised = None if found is None else normalised_influence(found[counted[solved]])
         if normalised is None:
             return
         matrix = np.zeros(self._drop.T.shape)

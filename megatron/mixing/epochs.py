@@ -89,11 +89,6 @@ class Epochs:
         """See :class:`~megatron.mixing.controller.Controller`."""
         return self._inner.gradient_aim
 
-    @property
-    def gradient_aim(self) -> GradientAim | None:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.gradient_aim
-
     def decide(self, step: int) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
         return self._within(self._inner.decide(step))

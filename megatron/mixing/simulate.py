@@ -210,7 +210,8 @@ def simulate(
         decision = mixer.decide(step)
         if decision.validate:
             validations += 1
-            mixer.observe(Observation(step - 1, valid_loss=world.losses()))
+            targets = world.target_losses() if world.targets else None
+            mixer.observe(Observation(step - 1, valid_loss=world.losses(), target_loss=targets))
             decision = mixer.decide(step)
         weights = decision.sampling_weights
         counts = draw(step, weights, decision.fresh_quota)

@@ -100,7 +100,9 @@ class SkillIt(HeldOutMixer):
         )
 
     def _rule(self, losses: FloatArray, factors: FloatArray) -> FloatArray:
-        return softmax(saturate(self._eta * (self._graph @ saturate(losses * factors))))
+        counted = self._objective.counted  # so that what does not count moves no rounding
+        weighed = saturate(losses * factors)[counted]
+        return softmax(saturate(self._eta * (self._graph[:, counted] @ weighed)))
 
     def _learn(self, step: int, valid_loss: FloatArray) -> FloatArray | None:
         if np.isnan(valid_loss).all():

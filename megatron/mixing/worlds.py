@@ -24,17 +24,23 @@ class Optimum:
 
     Attributes:
         weights: the mixture, [K].
-        losses: the losses that it ends with, nats per token, [K].
+        losses: the losses that it ends with, nats per token, [K] (of a world with targets:
+            theirs at the end, [K + M]).
         gap: how much lower the mean loss could be at most (a duality gap; 0 = exact).
+        objective: how much each loss counts in the mean, of the form of ``losses``; None =
+            all alike.
     """
 
     weights: FloatArray
     losses: FloatArray
     gap: float
+    objective: FloatArray | None = None
 
     @property
     def value(self) -> float:
         """The mean of the final losses, nats per token."""
+        if self.objective is not None:
+            return float(self.objective @ self.losses)
         return float(self.losses.mean())
 
 
@@ -45,6 +51,12 @@ class World(ABC):
     """
 
     domains: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    """Names of the M domains that are measured and cannot be trained on."""
+
+    def target_losses(self) -> FloatArray:
+        """Return the present losses of the targets, nats per token, [M]."""
+        return np.zeros(0)
 
     @abstractmethod
     def reset(self) -> None:
@@ -128,10 +140,11 @@ class PowerWorld(World):
     convex in it, so the best fixed mixture is as good as any schedule of the same length.
 
     Args:
-        epsilon: irreducible losses, nats per token, [K].
-        beta: [K].
-        alpha: [K].
-        transfer: T, [K, K], at least 0.
+        epsilon: irreducible losses, nats per token, [K + M].
+        beta: [K + M].
+        alpha: [K + M].
+        transfer: T, [K + M, K], at least 0; rows beyond the K-th are of targets, whose losses
+            fall by transfer alone.
         batch: samples of a step.
         offset: samples that a start from scratch is worth; keeps the first loss finite.
     """
@@ -146,7 +159,9 @@ class PowerWorld(World):
         batch: int,
         offset: float,
     ) -> None:
-        self.domains = tuple(f"d{i}" for i in range(len(epsilon)))
+        count = transfer.shape[1]
+        self.domains = tuple(f"d{i}" for i in range(count))
+        self.targets = tuple(f"t{i}" for i in range(len(epsilon) - count))
         self.epsilon, self.beta, self.alpha = epsilon, beta, alpha
         self.transfer, self._batch, self._offset = transfer, batch, offset
         self.reset()
@@ -157,7 +172,11 @@ class PowerWorld(World):
 
     def losses(self) -> FloatArray:
         """See :class:`World`."""
-        return self._at(self._spent)
+        return self._at(self._spent)[: len(self.domains)]
+
+    def target_losses(self) -> FloatArray:
+        """See :class:`World`."""
+        return self._at(self._spent)[len(self.domains) :]
 
     def _at(self, spent: FloatArray) -> FloatArray:
         n = self._offset + self._batch * (self.transfer @ spent)
@@ -171,19 +190,29 @@ class PowerWorld(World):
         """See :class:`World`; to first order."""
         n = self._offset + self._batch * (self.transfer @ self._spent)
         own = self.alpha * self.beta * n ** (-self.alpha - 1.0) * self._batch
-        return np.asarray(own[:, None] * self.transfer)
+        return np.asarray(own[:, None] * self.transfer)[: len(self.domains)]
 
-    def best_fixed(self, steps: int) -> Optimum:
-        """See :class:`World`; accelerated projected gradient, to a tiny duality gap."""
-        count = len(self.domains)
+    def best_fixed(self, steps: int, objective: FloatArray | None = None) -> Optimum:
+        """See :class:`World`; accelerated projected gradient, to a tiny duality gap.
+
+        Args:
+            steps: of the run.
+            objective: how much each loss counts, [K + M], sum 1; None = those of the domains
+                alike.
+        """
+        count, given = len(self.domains), objective
+        if objective is None:
+            objective = np.repeat([1.0 / count, 0.0], (count, len(self.targets)))
+            given = objective if self.targets else None
+        counted: FloatArray = objective
 
         def gradient(p: FloatArray) -> FloatArray:
             n = self._offset + self._batch * steps * (self.transfer @ p)
             slope = -self.alpha * self.beta * n ** (-self.alpha - 1.0) * self._batch * steps
-            return np.asarray(self.transfer.T @ slope / count)
+            return np.asarray(self.transfer.T @ (slope * counted))
 
         def value(p: FloatArray) -> float:
-            return float(self._at(steps * p).mean())
+            return float(counted @ self._at(steps * p))
 
         p = np.full(count, 1.0 / count)
         low, high = np.zeros(count), np.ones(count)
@@ -205,9 +234,12 @@ class PowerWorld(World):
             restart = (ahead - moved) @ (moved - p) > 0
             following = 1.0 if restart else (1.0 + np.sqrt(1.0 + 4.0 * momentum**2)) / 2.0
             ahead = moved if restart else moved + (momentum - 1.0) / following * (moved - p)
+            if (self._offset + self._batch * steps * (self.transfer @ ahead) <= 0).any():
+                ahead = moved  # so far ahead there is no loss
             p, momentum = moved, following
             rate *= 1.1
-        return Optimum(weights=p, losses=self._at(steps * p), gap=max(gap, 0.0))
+        losses = self._at(steps * p)
+        return Optimum(weights=p, losses=losses, gap=max(gap, 0.0), objective=given)
 
 
 def random_linear(domains: int, *, seed: int, half_life: float | None = None) -> LinearWorld:
@@ -228,6 +260,19 @@ def power_world(
         beta=np.array([12.0, 9.0, 18.0, 7.0, 15.0, 22.0, 8.0]),
         alpha=np.array([0.24, 0.18, 0.34, 0.14, 0.28, 0.42, 0.20]),
         transfer=np.eye(7) if transfer is None else np.asarray(transfer, dtype=np.float64),
+        batch=batch,
+        offset=50.0,
+    )
+
+
+def target_world(*, batch: int = 256) -> PowerWorld:
+    """Return four domains, and a target that two of them teach and that nothing trains on."""
+    transfer = np.vstack((np.eye(4), [0.02, 0.6, 0.0, 0.3]))
+    return PowerWorld(
+        epsilon=np.array([1.6, 1.9, 0.7, 1.2, 1.4]),
+        beta=np.array([12.0, 9.0, 18.0, 15.0, 14.0]),
+        alpha=np.array([0.24, 0.18, 0.34, 0.28, 0.25]),
+        transfer=transfer,
         batch=batch,
         offset=50.0,
     )
