@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.mixing import LEDGERS, build_any, go
 
-from data_sampling_utils import Observation, available_methods, build_mixer
+from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
 from megatron.errors import CheckpointError
 from megatron.mixing.migrate import Edit, log_share, mean, newcomer, share, share_of_all
 
@@ -298,8 +298,8 @@ def test_new_given_weights_hold_where_nothing_was_learnt_and_in_shadow(method: s
     assert moved.decide(9).sampling_weights.tolist() == [0.25, 0.25, 0.5]
     if method != "aioli":  # which learns nothing where its probes do not draw
         assert moved.decide(9).controller_weights.tolist() == (
-        shadow.decide(9).controller_weights.tolist()
-    )
+            shadow.decide(9).controller_weights.tolist()
+        )
 
 
 def test_a_learnt_distribution_stays_when_given_weights_change() -> None:
@@ -406,3 +406,62 @@ def test_vectors_matrices_and_histories_are_followed() -> None:
     assert newcomer(0.5)(edit, {"a": 1.0, "b": None}, "v") == {"b": None, "r": 7.0, "n": 0.5}
     matrix = share_of_all(edit, {"a": {"a": 0.4, "b": 0.2}, "b": {"a": 0.1, "b": 0.3}}, "m")
     assert sum(part for row in matrix.values() for part in row.values()) == pytest.approx(1)
+
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "groups": {"groups": {}},
+    "guardrail": {"guardrail": {}},
+    "limit": {"max_epochs": 50.0},
+    "all": {"groups": {}, "guardrail": {}, "max_epochs": 50.0},
+}
+
+
+@pytest.mark.parametrize("controls", CONTROLS)
+def test_controls_around_a_method_follow(controls: str) -> None:
+    def control(names: Sequence[str], weights: Sequence[float]) -> Any:
+        known = RunContext(
+            total_steps=100,
+            samples_per_step=8,
+            draws_per_step=8,
+            samples_per_epoch=tuple(40.0 for _ in names),
+        )
+        return build_mixer(
+            "odm", domains=names, weights=weights, context=known, **CONTROLS[controls]
+        )
+
+    def train(mixer: Any, steps: range) -> None:
+        for step in steps:
+            tokens = np.full(len(mixer.domains), 2.0)
+            losses = tokens * [2.0 + len(name) / 4 + 1 / step for name in mixer.domains]
+            drawn = mixer.decide(step).sampling_weights
+            samples = np.cumsum(np.ones(len(tokens)))
+            mixer.observe(
+                Observation(
+                    step,
+                    loss_sum=losses,
+                    token_count=tokens,
+                    sampling_weights=drawn,
+                    sample_count=tokens,
+                    samples_seen=samples * step,
+                )
+            )
+
+    mixer = control(["web/high", "web/low", "code"], [2, 1, 1])
+    train(mixer, range(1, 12))
+    for names, weights, steps in (
+        (["math", "web/high", "web/mid", "code"], [1, 2, 1, 1], range(12, 20)),
+        (["web/low", "web/high", "math"], [1, 1, 2], range(20, 26)),
+    ):
+        after = control(names, weights)
+        state = through_json(mixer.state_dict())
+        after.load_state_dict(through_json(after.migrate(state, {})))
+        assert after.step == mixer.step
+        p = after.decide(steps[0]).sampling_weights
+        assert p.shape == (len(names),)
+        assert abs(p.sum() - 1) < 1e-12
+        train(after, steps)
+        resumed = control(names, weights)
+        resumed.load_state_dict(through_json(after.state_dict()))
+        ahead = (one.decide(steps[-1] + 1).sampling_weights.tobytes() for one in (resumed, after))
+        assert len(set(ahead)) == 1
+        mixer = after
