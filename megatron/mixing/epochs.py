@@ -14,7 +14,6 @@ from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision, RunContext
 from megatron.mixing.epoch_limit import EpochLimit
 from megatron.mixing.gradient_aim import GradientAim
-from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, bounds
 from megatron.mixing.reported import Reported
