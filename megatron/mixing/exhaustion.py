@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final, Literal
@@ -14,9 +13,9 @@ from megatron.mixing.observation import FloatArray
 SOON: Final = 0.1
 """Part of the run before a domain's end at which it is announced again."""
 _WHAT_THEN: Final = {
-    "repeat": "it is read again from there on (max_epochs limits that)",
-    "stop": "the run ends there",
-    "drop": "it is left out from there on",
+    "repeat": "a domain that has ended is read again (max_epochs limits that)",
+    "stop": "the run stops with the first domain that ends",
+    "drop": "a domain that has ended is left out",
 }
 
 
@@ -61,8 +60,8 @@ class ExhaustionWatch:
     """Turns successive forecasts into messages about the first end of each domain.
 
     Each is said once: as soon as the end lies within the run, again when it is a tenth of the
-    run away, and when it has come.  A domain that was at its end before the first forecast (of
-    a resumed run) is not spoken of.
+    run away, and when it has come; what is due for several domains at a step is one message.
+    A domain that was at its end before the first forecast (of a resumed run) is not spoken of.
 
     Args:
         domains: names.
@@ -106,13 +105,13 @@ class ExhaustionWatch:
             samples_per_step=self._batch,
             step=step,
         )
-        said = []
-        for k, name in enumerate(self._domains):
+        news: dict[_Said, list[int]] = {}
+        for k in range(len(self._domains)):
             due = self._due(step, bool(over[k]), float(ends[k]))
             if due > self._said[k]:
                 self._said[k] = due
-                said.append(self._text(name, due, step, float(ends[k]), float(self._unique[k])))
-        return said
+                news.setdefault(due, []).append(k)
+        return [self._text(due, found, step, ends) for due, found in sorted(news.items())]
 
     def _due(self, step: int, over: bool, end: float) -> _Said:
         if over:
@@ -121,13 +120,13 @@ class ExhaustionWatch:
             return _Said.NOTHING
         return _Said.SOON if end - step <= SOON * self._total else _Said.FORECAST
 
-    def _text(self, name: str, due: _Said, step: int, end: float, unique: float) -> str:
-        size = f"{unique:,.0f} samples"
+    def _text(self, due: _Said, found: list[int], step: int, ends: FloatArray) -> str:
+        sizes = [f"{self._domains[k]} ({self._unique[k]:,.0f} samples)" for k in found]
         if due is _Said.OVER:
-            return f"domain '{name}' has been read to its end ({size}) by step {step}: {self._then}"
+            return f"data: read to the end by step {step}: {', '.join(sizes)}; {self._then}"
         when = "soon" if due is _Said.SOON else "within this run"
-        share = math.floor(100 * end / self._total)
+        listed = [f"{size} at step {ends[k]:.0f}" for k, size in zip(found, sizes, strict=True)]
         return (
-            f"domain '{name}' ends {when} if its weight holds: its {size} last until step "
-            f"{end:.0f} ({share} % of the run); {self._then}"
+            f"data: will end {when}, if the weights hold: {', '.join(listed)} of {self._total}; "
+            f"{self._then}"
         )

@@ -21,6 +21,7 @@ from megatron.engine.schedule import learning_rate
 from megatron.errors import DataError
 from megatron.mixing.base import Signal
 from megatron.mixing.controller import Controller
+from megatron.mixing.exhaustion import ExhaustionWatch
 from megatron.model.accounting import flops_per_token
 from megatron.monitor.build import build_sinks
 from megatron.monitor.overhead import Overhead
@@ -205,6 +206,8 @@ def build(
             audit=config.training.audit_samples,
             overhead=overhead,
             token_costs=costs,
+            exhaustion=_exhaustion(config, domains, batch),
+            say=say,
         ),
         throughput=throughput,
         overhead=overhead,
@@ -224,6 +227,16 @@ def _sampler(config: Config, domains: OpenDomains, batch: Batch) -> Sampler:
         micro_batch=batch.micro,
         unit=config.mixing.unit,
         draw=config.mixing.draw,
+        on_exhausted=config.mixing.on_exhausted,
+    )
+
+
+def _exhaustion(config: Config, domains: OpenDomains, batch: Batch) -> ExhaustionWatch:
+    return ExhaustionWatch(
+        domains=domains.names,
+        unique=[float(domain.num_windows(0)) for domain in domains.train],
+        samples_per_step=batch.total,
+        total_steps=config.training.train_iters,
         on_exhausted=config.mixing.on_exhausted,
     )
 

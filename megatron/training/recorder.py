@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from megatron.engine.engine import StepOutcome
+from megatron.mixing.exhaustion import ExhaustionWatch
 from megatron.monitor.overhead import Overhead
 from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord, is_logged
 from megatron.monitor.sink import SinkGroup
@@ -38,6 +39,8 @@ class RunRecorder:
         audit: whether the samples of every step are recorded.
         overhead: what mixing took since the step before.
         token_costs: what a step costs in tokens beside those it trains on.
+        exhaustion: speaks up before a domain's data runs out.
+        say: takes a line for the console.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class RunRecorder:
         audit: bool,
         overhead: Overhead,
         token_costs: TokenCosts,
+        exhaustion: ExhaustionWatch | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Keep the parts."""
         self._sinks = sinks
@@ -71,6 +76,8 @@ class RunRecorder:
         self._audit = audit
         self._overhead = overhead
         self._token_costs = token_costs
+        self._exhaustion = exhaustion
+        self._say = say
 
     def step(
         self,
@@ -122,6 +129,11 @@ class RunRecorder:
                 extra_tokens=self._token_costs.of(planned),
             )
         )
+        if self._exhaustion is not None:
+            seen = planned.samples_seen.astype(np.float64)
+            weights = decision.sampling_weights
+            for text in self._exhaustion.messages(step=plan.step, seen=seen, weights=weights):
+                self._say(text)
         if self._audit:
             self._sinks.audit(
                 AuditRecord.from_plan(

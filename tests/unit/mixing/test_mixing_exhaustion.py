@@ -53,11 +53,17 @@ def drive(watch, weights_at, steps=1000, start=0, seen=(0.0, 0.0)):
 def test_each_is_said_once_and_long_before():
     said = drive(watch(), lambda step: [0.0625, 0.9375])
     assert [step for step, _ in said] == [0, 700, 800]
-    assert "within this run" in said[0][1]
-    assert "500 samples last until step 800 (80 % of the run)" in said[0][1]
-    assert "ends soon" in said[1][1]
-    assert "has been read to its end (500 samples) by step 800: it is read again" in said[2][1]
-    assert all("'small'" in text for _, text in said)
+    assert "will end within this run" in said[0][1]
+    assert "small (500 samples) at step 800 of 1000; a domain that" in said[0][1]
+    assert "will end soon" in said[1][1]
+    assert "read to the end by step 800: small (500 samples); a domain that" in said[2][1]
+    assert not any("large" in text for _, text in said)
+
+
+def test_what_is_due_for_several_domains_is_one_message():
+    said = drive(watch(unique=(500.0, 400.0)), lambda step: [0.0625, 0.0625], steps=0)
+    assert len(said) == 1
+    assert "small (500 samples) at step 800, large (400 samples) at step 640 of 1000" in said[0][1]
 
 
 def test_a_forecast_that_moves_does_not_repeat_itself():
@@ -74,7 +80,7 @@ def test_nothing_is_said_of_what_lasts():
 def test_a_sudden_end_is_said_at_once_as_what_it_is():
     said = drive(watch(), lambda step: [0.0, 1.0] if step < 600 else [1.0, 0.0])
     assert [step for step, _ in said] == [600, 650]
-    assert "ends soon" in said[0][1]
+    assert "will end soon" in said[0][1]
 
 
 def test_a_resumed_run_does_not_speak_of_what_is_over():
@@ -82,7 +88,7 @@ def test_a_resumed_run_does_not_speak_of_what_is_over():
 
 
 @pytest.mark.parametrize(
-    ("then", "words"), [("stop", "the run ends there"), ("drop", "left out from there on")]
+    ("then", "words"), [("stop", "stops with the first"), ("drop", "ended is left out")]
 )
 def test_it_says_what_happens_then(then, words):
     assert words in drive(watch(then=then), lambda step: [0.0625, 0.9375])[0][1]
