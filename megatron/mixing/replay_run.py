@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron.errors import ConfigError
 from megatron.mixing.base import RunContext
@@ -30,6 +30,8 @@ class Replay(Schedule):
     """
 
     method = "replay"
+    takes_groups: ClassVar[bool] = False
+    """Its decisions are about domains, as they were recorded."""
     _average = False
 
     def __init__(

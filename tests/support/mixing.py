@@ -21,15 +21,19 @@ HELD_OUT = {"aioli", "dynamic_loading", "naive_validation", "skillit", "velocitu
 LEDGERS = {"replay", "average_of_ledger"}
 
 
-def build_any(method: str, *, domains: list[str], **arguments: Any) -> Mixer:
-    """Build a mixer with what its method cannot go without, as small as it goes."""
+def build_any(method: str, *, domains: list[str], of: int | None = None, **arguments: Any) -> Mixer:
+    """Build a mixer with what its method cannot go without, as small as it goes.
+
+    ``of`` says how many groups the domains are in, where the method acts on those.
+    """
+    units = len(domains) if of is None else of
     if method == "aioli":
-        if len(domains) < 2:
+        if units < 2:
             reject()
-        every = arguments.pop("update_every", 1) + len(domains)
+        every = arguments.pop("update_every", 1) + units
         arguments |= {"lp_rounds": 1, "lp_steps": 1, "update_every": every}
     elif method in ("dynamic_loading", "velocitune"):
-        arguments.setdefault("targets", [1.0] * len(domains))
+        arguments.setdefault("targets", [1.0] * units)
     elif method == "doremi":
         arguments.setdefault("reference", "runs/reference")
         arguments.setdefault("context", RunContext(vocab_size=100))
