@@ -192,7 +192,7 @@ class Groups:
 
         Counts, sums and probabilities are added; held-out losses are averaged by fixed parts
         (the shares, or what the objective says), so that they do not move with the draw, and
-        what is measured on the batch by tokens.
+        what is measured on the batch by tokens, or samples where only those are known.
         A gradient signal is measured per group (see ``slots``).
         """
         if not isinstance(observation, Observation):
@@ -210,7 +210,9 @@ class Groups:
         tokens, losses = observation.vector("token_count"), observation.vector("loss_sum")
         if tokens is not None and losses is not None:
             changes["loss_sum"] = self._loss_sum(losses, tokens)
-        by_tokens = grouping.shares if tokens is None else tokens
+        samples = observation.vector("sample_count")  # what is told of a step before it trains
+        by_samples = grouping.shares if samples is None else samples
+        by_tokens = by_samples if tokens is None else tokens
         for name in _TOKEN_MEANS:
             if (vector := observation.vector(name)) is not None:
                 changes[name] = grouping.mean(vector, by_tokens)
