@@ -119,6 +119,7 @@ class Mixer(ABC):
         self._measured_step = -1
         self._foreseen_step = 0
         self._window: Window | None = None
+        self._errors: FloatArray | None = None  # of the last step's losses, for the log alone
         self._shifted = False  # whether the rule has set the weights
         self._retired: Mapping[str, Any] = {}
 
@@ -199,7 +200,7 @@ class Mixer(ABC):
             updated = None if window is None else self._update(step, window)
             if updated is not None:
                 self._set_weights(updated)
-        self._step = step
+        self._step, self._errors = step, observation.standard_error
 
     def foresee(self, observation: Observation) -> Decision:
         """Learn what was measured on a planned step's batch before it trains.
@@ -332,6 +333,9 @@ class Mixer(ABC):
         }
         if decision.controller_weights is not None:
             shown["controller_weights"] = self._by_name(decision.controller_weights)
+        if self._errors is not None:
+            known = np.where(np.isfinite(self._errors), self._errors, np.nan)
+            shown["standard_error"] = self._by_name(known)
         return shown | self._estimates()
 
     # What a method adds.
