@@ -22,6 +22,7 @@ from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
 from megatron.training.conversion import find_universal, is_universal, universal_form
 from megatron.training.layout import layer_bounds
+from megatron.training.plan.units import size
 from megatron.training.reference_checkpoint import (
     ReferenceCheckpoint,
     check_reference,
@@ -137,12 +138,22 @@ def build_frozen(
     )
 
 
-def describe_frozen(reference: ReferenceCheckpoint) -> str:
-    """Return a line for the console about a reference model."""
+def describe_frozen(reference: ReferenceCheckpoint, config: Config, topology: Topology) -> str:
+    """Return a line for the console about a reference model and the memory that it takes.
+
+    Args:
+        reference: the model.
+        config: of the run that looks at it.
+        topology: a rank's place.
+    """
     model = reference.config.model
+    parameters = parameter_count(model)
+    width = 4 if config.precision == "fp32" else 2
+    share = parameters * width / (topology.tensor_size * topology.pipe_size)
     return (
-        f"reference: {reference.path}, {short(float(parameter_count(model)))} parameters, "
-        f"{model.num_layers} layers of {model.hidden_size}, model {reference.identity[:16]}"
+        f"reference: {reference.path}, {short(float(parameters))} parameters, {model.num_layers} "
+        f"layers of {model.hidden_size}, about {size(share)} of weights per rank beside the run's; "
+        f"model {reference.identity[:16]}"
     )
 
 

@@ -116,7 +116,7 @@ def _model(
 ) -> ModelReference:
     cache = Path(config.checkpoint.run_dir) / CACHE_NAME
     reference, files = share_reference(given, config, runtime, cache=cache, say=say)
-    say(describe_frozen(reference))
+    say(describe_frozen(reference, config, topology))
     model = build_frozen(
         reference, files, config, runtime, topology, micro=micro, accumulation=accumulation
     )
@@ -142,9 +142,9 @@ def _keep_to(config: Config, runtime: Runtime, identity: str, place: str) -> Non
     path = Path(config.checkpoint.run_dir) / RECORD_NAME
     before: dict[str, str] = {}
     if runtime.rank == 0:
-        if path.is_file() and CheckpointStore(config.checkpoint.save_dir).steps():
-            before = json.loads(path.read_bytes())
-        else:
+        if CheckpointStore(config.checkpoint.save_dir).steps():
+            before = _recorded(path)
+        if not before:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = json.dumps({"model": identity, "place": place}, indent=1) + "\n"
             with disk_errors(path):
@@ -156,3 +156,12 @@ def _keep_to(config: Config, runtime: Runtime, identity: str, place: str) -> Non
             f"and is given {identity[:16]} ({place}); give it that model again, or start another "
             f"run_dir (or remove {path}, if the change is meant)"
         )
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """Return which reference a run began with; nothing where that is not known any more."""
+    try:
+        content = json.loads(path.read_bytes())
+        return {"model": str(content["model"]), "place": str(content["place"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

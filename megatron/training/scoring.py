@@ -105,7 +105,7 @@ def score(
         step=request.step,
         say=say,
     )
-    say(describe_frozen(reference))
+    say(describe_frozen(reference, config, topology))
     facts = _facts(config, domains, chosen, reference, request, runtime.world_size)
     header = _prepare(folder, facts, runtime)
     micro, accumulation, _ = resolve_batch(config.batch, topology.data_size)

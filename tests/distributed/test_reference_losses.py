@@ -107,6 +107,37 @@ def test_model_and_store_agree_in_every_layout(folder: Path, store: Path, pools:
     assert np.abs(plain(folder, windows) - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{"pipe_parallel_size": 2}, pytest.param({"model_parallel_size": 2}, marks=pytest.mark.slow)],
+    ids=["pipeline", "tensor"],
+)
+def test_bf16_is_near_fp32(folder: Path, pools: RankPools, layout: dict[str, Any]) -> None:
+    mixing = {"reference": str(folder / "reference")}
+    (name,) = layout
+    files = {
+        "fp32": proxy(folder, f"fp32-{name}", mixing=mixing),
+        "bf16": proxy(folder, f"bf16-{name}", mixing=mixing, bf16={"enabled": True}, **layout),
+    }
+    results = pools.call(references, 2, files, 2)
+    near, expected = gathered(results, "bf16"), gathered(results, "fp32")
+    assert 0 < np.abs(near - expected).mean() < 0.02
+    assert np.abs(near - expected).max() < 0.1
+
+
+@pytest.mark.slow
+def test_all_kinds_of_ranks_at_once(folder: Path, pools: RankPools) -> None:
+    mixing = {"reference": str(folder / "reference")}
+    cube = {"model_parallel_size": 2, "pipe_parallel_size": 2, "sequence_parallel": True}
+    small, large = (
+        proxy(folder, name, mixing=mixing, **layout)
+        for name, layout in (("one", {}), ("cube", cube))
+    )
+    expected = gathered(pools.call(references, 1, {"all": small}, 2), "all")
+    found = gathered(pools.call(references, 8, {"all": large}, 2), "all")
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
 def sample_ids(rank: int, world: int, file: Path, steps: int) -> list[tuple[str, int, int]]:
     """Return the samples of a run's first steps, in the order of the global batches."""
     from support.training import Harness
