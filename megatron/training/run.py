@@ -30,6 +30,7 @@ from megatron.training.compatible import (
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones
 from megatron.training.plan import checkpoint_bytes
+from megatron.training.product import NAME as MIXTURE
 from megatron.training.product import write_mixture
 from megatron.training.restore import (
     Source,
@@ -103,6 +104,8 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
         parts.close()
     why = parts.planner.end_of_data if ending is Ending.EXHAUSTED else ending.value
     say(f"ended after step {step} of {config.training.train_iters}: {why}")
+    if parts.planner.result() is not None:
+        say(f"the mixture that {config.mixing.method} found: {config.run_dir}/{MIXTURE}")
     if spent := parts.overhead.total:
         say(f"mixing took {overhead_text(spent)} of this process")
     return stop.exit_code if ending is Ending.STOPPED else EXIT_DONE
