@@ -10,7 +10,7 @@ import numpy as np
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.power_law import PowerLaw, fit_power_law
 
-MODEL_ERROR: Final = 0.25
+MODEL_ERROR: Final = 0.15
 """One standard error of an extrapolated fall, as a share of it.
 
 Losses follow a power law in steps only roughly (learning rates have schedules), so a
@@ -34,7 +34,7 @@ def interpolated(steps: Sequence[int], losses: FloatArray, step: int) -> FloatAr
 
 
 class FittedForecast:
-    """A power law in steps through losses, and how sure it is.
+    """A power law in steps through losses, and how far it may be wrong.
 
     Args:
         steps: where they were measured, rising, [P].
@@ -57,12 +57,11 @@ class FittedForecast:
         """Return the loss forecast for ``step``, nats per token."""
         return float(self._law.epsilon + self._law.beta * step**-self._law.alpha)
 
-    def standard_error(self, step: int) -> float:
-        """Return the standard error of the forecast, nats per token.
+    def scatter(self, step: int) -> float:
+        """Return the standard error that the points' scatter leaves at ``step``, nats per token.
 
-        Two parts: the scatter of the points, carried to ``step`` through the law (with a
-        wide prior on its parameters, so that what the points leave open stays open), and
-        :data:`MODEL_ERROR` of the fall since the last point.
+        It is carried there through the law, with a wide prior on the law's parameters, so
+        that what the points leave open stays open.
         """
         slope = self._slope(self._n)
         residual = self._values - np.array([self.value(n) for n in self._n])
@@ -71,9 +70,11 @@ class FittedForecast:
         prior = np.array([1.0, max(float(self._values.max()), 1e-6), 1.0]) * _PRIOR
         precision = slope.T @ slope / variance + np.diag(prior**-2.0)
         here = self._slope(np.array([float(step)]))[0]
-        scatter = max(float(here @ np.linalg.solve(precision, here)), 0.0)
-        fall = MODEL_ERROR * (self.value(float(self._n[-1])) - self.value(step))
-        return float(np.sqrt(scatter + fall * fall))
+        return float(np.sqrt(max(float(here @ np.linalg.solve(precision, here)), 0.0)))
+
+    def model_error(self, step: int) -> float:
+        """Return :data:`MODEL_ERROR` of the fall since the last point, nats per token."""
+        return abs(MODEL_ERROR * (self.value(float(self._n[-1])) - self.value(step)))
 
     def _slope(self, n: FloatArray) -> FloatArray:
         """Return the law's derivatives by log beta, epsilon and alpha, [len(n), 3]."""

@@ -67,7 +67,7 @@ class Guardrail:
     * over the best: of the paired differences over the same windows.  The least of many noisy
       numbers lies too low, so reports that noise alone tells apart are one best, their mean;
       and with m of them, so that chances of a false alarm do not add up over a plateau,
-      z standard errors become sqrt(z^2 + 3 ln m).
+      z standard errors become sqrt(z^2 + 4 ln m).
     * over this run's own fallback: of the paired differences with its last report, and of the
       law; over an earlier run, whose windows are not recorded: of the loss itself.  That is
       more than the difference scatters if both runs validated on the same windows, so it errs
@@ -108,6 +108,7 @@ class Guardrail:
         self._best: Measurement | None = None
         self._base: Measurement | None = None  # the last that the fallback drew
         self._history: list[tuple[int, float]] = []
+        self._forecast: FittedForecast | None = None  # of the history as it is
 
     @property
     def method(self) -> str:
@@ -180,7 +181,7 @@ class Guardrail:
         if self._waits is None or step <= self._waits or self._falls_back(step):
             self._take_base(now, value)
             return inner
-        self._looks += 1
+        self._looks += self._best is not None
         finding = self._finding(now, broken=broken)
         self._streak = 0 if finding is None else self._streak + 1
         if finding is not None and self._streak >= self._options.patience:
@@ -242,6 +243,7 @@ class Guardrail:
         for key, count in zip(_COUNTS, counts, strict=True):
             setattr(self, f"_{key}", count)
         self._since, self._best, self._base, self._history = since, best, base, history
+        self._forecast = None
 
     def migrate(self, state: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
         """See :class:`~megatron.mixing.controller.Controller`.
@@ -319,6 +321,7 @@ class Guardrail:
         self._base = now
         if self._since is None or self._returned_at() is not None:
             self._history.append((now.step, value))
+            self._forecast = None
 
     def _finding(self, now: Measurement, *, broken: bool) -> _Finding | None:
         """Return a regression, or None."""
@@ -353,13 +356,18 @@ class Guardrail:
         base = self._base
         if base is None or len(self._history) < LEAST_POINTS:
             return None
-        forecast = FittedForecast(*zip(*self._history, strict=True))
+        if self._forecast is None:
+            self._forecast = FittedForecast(*zip(*self._history, strict=True))
+        forecast = self._forecast
         if not forecast.known:
             return None
         paired = self._yardstick.paired_error(now, base) or 0.0
         return self._weighed(
             self._yardstick.value(now.loss) - forecast.value(now.step),
-            sure * math.hypot(paired, forecast.standard_error(now.step)),
+            math.hypot(
+                sure * math.hypot(paired, forecast.scatter(now.step)),
+                self._options.standard_errors * forecast.model_error(now.step),
+            ),
             f"what {self._fallback.name} would have reached by its power law",
         )
 
@@ -368,7 +376,7 @@ class Guardrail:
 
     def _sure(self, chances: int) -> float:
         """Return how many standard errors count, with so many chances of a false alarm."""
-        return math.sqrt(self._options.standard_errors**2 + 3.0 * math.log(chances))
+        return math.sqrt(self._options.standard_errors**2 + 4.0 * math.log(max(chances, 1)))
 
     def _keep_best(self, now: Measurement, value: float) -> None:
         """Let the report be the best, or one of those that noise alone tells from it."""
