@@ -26,7 +26,10 @@ _AHEAD_KEYS: Final = frozenset({"step", "log_weights", "score"})
 
 @dataclass(frozen=True, kw_only=True)
 class DoremiOptions(CommonOptions):
-    """Options of ``doremi``; it needs ``reference`` or ``reference_losses``.
+    """Options of ``doremi``; a run needs ``reference`` or ``reference_losses``.
+
+    They say where the run finds what it tells the method of; another training loop, which
+    compares losses itself, may leave both out.
 
     Raises:
         ConfigError: both kinds of reference, or a number out of its range.
@@ -118,12 +121,6 @@ class Doremi(Reweighter):
         context: RunContext,
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
-        if options.reference is None and options.reference_losses is None:
-            raise ConfigError(
-                "mixing method 'doremi': no reference; give reference (the run whose model is "
-                "the reference) or reference_losses (the losses of its model, written by "
-                "tools/score_data.py)"
-            )
         if context.vocab_size is None:
             raise ConfigError(
                 "mixing method 'doremi': the score of a domain that has not been seen is "

@@ -178,7 +178,6 @@ class TestDoremi:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"reference": None}, "no reference; give reference"),
             ({"reference_losses": "runs/store"}, "exclude each other"),
             ({"eta": 0.0}, "eta is 0.0"),
             ({"smoothing": 1.5}, "smoothing is 1.5"),
@@ -189,6 +188,11 @@ class TestDoremi:
     def test_what_does_not_fit_is_refused(self, options, message):
         with pytest.raises(ConfigError, match=message):
             doremi(**options)
+
+    def test_a_loop_that_compares_losses_itself_names_no_reference(self):
+        mixer = doremi(reference=None)
+        mixer.observe(step_of(1, (0.5, 0.1, 0.3)))
+        assert alpha(mixer)[0] > 0.2
 
     def test_the_size_of_the_vocabulary_must_be_known(self):
         with pytest.raises(ConfigError, match="vocab_size"):
