@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.mixing.observation import FloatArray
+from megatron.mixing.repetition import effective_data, marginal_value
 from megatron.mixing.simplex import project
 
 Matrix = npt.NDArray[np.float64]
@@ -133,11 +134,12 @@ class LinearWorld(World):
 
 
 class PowerWorld(World):
-    """L_i = epsilon_i + beta_i n_i^(-alpha_i), with n = offset + batch T m.
+    """L_i = epsilon_i + beta_i n_i^(-alpha_i), with n = offset + T D'(batch m).
 
-    m_j is the number of steps spent on domain j (a sum of shares), and T_ij says how much
-    a sample of domain j counts for domain i.  Final losses depend on m alone and are
-    convex in it, so the best fixed mixture is as good as any schedule of the same length.
+    m_j is the number of steps spent on domain j (a sum of shares), D' what its samples are
+    worth where they repeat, and T_ij says how much a sample of domain j counts for domain i.
+    Final losses depend on m alone and are convex in it, so the best fixed mixture is as good
+    as any schedule of the same length.
 
     Args:
         epsilon: irreducible losses, nats per token, [K + M].
@@ -147,6 +149,7 @@ class PowerWorld(World):
             fall by transfer alone.
         batch: samples of a step.
         offset: samples that a start from scratch is worth; keeps the first loss finite.
+        unique: samples of each domain before they repeat, [K]; None = they never do.
     """
 
     def __init__(
@@ -158,7 +161,9 @@ class PowerWorld(World):
         transfer: Matrix,
         batch: int,
         offset: float,
+        unique: FloatArray | None = None,
     ) -> None:
+        self.unique = np.full(transfer.shape[1], np.inf) if unique is None else unique
         count = transfer.shape[1]
         self.domains = tuple(f"d{i}" for i in range(count))
         self.targets = tuple(f"t{i}" for i in range(len(epsilon) - count))
@@ -179,8 +184,17 @@ class PowerWorld(World):
         return self._at(self._spent)[len(self.domains) :]
 
     def _at(self, spent: FloatArray) -> FloatArray:
-        n = self._offset + self._batch * (self.transfer @ spent)
-        return self.epsilon + self.beta * n**-self.alpha
+        return self.epsilon + self.beta * self._data(spent) ** -self.alpha
+
+    def _data(self, spent: FloatArray) -> FloatArray:
+        """Return n, [K + M]."""
+        return np.asarray(
+            self._offset + self.transfer @ effective_data(self._batch * spent, self.unique)
+        )
+
+    def _worth(self, spent: FloatArray) -> FloatArray:
+        """Return what a step on each domain alone adds to its own data, [K]."""
+        return self._batch * marginal_value(self._batch * spent, self.unique)
 
     def train(self, shares: FloatArray) -> None:
         """See :class:`World`."""
@@ -188,9 +202,9 @@ class PowerWorld(World):
 
     def slopes(self) -> Matrix:
         """See :class:`World`; to first order."""
-        n = self._offset + self._batch * (self.transfer @ self._spent)
-        own = self.alpha * self.beta * n ** (-self.alpha - 1.0) * self._batch
-        return np.asarray(own[:, None] * self.transfer)[: len(self.domains)]
+        own = self.alpha * self.beta * self._data(self._spent) ** (-self.alpha - 1.0)
+        worth = self._worth(self._spent)
+        return np.asarray(own[:, None] * self.transfer * worth)[: len(self.domains)]
 
     def best_fixed(self, steps: int, objective: FloatArray | None = None) -> Optimum:
         """See :class:`World`; accelerated projected gradient, to a tiny duality gap.
@@ -207,9 +221,9 @@ class PowerWorld(World):
         counted: FloatArray = objective
 
         def gradient(p: FloatArray) -> FloatArray:
-            n = self._offset + self._batch * steps * (self.transfer @ p)
-            slope = -self.alpha * self.beta * n ** (-self.alpha - 1.0) * self._batch * steps
-            return np.asarray(self.transfer.T @ (slope * counted))
+            n, worth = self._data(steps * p), self._worth(steps * p) * steps
+            slope = -self.alpha * self.beta * n ** (-self.alpha - 1.0)
+            return np.asarray(worth * (self.transfer.T @ (slope * counted)))
 
         def value(p: FloatArray) -> float:
             return float(counted @ self._at(steps * p))
@@ -223,7 +237,7 @@ class PowerWorld(World):
                 moved = project(ahead - rate * slope, low, high)
                 change = moved - ahead
                 bound = value(ahead) + slope @ change + change @ change / (2 * rate)
-                if value(moved) <= bound + 1e-16 or rate < 1e-12:
+                if value(moved) <= bound + 1e-15 or rate < 1e-12:
                     break
                 rate /= 2.0
             slope = gradient(moved)
@@ -234,7 +248,7 @@ class PowerWorld(World):
             restart = (ahead - moved) @ (moved - p) > 0
             following = 1.0 if restart else (1.0 + np.sqrt(1.0 + 4.0 * momentum**2)) / 2.0
             ahead = moved if restart else moved + (momentum - 1.0) / following * (moved - p)
-            if (self._offset + self._batch * steps * (self.transfer @ ahead) <= 0).any():
+            if (self._data(steps * ahead) <= 0).any():
                 ahead = moved  # so far ahead there is no loss
             p, momentum = moved, following
             rate *= 1.1
@@ -275,6 +289,25 @@ def target_world(*, batch: int = 256) -> PowerWorld:
         transfer=transfer,
         batch=batch,
         offset=50.0,
+    )
+
+
+def scarce_world(*, steps: int, batch: int = 256) -> PowerWorld:
+    """Return the seven power laws where some domains repeat within a run of ``steps``.
+
+    Read evenly, three of them are read 40, 20 and 10 times, and the others less than once.
+    """
+    world = power_world(batch=batch)
+    even = steps * batch / 7.0
+    unique = even * np.array([1.0 / 40, 3.0, 3.0, 1.0 / 20, 3.0, 3.0, 1.0 / 10])
+    return PowerWorld(
+        epsilon=world.epsilon,
+        beta=world.beta,
+        alpha=world.alpha,
+        transfer=world.transfer,
+        batch=batch,
+        offset=50.0,
+        unique=unique,
     )
 
 
