@@ -21,7 +21,7 @@ from megatron.mixing.simplex import normalise
 from megatron.mixing.window import Window
 
 _STATE_KEYS: Final = frozenset({"log_weights", "total", "count", "score", "ahead"})
-_AHEAD_KEYS: Final = frozenset({"step", "log_weights", "score"})
+_AHEAD_KEYS: Final = frozenset({"step", "log_weights", "score", "drawn_by"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,16 @@ class DoremiOptions(CommonOptions):
         require("smoothing", self.smoothing, 0 <= self.smoothing <= 1, "between 0 and 1")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Ahead:
+    """What a step's own losses make of log alpha and the scores, once that step counts."""
+
+    step: int
+    log_weights: FloatArray
+    score: FloatArray
+    drawn_by: FloatArray
+
+
 class Doremi(Reweighter):
     """The proxy stage: domains are drawn by r, and their losses weighed by alpha / r.
 
@@ -132,16 +142,17 @@ class Doremi(Reweighter):
         if options.start == "uniform":
             self._log_weights = logarithms(self._uniform())
         self._mean.add(self._domain_weights(self._log_weights))
-        self._ahead: tuple[int, FloatArray, FloatArray] | None = None
-        """Step, log alpha and scores that were foreseen and wait for the step to count."""
+        self._ahead: _Ahead | None = None
 
     def _decide(self, step: int) -> Decision:
-        ahead = self._ahead if self._ahead is not None and self._ahead[0] == step else None
-        alpha = self._domain_weights(self._log_weights if ahead is None else ahead[1])
-        ratio = alpha / np.where(self._support, self._weights, 1.0)
+        ahead = self._ahead if self._ahead is not None and self._ahead.step == step else None
+        alpha = self._domain_weights(self._log_weights if ahead is None else ahead.log_weights)
+        drawn_by = self._weights if ahead is None else ahead.drawn_by
+        counted = self._support & (drawn_by > 0)
+        ratio = np.where(counted, alpha / np.where(counted, drawn_by, 1.0), 0.0)
         decision = Decision(
             sampling_weights=self._weights.copy(),
-            loss_weights=normalise(np.where(self._support, ratio, 0.0)),
+            loss_weights=normalise(ratio) if ratio.any() else None,
         )
         due = self._rule.loss_lag == 0 and step % self._options.update_every == 0
         if due and ahead is None and not self._foreseen(step):
@@ -157,12 +168,18 @@ class Doremi(Reweighter):
         released, _ = pooled.release(self._options.min_tokens)
         moved = None if released is None else self._moved(released)
         if moved is not None:
-            self._ahead = (observation.step, *moved)
+            # A limit on passes may have drawn by others than the given weights.
+            given = observation.vector("sampling_weights")
+            drawn_by = self._weights if given is None else given.copy()
+            log_weights, score = moved
+            self._ahead = _Ahead(
+                step=observation.step, log_weights=log_weights, score=score, drawn_by=drawn_by
+            )
 
     def _update(self, step: int, window: Window) -> FloatArray | None:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == step:
-            moved: tuple[FloatArray, FloatArray] | None = ahead[1:]
+        if ahead is not None and ahead.step == step:
+            moved: tuple[FloatArray, FloatArray] | None = ahead.log_weights, ahead.score
         else:
             moved = self._moved(window)
         if moved is not None:
@@ -188,11 +205,11 @@ class Doremi(Reweighter):
     def _save(self) -> dict[str, Any]:
         ahead = None
         if self._ahead is not None:
-            step, log_weights, score = self._ahead
             ahead = {
-                "step": step,
-                "log_weights": self._by_name(log_weights),
-                "score": self._by_name(score),
+                "step": self._ahead.step,
+                "log_weights": self._by_name(self._ahead.log_weights),
+                "score": self._by_name(self._ahead.score),
+                "drawn_by": self._by_name(self._ahead.drawn_by),
             }
         return {**self._save_weights(), "score": self._by_name(self._score), "ahead": ahead}
 
@@ -202,10 +219,11 @@ class Doremi(Reweighter):
         ahead = None
         if rule["ahead"] is not None:
             block = self._block(rule["ahead"], "ahead", _AHEAD_KEYS)
-            ahead = (
-                self._whole(block["step"], "step", least=1),
-                self._finite(block["log_weights"], "log_weights"),
-                self._finite(block["score"], "score"),
+            ahead = _Ahead(
+                step=self._whole(block["step"], "step", least=1),
+                log_weights=self._finite(block["log_weights"], "log_weights"),
+                score=self._finite(block["score"], "score"),
+                drawn_by=self._finite(block["drawn_by"], "drawn_by"),
             )
         self._take_weights(weights)
         self._score, self._ahead = score, ahead

@@ -14,31 +14,49 @@ from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision, RunContext
 from megatron.mixing.epoch_limit import EpochLimit
 from megatron.mixing.gradient_aim import GradientAim
+from megatron.mixing.group_epoch_limit import GroupEpochLimit
+from megatron.mixing.grouping import Levels
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, bounds
 from megatron.mixing.reported import Reported
+from megatron.mixing.simplex import normalise
 
 _KEY: Final = "epochs"
 
 
-def with_epochs(controller: Controller, options: CommonOptions, context: RunContext) -> Controller:
+def with_epochs(
+    controller: Controller,
+    options: CommonOptions,
+    context: RunContext,
+    *,
+    levels: Levels | None = None,
+) -> Controller:
     """Put forecasts of passes, and the limit that the options set, around a controller.
 
     Where neither a limit is set nor the sizes of the domains are known, there is nothing to do.
+
+    Args:
+        controller: decides.
+        options: of the method.
+        context: what is known of the run.
+        levels: the groups that the domains are in, if any.
 
     Raises:
         ConfigError: a limit that cannot be kept, or that lacks the sizes.
     """
     if options.max_epochs is None and context.samples_per_epoch is None:
         return controller
-    ceiling = np.ones(len(controller.domains))
-    if getattr(options, "groups", None) is None:  # groups have ceilings of their own
-        _, ceiling = bounds(options, controller.domains, controller.method)
+    limit: EpochLimit
     try:
-        limit = EpochLimit(
-            options.max_epochs, domains=controller.domains, ceiling=ceiling, context=context
-        )
+        if levels is not None:
+            limit = GroupEpochLimit(options.max_epochs, levels=levels, context=context)
+        else:
+            names = controller.domains
+            _, ceiling = bounds(options, names, controller.method)
+            limit = EpochLimit(options.max_epochs, domains=names, ceiling=ceiling, context=context)
     except ConfigError as error:
+        if str(error).startswith("mixing method"):
+            raise
         raise ConfigError(f"mixing method '{controller.method}': {error}") from error
     return Epochs(controller, limit)
 
@@ -90,7 +108,9 @@ class Epochs:
 
     def decide(self, step: int) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._within(self._inner.decide(step))
+        decision = self._inner.decide(step)
+        within = self._within(decision)
+        return replace(within, loss_weights=_kept_in_the_loss(decision, within))
 
     def foresee(self, observation: Observation) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
@@ -153,3 +173,16 @@ class Epochs:
     def _within(self, decision: Decision) -> Decision:
         weights = self._limit.apply(decision.sampling_weights)
         return replace(decision, sampling_weights=weights, epochs=self._limit.forecast(weights))
+
+
+def _kept_in_the_loss(asked: Decision, within: Decision) -> FloatArray | None:
+    """Return loss weights with which a domain counts what it was meant to, drawn as it is, [K].
+
+    What is known of a step's own batch (``foresee``) needs no such thing: it holds the counts.
+    """
+    weights, drawn = asked.loss_weights, within.sampling_weights
+    if weights is None or np.array_equal(asked.sampling_weights, drawn):
+        return weights
+    share = np.where(drawn > 0, asked.sampling_weights / np.where(drawn > 0, drawn, 1.0), 0.0)
+    meant = weights * share
+    return normalise(meant) if meant.any() else weights

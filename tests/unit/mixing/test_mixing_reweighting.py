@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -165,6 +166,38 @@ class TestDoremi:
             for one in (mixer, free):
                 one.observe(step_of(step, (0.0, 1.0, 0.0)))
         np.testing.assert_allclose(alpha(mixer), alpha(free), rtol=1e-9)
+
+    @pytest.mark.parametrize("loss_lag", [0, 1])
+    def test_where_passes_are_limited_alpha_is_over_what_draws(self, loss_lag):
+        context = RunContext(
+            total_steps=100,
+            samples_per_step=8,
+            samples_per_epoch=(10.0, 1e6, 1e6),
+            vocab_size=VOCABULARY,
+        )
+        weights = [0.2, 0.5, 0.3]
+        mixer = build_mixer(
+            "doremi",
+            domains=NAMES,
+            weights=weights,
+            context=context,
+            loss_lag=loss_lag,
+            max_epochs=2,
+        )
+        for step in range(1, 6):
+            decision = mixer.decide(step)
+            drawn = decision.sampling_weights
+            assert drawn[0] < 0.05
+            observation = step_of(step, (0.5, 0.1, 0.3))
+            observation = dataclasses.replace(observation, sampling_weights=drawn)
+            if decision.measure:
+                decision = mixer.foresee(observation)
+            counted = decision.loss_weights * drawn
+            if loss_lag == 0:
+                mixer.observe(observation)
+            np.testing.assert_allclose(counted / counted.sum(), alpha(mixer), rtol=1e-12)
+            if loss_lag == 1:
+                mixer.observe(observation)
 
     def test_a_domain_that_is_never_drawn_is_left_out(self):
         mixer = doremi((0.4, 0.0, 0.6), start="uniform", smoothing=0.1)
