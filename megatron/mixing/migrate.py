@@ -166,8 +166,8 @@ def share_of_all(edit: Edit, value: Any, place: str) -> Any:
 
 
 def left_behind(state: Mapping[str, Any], edit: Edit) -> dict[str, dict[str, float | None]]:
-    """Return what to put aside: the numbers of every domain that is not measured any more."""
-    gone = [name for name in edit.measured_before if name not in edit.measured_after]
+    """Return what to put aside: the numbers of every domain that is not trained on any more."""
+    gone = [name for name in edit.measured_before if name not in edit.after]
     kept: dict[str, dict[str, float | None]] = {name: {} for name in gone}
     for key, value in state.items():
         _collect(edit, value, key, kept)
@@ -227,7 +227,7 @@ def migrated(
         "weights": share(edit, state["weights"], "weights") if start is None else start,
         "window": follow_window(state["window"], edit),
         "rule": follow(state["rule"], how, edit),
-        "retired": {name: kept for name, kept in aside.items() if name not in edit.measured_after},
+        "retired": {name: kept for name, kept in aside.items() if name not in edit.after},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from megatron.errors import ConfigError
 from megatron.mixing.base import RunContext
 from megatron.mixing.dynamic_loading import read_targets
 from megatron.mixing.held_out import HeldOutMixer
+from megatron.mixing.migrate import Follow, newcomer
 from megatron.mixing.observation import FloatArray
 from megatron.mixing.options import CommonOptions
 from megatron.mixing.simplex import normalise
@@ -67,6 +68,10 @@ class Velocitune(HeldOutMixer):
     """
 
     method = "velocitune"
+    follows: ClassVar[Mapping[str, Follow]] = {
+        "start": newcomer(None),  # a new domain's way begins where it is first measured
+        "velocity": newcomer(None),
+    }
 
     def __init__(
         self,

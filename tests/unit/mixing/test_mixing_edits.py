@@ -465,3 +465,33 @@ def test_controls_around_a_method_follow(controls: str) -> None:
         ahead = (one.decide(steps[-1] + 1).sampling_weights.tobytes() for one in (resumed, after))
         assert len(set(ahead)) == 1
         mixer = after
+
+
+def test_a_domain_that_is_only_measured_for_a_while_takes_its_estimate_back() -> None:
+    def build(names: str, targets: tuple[str, ...]) -> Any:
+        return make("odm", names, context=RunContext(targets=targets))
+
+    mixer = build("abc", ())
+    for step in range(1, 9):
+        advance(mixer, step)
+    estimate = mixer.describe()["estimate"]
+    measured = build("bc", ("a",))
+    measured.load_state_dict(measured.migrate(through_json(mixer.state_dict()), {}))
+    for step in range(9, 12):
+        advance(measured, step)
+    assert set(measured.describe()["estimate"]) == {"b", "c"}
+    back = build("abc", ())
+    back.load_state_dict(back.migrate(through_json(measured.state_dict()), {}))
+    assert back.describe()["estimate"]["a"] == estimate["a"]
+
+
+def test_velocitune_starts_a_new_domain_where_it_is_first_measured() -> None:
+    mixer = make("velocitune", "abc", update_every=3)
+    for step in range(1, 9):
+        advance(mixer, step)
+    start = mixer.state_dict()["rule"]["start"]
+    after = edited(mixer, "velocitune", "bd", update_every=3)
+    assert after.state_dict()["rule"]["start"] == {"b": start["b"], "d": None}
+    for step in range(9, 12):
+        advance(after, step)
+    assert after.state_dict()["rule"]["start"]["d"] == pytest.approx(loss_of("d", 10) - 0.1)
