@@ -14,7 +14,7 @@ from megatron.mixing.aioli import Aioli, AioliOptions
 from megatron.mixing.average_of_ledger import AverageOfLedger
 from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.controller import Controller
-from megatron.mixing.controls import build_controlled
+from megatron.mixing.controls import build_controlled, group_levels
 from megatron.mixing.doge import Doge, DogeOptions
 from megatron.mixing.doremi import Doremi, DoremiOptions
 from megatron.mixing.dynamic_loading import DynamicLoading, DynamicLoadingOptions
@@ -102,16 +102,17 @@ def build_mixer(
     """
     entry = mixing_methods[method]
     names = _domain_names(domains)
+    given = _given_weights(weights, names)
     read, context = read_options(entry.options, method, options), context or RunContext()
     controller = build_controlled(
         entry.build,
         method=method,
         domains=names,
-        weights=_given_weights(weights, names),
+        weights=given,
         options=read,
         context=context,
     )
-    return with_epochs(controller, read, context)
+    return with_epochs(controller, read, context, levels=group_levels(names, given, read, context))
 
 
 def _domain_names(domains: Sequence[str]) -> tuple[str, ...]:

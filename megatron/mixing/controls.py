@@ -104,6 +104,19 @@ def build_controlled(
     return _guarded(inner, options.guardrail, site)
 
 
+def group_levels(
+    domains: tuple[str, ...], weights: FloatArray, options: CommonOptions, context: RunContext
+) -> Levels | None:
+    """Return the groups that the options ask for and the bounds of both levels, if any.
+
+    Raises:
+        ConfigError: options that contradict each other or the domains.
+    """
+    if options.groups is None:
+        return None
+    return _levels(domains, weights, options, context)[0]
+
+
 def _plain_site(
     method: str,
     domains: tuple[str, ...],

@@ -139,6 +139,13 @@ class EpochLimit:
             self._drawn = self._drawn + drawn_by * (self._context.samples_per_step or 0)
         self._step = observation.step
 
+    def most(self) -> FloatArray | None:
+        """Return the greatest weights that keep to the limits, [K]; None where none is set."""
+        left = self._left()
+        if self._allowed is None or left is None or left <= 0:
+            return None
+        return np.asarray(np.maximum(self._allowed - self._drawn, 0.0) / left)
+
     def apply(self, weights: FloatArray) -> FloatArray:
         """Return the nearest distribution that keeps to the limits; the same bits if it does.
 
@@ -146,10 +153,9 @@ class EpochLimit:
         that have room for it, so no other domain falls below its floor.  The limits are hard:
         a floor above one gives way.
         """
-        left = self._left()
-        if self._allowed is None or left is None or left <= 0:
+        most = self.most()
+        if most is None:
             return weights
-        most = np.maximum(self._allowed - self._drawn, 0.0) / left
         ceiling = np.minimum(self._ceiling, most)
         if (weights <= ceiling).all():
             return weights

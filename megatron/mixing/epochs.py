@@ -14,6 +14,8 @@ from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision, RunContext
 from megatron.mixing.epoch_limit import EpochLimit
 from megatron.mixing.gradient_aim import GradientAim
+from megatron.mixing.group_epoch_limit import GroupEpochLimit
+from megatron.mixing.grouping import Levels
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, bounds
 from megatron.mixing.reported import Reported
@@ -22,24 +24,39 @@ from megatron.mixing.simplex import normalise
 _KEY: Final = "epochs"
 
 
-def with_epochs(controller: Controller, options: CommonOptions, context: RunContext) -> Controller:
+def with_epochs(
+    controller: Controller,
+    options: CommonOptions,
+    context: RunContext,
+    *,
+    levels: Levels | None = None,
+) -> Controller:
     """Put forecasts of passes, and the limit that the options set, around a controller.
 
     Where neither a limit is set nor the sizes of the domains are known, there is nothing to do.
+
+    Args:
+        controller: decides.
+        options: of the method.
+        context: what is known of the run.
+        levels: the groups that the domains are in, if any.
 
     Raises:
         ConfigError: a limit that cannot be kept, or that lacks the sizes.
     """
     if options.max_epochs is None and context.samples_per_epoch is None:
         return controller
-    ceiling = np.ones(len(controller.domains))
-    if getattr(options, "groups", None) is None:  # groups have ceilings of their own
-        _, ceiling = bounds(options, controller.domains, controller.method)
+    limit: EpochLimit
     try:
-        limit = EpochLimit(
-            options.max_epochs, domains=controller.domains, ceiling=ceiling, context=context
-        )
+        if levels is not None:
+            limit = GroupEpochLimit(options.max_epochs, levels=levels, context=context)
+        else:
+            names = controller.domains
+            _, ceiling = bounds(options, names, controller.method)
+            limit = EpochLimit(options.max_epochs, domains=names, ceiling=ceiling, context=context)
     except ConfigError as error:
+        if str(error).startswith("mixing method"):
+            raise
         raise ConfigError(f"mixing method '{controller.method}': {error}") from error
     return Epochs(controller, limit)
 

@@ -12,6 +12,7 @@ from support.mixing import LEDGERS, build_any
 
 from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
 from megatron.errors import CheckpointError, ConfigError
+from megatron.mixing.reported import Reported
 
 NAMES = ["web/high", "books", "web/low", "code"]
 GIVEN = [0.3, 0.4, 0.1, 0.2]
@@ -334,3 +335,76 @@ def test_a_domain_joins_and_leaves_without_the_groups_forgetting():
     assert after.describe()["estimate"] == mixer.describe()["estimate"]
     p, q = after.decide(9).sampling_weights, mixer.decide(9).sampling_weights
     np.testing.assert_allclose(p, q, rtol=1e-12)
+
+
+class TestEpochs:
+    CONTEXT = RunContext(
+        total_steps=100, samples_per_step=10, samples_per_epoch=(100.0, 400.0, 100.0, 500.0)
+    )
+
+    def train(self, mixer, steps=100):
+        """Draw as decided, in fractions; return the passes over each domain."""
+        drawn = np.zeros(4)
+        for step in range(1, steps + 1):
+            decision = mixer.decide(step)
+            drawn += 10 * decision.sampling_weights
+            mixer.observe(
+                Observation(
+                    step,
+                    loss_sum=[3.0, 2.0, 4.0, 1.0],
+                    token_count=[1, 1, 1, 1],
+                    sampling_weights=decision.sampling_weights,
+                    samples_seen=drawn,
+                )
+            )
+        return drawn / self.CONTEXT.samples_per_epoch
+
+    def test_a_limit_on_a_group_leaves_its_shares(self):
+        mixer = build(max_epochs={"web": 1.5}, context=self.CONTEXT)
+        passes = self.train(mixer)
+        assert passes[0] == pytest.approx(2.25)
+        assert passes[2] == pytest.approx(0.75)
+        assert weights(mixer, 101)["web/high"] == pytest.approx(0.3)  # the run is over
+
+    def test_a_limit_on_a_domain_is_made_up_for_by_its_group(self):
+        passes = self.train(build(max_epochs={"web/high": 1.0}, context=self.CONTEXT))
+        assert passes == pytest.approx([1.0, 1.0, 3.0, 0.4])
+
+    def test_both_and_one_number_for_groups(self):
+        limits = {"web/high": 1.0, "web": 1.5}
+        passes = self.train(build("odm", max_epochs=limits, context=self.CONTEXT))
+        assert passes[0] <= 1 + 1e-9
+        assert passes[0] + passes[2] <= 3 + 1e-9
+        passes = self.train(build("odm", max_epochs=1.2, context=self.CONTEXT))
+        assert passes[0] + passes[2] <= 2.4 + 1e-9
+        assert passes[0] > 1.2
+
+    def test_a_fallback_keeps_to_it(self):
+        mixer = build(max_epochs={"web": 1.0}, context=self.CONTEXT, guardrail={})
+        for step, loss in ((1, 1.0), (2, 5.0)):
+            mixer.review(
+                Reported(
+                    step=step,
+                    loss=np.full(4, loss),
+                    window_loss=np.full(8, loss),
+                    window_domain=np.repeat(np.arange(4), 2),
+                )
+            )
+        assert mixer.decide(3).control == "fallback"
+        passes = self.train(mixer)
+        assert passes[0] + passes[2] == pytest.approx(2.0)
+
+    def test_limits_that_cannot_be_kept_are_refused(self):
+        with pytest.raises(ConfigError, match="names 'wbe', which is no group"):
+            build(max_epochs={"wbe": 1.0}, context=self.CONTEXT)
+        limits = {"web/high": 0.1, "web/low": 0.1, "books": 0.9, "code": 1.0}
+        with pytest.raises(ConfigError, match="allow less data together"):
+            build(max_epochs=limits, context=self.CONTEXT)
+
+    def test_it_resumes_with_the_counts(self):
+        mixer, fresh = (build(max_epochs={"web": 1.5}, context=self.CONTEXT) for _ in range(2))
+        self.train(mixer, 40)
+        fresh.load_state_dict(json.loads(json.dumps(mixer.state_dict())))
+        a, b = mixer.decide(41), fresh.decide(41)
+        assert a.sampling_weights.tobytes() == b.sampling_weights.tobytes()
+        assert a.epochs.tobytes() == b.epochs.tobytes()
