@@ -97,10 +97,13 @@ def reference_source(
             topology=topology,
             pin_memory=runtime.device.type == "cuda",
         )
+        place = Path(paths.losses)
     else:
         assert paths.model is not None
-        source = _model(config, runtime, topology, paths.model, micro, accumulation, overhead, say)
-    _keep_to(config, runtime, source.identity, paths.losses or str(paths.model))
+        source, place = _model(
+            config, runtime, topology, paths.model, micro, accumulation, overhead, say
+        )
+    _keep_to(config, runtime, source.identity, str(place))
     return source
 
 
@@ -113,7 +116,8 @@ def _model(
     accumulation: int,
     overhead: Overhead | None,
     say: Callable[[str], None],
-) -> ModelReference:
+) -> tuple[ModelReference, Path]:
+    """Return a frozen model as a source, and the folder of its checkpoint."""
     cache = Path(config.checkpoint.run_dir) / CACHE_NAME
     reference, files = share_reference(given, config, runtime, cache=cache, say=say)
     say(describe_frozen(reference, config, topology))
@@ -121,7 +125,7 @@ def _model(
         reference, files, config, runtime, topology, micro=micro, accumulation=accumulation
     )
     assert config.model.vocab_size is not None
-    return ModelReference(
+    source = ModelReference(
         model,
         DomainLoss(topology=topology, vocab_size=config.model.vocab_size),
         accumulation=accumulation,
@@ -131,6 +135,7 @@ def _model(
         identity=reference.identity,
         overhead=overhead,
     )
+    return source, reference.path
 
 
 def _keep_to(config: Config, runtime: Runtime, identity: str, place: str) -> None:
@@ -153,7 +158,8 @@ def _keep_to(config: Config, runtime: Runtime, identity: str, place: str) -> Non
     if before and before["model"] != identity:
         raise CheckpointError(
             f"the run began with the reference model {before['model'][:16]} ({before['place']}), "
-            f"and is given {identity[:16]} ({place}); give it that model again, or start another "
+            f"and is given {identity[:16]} ({place}); give it that model again (a run's folder "
+            "means its newest checkpoint, a checkpoint's folder that one), or start another "
             f"run_dir (or remove {path}, if the change is meant)"
         )
 

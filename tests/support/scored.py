@@ -23,8 +23,6 @@ REFERENCE = {
     "hidden_size": 24,
     "num_attention_heads": 2,
     "init_method_std": 0.2,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
     "train_iters": 6,
     "save_interval": 3,
     "eval_interval": 100,
