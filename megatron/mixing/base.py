@@ -42,8 +42,8 @@ what hangs on several entries.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -54,6 +54,7 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.decision import Decision, RunContext
 from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.migrate import VERSION, Edit, Follow, current_state, migrated
+from megatron.mixing.named import Named
 from megatron.mixing.objective import Objective, ObjectiveOptions
 from megatron.mixing.observation import (
     FloatArray,
@@ -71,7 +72,7 @@ from megatron.registry import mixing_methods
 __all__ = ["Decision", "Mixer", "Observation", "ObservationError", "RunContext", "Signal"]
 
 
-class Mixer(ABC):
+class Mixer(Named):
     """A mixing method at work on one run.
 
     Args:
@@ -84,7 +85,6 @@ class Mixer(ABC):
         ConfigError: floors and ceilings that no distribution satisfies.
     """
 
-    method: ClassVar[str]
     needs: frozenset[Signal] = frozenset({Signal.LOSS})
     """Signals that the method reads."""
     has_objective: ClassVar[bool] = False
@@ -354,19 +354,13 @@ class Mixer(ABC):
         """Return the decision for a step after the warm-up; pure."""
         return Decision(sampling_weights=self._weights.copy())
 
-    def _follow(  # noqa: B027 - most rules need nothing of it
-        self, observation: Observation, sampling_weights: FloatArray
-    ) -> None:
+    def _follow(self, observation: Observation, sampling_weights: FloatArray) -> None:
         """See one counted step after the warm-up, before pooling."""
 
-    def _measure(  # noqa: B027 - most rules need nothing of it
-        self, step: int, valid_loss: FloatArray
-    ) -> None:
+    def _measure(self, step: int, valid_loss: FloatArray) -> None:
         """See a validation measured after ``step``: [K + M], as ``measured`` (NaN = not)."""
 
-    def _foresee(  # noqa: B027 - most rules need nothing of it
-        self, observation: Observation
-    ) -> None:
+    def _foresee(self, observation: Observation) -> None:
         """See what a decision asked for with ``measure``, before the step trains."""
 
     def _save(self) -> dict[str, Any]:
@@ -384,9 +378,7 @@ class Mixer(ABC):
         """Return the state after an edit, put right where :attr:`follows` is not enough; pure."""
         return state
 
-    def _reweighted(  # noqa: B027 - most rules need nothing of it
-        self, before: FloatArray
-    ) -> None:
+    def _reweighted(self, before: FloatArray) -> None:
         """Follow given weights that are no longer those of the restored state, [K], sum 1."""
 
     def _estimates(self) -> dict[str, Any]:
@@ -414,66 +406,6 @@ class Mixer(ABC):
     def _foreseen(self, step: int) -> bool:
         """Whether what ``step`` asked for with ``measure`` has been measured."""
         return self._foreseen_step >= step
-
-    def _by_name(self, values: FloatArray) -> dict[str, float | None]:
-        """Key a vector by domain; NaN becomes None, so that any JSON reader takes it."""
-        return {
-            name: None if np.isnan(value) else float(value)
-            for name, value in zip(self.domains, values, strict=True)
-        }
-
-    def _vector(self, values: Mapping[str, Any], name: str) -> FloatArray:
-        """Read back what :meth:`_by_name` wrote, in the order of the domains."""
-        try:
-            if len(values) != len(self.domains):
-                raise KeyError(name)
-            read = [np.nan if values[d] is None else float(values[d]) for d in self.domains]
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(name, values) from error
-        return np.array(read, dtype=np.float64)
-
-    def _by_measured(self, values: FloatArray) -> dict[str, float | None]:
-        """Key a vector [K + M] by the names in ``measured``; NaN becomes None."""
-        return {
-            name: None if np.isnan(value) else float(value)
-            for name, value in zip(self.measured, values, strict=True)
-        }
-
-    def _measured_vector(self, values: object, name: str) -> FloatArray:
-        """Read back what :meth:`_by_measured` wrote, [K + M].
-
-        Domains that are never trained on may come and go between two launches: a new one
-        is NaN, one that is gone is left out.
-        """
-        if not isinstance(values, Mapping):
-            raise self._damaged(name, values)
-        own = {domain: values[domain] for domain in self.domains if domain in values}
-        try:
-            read = [values.get(target) for target in self._context.targets]
-            others = [np.nan if value is None else float(value) for value in read]
-        except (TypeError, ValueError) as error:
-            raise self._damaged(name, values) from error
-        return np.append(self._vector(own, name), others)
-
-    def _check_rule(self, rule: Mapping[str, Any], keys: Collection[str]) -> None:
-        """Refuse what :meth:`_restore` got unless it holds exactly ``keys``."""
-        if rule.keys() != set(keys):
-            raise CheckpointError(
-                f"the state of mixing method '{self.method}' holds {sorted(rule)} where "
-                f"{sorted(keys)} belong"
-            )
-
-    def _damaged(self, name: str, value: object) -> CheckpointError:
-        """Return the error of a state that no run of ours can have written."""
-        return CheckpointError(
-            f"the state of mixing method '{self.method}' is damaged: {name} is {value!r}"
-        )
-
-    def _whole(self, value: object, name: str, *, least: int) -> int:
-        """Read back a whole number of at least ``least``."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._damaged(name, value)
-        return value
 
     # How it hangs together.
 
