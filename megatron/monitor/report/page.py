@@ -22,6 +22,7 @@ from megatron.monitor.report.compare import (
     verdicts,
 )
 from megatron.monitor.report.cost import cost_section
+from megatron.monitor.report.groups import group_rows
 from megatron.monitor.report.load import RunData, load_runs
 from megatron.monitor.report.payload import MOST_VALIDATIONS, domain_order, payload
 from megatron.monitor.report.summary import (
@@ -240,6 +241,7 @@ def run_table(run: RunData, index: int, count: int) -> str:
         f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody><tfoot>{_total_row(run, rows)}</tfoot></table></div>"
     )
+    table = _group_table(run, rows, heads) + table
     if count == 1:
         return table
     words = "".join(f"<li>{escape(sentence)}</li>" for sentence in run_sentences(run, rows))
@@ -247,6 +249,21 @@ def run_table(run: RunData, index: int, count: int) -> str:
         f"<details{' open' if index == 0 else ''}>"
         f"<summary><b>{escape(run.name)}</b> {escape(run.mixing)} · "
         f"{escape(progress(run))}</summary><ul>{words}</ul>{table}</details>"
+    )
+
+
+def _group_table(run: RunData, rows: Sequence[DomainRow], heads: str) -> str:
+    """Return the table of groups, above that of domains; nothing if the run has none."""
+    groups = group_rows(run, rows)
+    if not groups:
+        return ""
+    most = max(row.tokens for row in groups) or 1.0
+    body = "".join(_domain_row(row, most) for row in groups)
+    return (
+        '<p class="hint">Groups, on which the method acted: shares are sums, losses are means '
+        "weighted by what was asked of each domain.</p>"
+        f'<div class="scroll"><table class="sortable groups"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

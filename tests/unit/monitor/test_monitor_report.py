@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.report_runs import DOMAINS, LENGTH, NATURAL, SAMPLES, write_run
@@ -19,6 +20,7 @@ from support.report_runs import DOMAINS, LENGTH, NATURAL, SAMPLES, write_run
 from megatron.errors import ConfigError, RunError
 from megatron.monitor.report import write_report
 from megatron.monitor.report.compare import compare, conditions, paired, verdicts
+from megatron.monitor.report.groups import group_rows
 from megatron.monitor.report.ledger import bin_limit, bin_width, read_ledger
 from megatron.monitor.report.load import RunData, load_runs, short_names
 from megatron.monitor.report.payload import payload, thin
@@ -366,3 +368,30 @@ def test_a_trifle_is_not_a_difference(tmp_path: Path) -> None:
     table = page[page.index('id="comparison"') : page.index("</table>")]
     assert 'class="less"' not in table
     assert 'class="more"' not in table
+
+
+def test_groups_have_a_table_where_there_are_groups(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    page = write_report([folder]).read_text(encoding="utf-8")
+    assert 'class="sortable groups"' not in page
+    path = folder / "config.yml"
+    config = yaml.safe_load(path.read_text()) if path.exists() else {}
+    first, second, *others = DOMAINS
+    mixing = {**(config.get("mixing") or {}), "groups": {"members": {"some": [first, second]}}}
+    path.write_text(yaml.safe_dump({**config, "mixing": mixing}))
+    (run,) = load(folder)
+    rows = {row.name: row for row in domain_rows(run)}
+    groups = {row.name: row for row in group_rows(run, list(rows.values()))}
+    assert list(groups) == ["some", *others]
+    assert groups[others[0]] == rows[others[0]]
+    some, parts = groups["some"], [rows[first], rows[second]]
+    for name in ("first", "last", "asked", "realised", "token_share", "tokens"):
+        assert getattr(some, name) == pytest.approx(sum(getattr(row, name) for row in parts))
+    assert some.end == pytest.approx(
+        sum(row.asked * row.end for row in parts) / sum(row.asked for row in parts)
+    )
+    sizes = [row.realised / row.epochs for row in parts]
+    assert some.epochs == pytest.approx(sum(row.realised for row in parts) / sum(sizes))
+    page = write_report([folder]).read_text(encoding="utf-8")
+    assert 'class="sortable groups"' in page
+    assert '<th scope="row">some</th>' in page
