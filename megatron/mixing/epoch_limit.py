@@ -171,7 +171,7 @@ class EpochLimit:
         if self._unique is None or left is None:
             return None
         drawn = self._drawn + weights * max(left, 0.0)
-        return np.asarray(drawn / np.maximum(self._unique, 1.0), dtype=np.float64)
+        return np.asarray(drawn / self._sizes(), dtype=np.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, by name."""
@@ -183,6 +183,8 @@ class EpochLimit:
 
         Raises:
             CheckpointError: they are damaged.
+            ConfigError: with what has been drawn, the limits allow less than the rest of the
+                run draws (they or the run's length have changed since).
         """
         try:
             if state.keys() != set(_KEYS):
@@ -194,3 +196,29 @@ class EpochLimit:
         if step < 0 or not np.isfinite(read).all() or (read < 0).any():
             raise CheckpointError(f"the count of drawn samples is damaged: {state!r}")
         self._step, self._drawn = step, read
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        """Refuse limits that what has been drawn already makes the run break."""
+        left = self._left()
+        if self._allowed is None or left is None or left <= 0:
+            return
+        within = np.minimum(np.maximum(self._allowed - self._drawn, 0.0), self._ceiling * left)
+        short = left - float(within.sum())
+        # Whole samples, and random draws, may stray from the weights by less than a step's.
+        if short > (self._context.samples_per_step or 0):
+            over = [
+                f"{name} {drawn / unique:.3g}"
+                for name, drawn, unique in zip(
+                    self._domains, self._drawn, self._sizes(), strict=True
+                )
+            ]
+            raise ConfigError(
+                f"max_epochs allows {short:,.0f} samples less than the rest of the run draws: "
+                f"{self._step} steps have made these passes: {', '.join(over)}; raise it, or "
+                f"shorten the run"
+            )
+
+    def _sizes(self) -> FloatArray:
+        sizes = np.ones(len(self._domains)) if self._unique is None else self._unique
+        return np.maximum(sizes, 1.0)
