@@ -147,3 +147,28 @@ def test_the_schema_knows_what_is_in_a_block(text, valid):
     schema = {"type": "object", "properties": properties(option_model(METHOD))}
     jsonschema.Draft7Validator.check_schema(schema)
     assert jsonschema.Draft7Validator(schema).is_valid(yaml.safe_load(text)) is valid
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{kind: worst, abov: {code: 1}}", "objective.abov: unknown key; did you mean 'above'?"),
+        ("{weights: {code: x}}", "objective.weights.code: 'x': should be a number"),
+        ("wurst", "'wurst': should be 'uniform', 'worst' or 'weights'; did you mean 'worst'?"),
+        ("3", "should be a block"),
+        ("{kind: worst, weights: {code: 1}}", "give weights with the kind 'weights'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_place(load, given, message):
+    with pytest.raises(ConfigError) as caught:
+        load(f"mixing: {{method: aioli, update_every: 100, objective: {given}}}\n")
+    assert message in str(caught.value)
+    assert "a.yml:11" in str(caught.value)
+
+
+def test_a_resolved_file_with_blocks_loads_to_an_equal_one(load, files):
+    config = load("mixing: {method: aioli, update_every: 100, objective: {code: 2, prose: 1}}\n")
+    objective = config.mixing.options["objective"]
+    assert objective == {"kind": "weights", "weights": {"code": 2.0, "prose": 1.0}, "above": None}
+    assert files.load(config.resolved_yaml()).mixing == config.mixing
+    assert load("mixing: {method: aioli, update_every: 100}\n", "mixing.objective=worst") != config
