@@ -13,7 +13,6 @@ from support.mixing import LEDGERS, build_any, go
 
 from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
 from megatron.errors import CheckpointError
-from megatron.mixing.migrate import Edit, log_share, mean, newcomer, share, share_of_all
 
 FAST: dict[str, dict[str, Any]] = {
     "ado": {
@@ -263,13 +262,6 @@ def test_aioli_opens_a_round_over_the_new_domains(stop: int) -> None:
     assert len(set(learnt)) == 1
 
 
-def test_a_target_may_come_and_go() -> None:
-    """What is only measured has entries beside the domains; nothing of theirs is lost."""
-    edit = make_edit("ab", "ab", measured=("abx", "aby"))
-    assert mean(edit, {"a": 1.0, "b": 3.0, "x": 8.0}, "v") == {"a": 1.0, "b": 3.0, "y": 2.0}
-    assert mean(edit, {"a": 1.0, "b": 3.0}, "v") == {"a": 1.0, "b": 3.0}
-
-
 @pytest.mark.parametrize("method", ["static", "schedule"])
 def test_what_is_not_learnt_follows_the_configuration(method: str) -> None:
     mixer = make(method, "abc", [2, 1, 1])
@@ -332,80 +324,6 @@ def test_without_migration_other_domains_are_refused() -> None:
     state = make("odm", "abc").state_dict()
     with pytest.raises(CheckpointError, match="allow_domain_edits: true"):
         make("odm", "abd").load_state_dict(state)
-
-
-def make_edit(
-    before: Sequence[str],
-    after: Sequence[str],
-    *,
-    given: Mapping[str, float] | None = None,
-    given_before: Mapping[str, float] | None = None,
-    parents: Mapping[str, str] | None = None,
-    measured: tuple[str, str] | None = None,
-) -> Edit:
-    weights = given or dict.fromkeys(after, 1.0)
-    total = sum(weights.values())
-    return Edit(
-        before=tuple(before),
-        after=tuple(after),
-        measured_before=tuple(measured[0] if measured else before),
-        measured_after=tuple(measured[1] if measured else after),
-        parents=parents or {},
-        given_before=given_before,
-        given={name: weight / total for name, weight in weights.items()},
-        retired={"r": {"v": 7.0}},
-    )
-
-
-def test_shares_follow_by_the_stated_rule() -> None:
-    edit = make_edit(
-        "abc",
-        ["b", "n", "a1", "a2"],
-        given={"b": 2, "n": 1, "a1": 1, "a2": 0},
-        parents={"a1": "a", "a2": "a"},
-    )
-    found = edit.shares({"a": 0.6, "b": 0.2, "c": 0.2})
-    assert found == pytest.approx({"b": 0.75 / 4, "n": 0.25, "a1": 0.75 * 3 / 4, "a2": 0.0})
-    assert share(edit, {"a": 6.0, "b": 2.0, "c": 2.0}, "v") == pytest.approx(
-        {name: 10 * part for name, part in found.items()}
-    )
-    logs = log_share(edit, {"a": math.log(0.6), "b": math.log(0.2), "c": math.log(0.2)}, "v")
-    assert math.exp(logs["a1"]) == pytest.approx(found["a1"])
-    assert logs["a2"] == 0.0
-
-
-def test_logarithms_keep_weights_too_small_for_a_float() -> None:
-    edit = make_edit("abc", "abd")
-    logs = log_share(edit, {"a": -1e4, "b": 0.0, "c": -5.0}, "v")
-    assert logs["a"] - logs["b"] == pytest.approx(-1e4)
-    assert math.exp(logs["d"]) == pytest.approx(1 / 3)
-
-
-def test_where_nothing_is_inherited_the_given_weights_hold() -> None:
-    assert make_edit("ab", "cd", given={"c": 1, "d": 3}).shares({"a": 0.5, "b": 0.5}) == (
-        pytest.approx({"c": 0.25, "d": 0.75})
-    )
-    lost = make_edit("ab", "bc", given={"b": 1, "c": 3}).shares({"a": 1.0, "b": 0.0})
-    assert lost == pytest.approx({"b": 0.25, "c": 0.75})
-
-
-def test_vectors_matrices_and_histories_are_followed() -> None:
-    edit = make_edit("ab", ["b", "r", "n"])
-    tree = {
-        "k": 3,
-        "rows": [{"a": 1.0, "b": 2.0}],
-        "matrix": {"a": {"a": 1.0, "b": 2.0}, "b": {"a": 3.0, "b": 4.0}},
-        "columns": {"a": [1.0, 2.0], "b": [3.0, None]},
-    }
-    found = mean(edit, tree, "t")
-    assert found["k"] == 3
-    assert found["rows"] == [{"b": 2.0, "r": 2.0, "n": 2.0}]
-    assert found["matrix"]["b"] == {"b": 4.0, "r": 4.0, "n": 4.0}
-    assert found["matrix"]["n"] == {"b": 3.0, "r": 3.0, "n": 3.0}
-    assert found["columns"] == {"b": [3.0, None], "r": [None, None], "n": [None, None]}
-    assert newcomer(0.5)(edit, {"a": 1.0, "b": None}, "v") == {"b": None, "r": 7.0, "n": 0.5}
-    matrix = share_of_all(edit, {"a": {"a": 0.4, "b": 0.2}, "b": {"a": 0.1, "b": 0.3}}, "m")
-    assert sum(part for row in matrix.values() for part in row.values()) == pytest.approx(1)
 
 
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -495,3 +413,36 @@ def test_velocitune_starts_a_new_domain_where_it_is_first_measured() -> None:
     for step in range(9, 12):
         advance(after, step)
     assert after.state_dict()["rule"]["start"]["d"] == pytest.approx(loss_of("d", 10) - 0.1)
+
+
+@pytest.mark.parametrize("method", [method for method in FOLLOWING if method != "aioli"])
+def test_down_to_one_domain_and_to_others_altogether(method: str) -> None:
+    mixer = make(method, "abc")
+    for step in range(1, 8):
+        advance(mixer, step)
+    alone = edited(mixer, method, "c")
+    for step in range(8, 12):
+        assert advance(alone, step)["p"] == {"c": 1.0}
+    others = edited(alone, method, ["a1", "d"], [1, 3])
+    assert others.decide(12).sampling_weights.sum() == pytest.approx(1)
+    for step in range(12, 30):
+        advance(others, step)
+
+
+@pytest.mark.parametrize("method", ["doremi", "doge"])
+def test_a_domain_that_is_switched_on_starts_from_its_given_share(method: str) -> None:
+    mixer = make(method, "abc", [1, 1, 0])
+    for step in range(1, 8):
+        advance(mixer, step)
+    again = make(method, "abc", [1, 1, 2])
+    again.load_state_dict(through_json(mixer.state_dict()))
+    weights = again.describe()["domain_weights"]
+    before = mixer.describe()["domain_weights"]
+    assert before["c"] == 0.0
+    assert weights["c"] == pytest.approx(0.5 / 1.5)
+    assert weights["a"] / weights["b"] == pytest.approx(before["a"] / before["b"])
+    off = make(method, "abc", [1, 0, 2])
+    off.load_state_dict(through_json(again.state_dict()))
+    assert off.describe()["domain_weights"]["b"] == 0.0
+    for step in range(8, 20):
+        advance(off, step)
