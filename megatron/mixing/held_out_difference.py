@@ -152,10 +152,12 @@ class Yardstick:
         weights = self.weights(loss)
         kept = [part[np.isfinite(part)] for part in values]
         counts = np.array([len(part) for part in kept])
-        spread = np.array([part.var(ddof=1) if len(part) > 1 else np.nan for part in kept])
-        if (counts[weights > 0] == 0).any() or np.isnan(spread).all():
+        if (counts[weights > 0] == 0).any() or not (counts > 1).any():
             return None
-        # A domain with one window says nothing of its scatter: the others' stands for it.
-        spread = np.where(np.isnan(spread), np.nanmean(spread), spread)
-        variance = np.where(weights > 0, weights**2 * spread / np.maximum(counts, 1), 0.0)
-        return float(np.sqrt(variance.sum()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread = np.array([part.var(ddof=1) if len(part) > 1 else np.nan for part in kept])
+            # A domain with one window says nothing of its scatter: the others' stands for it.
+            spread = np.where(np.isnan(spread), np.nanmean(spread), spread)
+            parts = weights[weights > 0] ** 2 * (spread / np.maximum(counts, 1))[weights > 0]
+            error = float(np.sqrt(parts.sum()))
+        return None if np.isnan(error) else error

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.mixing import ALONE, build_any, go
+from support.mixing import ALONE, LEDGERS, build_any, go
 
 from data_sampling_utils import Observation, available_methods
+from megatron.mixing.reported import Reported
 
 TOLERANCE = 1e-12
 SETTINGS = settings(
@@ -226,3 +227,46 @@ def test_a_single_domain_always_has_weight_one(method):
 def test_every_method_builds_without_options_and_starts_uniform(method):
     mixer = build_any(method, domains=["a", "b", "c", "d"])
     assert weights_of(mixer, 1).tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("method", sorted(set(available_methods()) - LEDGERS))
+@settings(SETTINGS, max_examples=12)
+@given(run=runs())
+def test_controls_around_it_keep_all_of_that(method, run):
+    """Groups and a guardrail that gives way at once: bounds, and a state that goes on, hold."""
+    arguments, observed = run
+    names = arguments["domains"]
+    if len(names) < 3:
+        return
+    controls = {
+        "groups": {"members": {"some": names[:2]}},
+        "guardrail": {"tolerance": 0.0, "retry_after": 2, "fallback": "uniform"},
+        "of": len(names) - 1,
+    }
+
+    def make():
+        return build_any(method, **arguments, **controls)
+
+    whole = resumed = make()
+    for observation in observed:
+        for mixer in {id(m): m for m in (whole, resumed)}.values():
+            go(mixer, observation)
+            tokens = np.maximum(np.array(observation.token_count), 1.0)
+            with np.errstate(over="ignore"):
+                loss = np.array(observation.loss_sum) / tokens
+            mixer.review(
+                Reported(
+                    step=observation.step,
+                    loss=loss,
+                    window_loss=np.repeat(loss, 2),
+                    window_domain=np.repeat(np.arange(len(loss)), 2),
+                )
+            )
+        text = json.dumps([whole.state_dict(), whole.describe()], allow_nan=False)
+        state, resumed = resumed.state_dict(), make()
+        resumed.load_state_dict(json.loads(json.dumps(state, allow_nan=False)))
+        assert json.dumps([resumed.state_dict(), resumed.describe()]) == text
+        for step in range(observation.step + 1, observation.step + 4):
+            p = weights_of(whole, step)
+            check_weights(p, arguments)
+            assert p.tobytes() == weights_of(resumed, step).tobytes()
