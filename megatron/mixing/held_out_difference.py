@@ -49,7 +49,8 @@ class Measurement:
         def mean(mine: FloatArray, new: FloatArray) -> FloatArray:
             if len(mine) != len(new):
                 return new
-            moved = mine + (new - mine) * part
+            with np.errstate(over="ignore", invalid="ignore"):
+                moved = mine + (new - mine) * part
             return np.where(np.isfinite(moved), moved, np.where(np.isfinite(new), new, mine))
 
         return Measurement(
