@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron.data.batch import Array, MicroBatch
+from megatron.data.loss_header import LARGEST_LOSS
 from megatron.data.loss_store import LossStore
 from megatron.data.plan import Plan
 from megatron.engine.frozen import FrozenModel
@@ -226,7 +227,8 @@ class TokenLosses:
     def __call__(self, output: Any, labels: Any) -> torch.Tensor:
         """Keep the losses [B, S] of ``labels[0]`` (targets); returns a scalar, as a loss would."""
         hidden, weight = output
-        losses = self._loss.token_losses(hidden, weight, labels[0])
+        # As a store holds them: model and store are to give the same.
+        losses = self._loss.token_losses(hidden, weight, labels[0]).clamp_(max=LARGEST_LOSS)
         self._taken.append(losses)
         return losses.new_zeros(())
 

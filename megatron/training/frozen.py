@@ -35,40 +35,68 @@ def share_reference(
     config: Config,
     runtime: Runtime,
     *,
-    cache: Path,
     step: int | None = None,
     say: Callable[[str], None],
-) -> tuple[ReferenceCheckpoint, Path]:
-    """Return a reference's checkpoint and its weights by whole parameters; collective.
+) -> ReferenceCheckpoint:
+    """Return a reference's checkpoint, the same on every rank; collective.
 
-    Rank 0 verifies every byte, converts where needed, and tells the others.
+    Rank 0 verifies every byte and tells the others.
 
     Args:
         given: see :func:`find_reference`.
         config: of the run, with ``model.vocab_size`` filled in.
         runtime: ranks and their host-side group.
-        cache: folder for the converted form, unless one lies beside the checkpoint.
         step: of the checkpoint; None takes the newest.
         say: takes a line for the console.
 
     Raises:
-        CheckpointError: there is none, it cannot be converted, or it does not fit the run.
+        CheckpointError: there is none, or it does not fit the run.
     """
+
+    def find() -> int:
+        found = find_reference(given, step=step, verified=True, say=say)
+        check_reference(found, config)
+        return found.manifest.step
+
+    return find_reference(given, step=_on_first(runtime, find), verified=False, say=say)
+
+
+def share_weights(
+    reference: ReferenceCheckpoint,
+    runtime: Runtime,
+    *,
+    cache: Path,
+    say: Callable[[str], None],
+) -> Path:
+    """Return the folder of a reference's weights in the universal format; collective.
+
+    Rank 0 converts where needed.
+
+    Args:
+        reference: the checkpoint.
+        runtime: ranks and their host-side group.
+        cache: folder for the converted form, unless one lies beside the checkpoint.
+        say: takes a line for the console.
+
+    Raises:
+        CheckpointError: it cannot be converted, or there is no room.
+    """
+    store = CheckpointStore(cache)
+    return Path(_on_first(runtime, lambda: str(_whole_parameters(reference, store, say))))
+
+
+def _on_first(runtime: Runtime, work: Callable[[], Any]) -> Any:
+    """Return on every rank what ``work`` returns on the first, or raise its error there too."""
     answer: dict[str, Any] = {}
     if runtime.rank == 0:
         try:
-            found = find_reference(given, step=step, verified=True, say=say)
-            check_reference(found, config)
-            files = _whole_parameters(found, CheckpointStore(cache), say)
-            answer = {"step": found.manifest.step, "files": str(files)}
+            answer = {"result": work()}
         except NeomixError as error:
             answer = {"problem": str(error)}
     answer = runtime.broadcast(answer)
     if "problem" in answer:
         raise CheckpointError(answer["problem"])
-    reference = find_reference(given, step=answer["step"], verified=False, say=say)
-    check_reference(reference, config)
-    return reference, Path(answer["files"])
+    return answer["result"]
 
 
 def _whole_parameters(

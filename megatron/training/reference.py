@@ -18,7 +18,12 @@ from megatron.monitor.overhead import Overhead
 from megatron.parallel.topology import Topology
 from megatron.signals.reference import ModelReference, ReferenceSource, StoreReference
 from megatron.training.domains import OpenDomains
-from megatron.training.frozen import build_frozen, describe_frozen, share_reference
+from megatron.training.frozen import (
+    build_frozen,
+    describe_frozen,
+    share_reference,
+    share_weights,
+)
 from megatron.training.planner import Planned
 from megatron.training.reference_options import open_store, reference_paths
 
@@ -119,7 +124,8 @@ def _model(
 ) -> tuple[ModelReference, Path]:
     """Return a frozen model as a source, and the folder of its checkpoint."""
     cache = Path(config.checkpoint.run_dir) / CACHE_NAME
-    reference, files = share_reference(given, config, runtime, cache=cache, say=say)
+    reference = share_reference(given, config, runtime, say=say)
+    files = share_weights(reference, runtime, cache=cache, say=say)
     say(describe_frozen(reference, config, topology))
     model = build_frozen(
         reference, files, config, runtime, topology, micro=micro, accumulation=accumulation

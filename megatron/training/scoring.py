@@ -34,7 +34,12 @@ from megatron.monitor.throughput import short
 from megatron.parallel.topology import Topology
 from megatron.signals.reference import TokenLosses
 from megatron.training.domains import OpenDomains, start_weights
-from megatron.training.frozen import build_frozen, describe_frozen, share_reference
+from megatron.training.frozen import (
+    build_frozen,
+    describe_frozen,
+    share_reference,
+    share_weights,
+)
 from megatron.training.layout import run_layout
 from megatron.training.reference_checkpoint import ReferenceCheckpoint
 from megatron.training.reference_options import epochs_read, splits_of
@@ -97,23 +102,43 @@ def score(
         sequence_parallel=config.parallel.sequence_parallel,
     )
     folder = Path(request.out)
-    reference, files = share_reference(
-        request.checkpoint,
-        config,
-        runtime,
-        cache=folder / CACHE_NAME,
-        step=request.step,
-        say=say,
-    )
-    say(describe_frozen(reference, config, topology))
+    reference = share_reference(request.checkpoint, config, runtime, step=request.step, say=say)
     facts = _facts(config, domains, chosen, reference, request, runtime.world_size)
     header = _prepare(folder, facts, runtime)
+    if all(header.domains[domain.name].complete for domain in chosen):
+        say(_how_to_use(folder))
+        return 0
+    scorer = _scorer(config, runtime, topology, reference, header, request, stop, say)
+    if not scorer.run(chosen):
+        say(f"stopped; run the command again to go on, {folder} keeps what is scored")
+        return stop.exit_code
+    if runtime.rank == 0:
+        # Whole parameters with their moments, which nobody needs any more.
+        remove_tree(folder / CACHE_NAME)
+    say(_how_to_use(folder))
+    return 0
+
+
+def _scorer(
+    config: Config,
+    runtime: Runtime,
+    topology: Topology,
+    reference: ReferenceCheckpoint,
+    header: StoreHeader,
+    request: ScoreRequest,
+    stop: StopFlag,
+    say: Callable[[str], None],
+) -> _Scorer:
+    """Build the model and what runs it; collective."""
+    folder = Path(request.out)
+    say(describe_frozen(reference, config, topology))
+    files = share_weights(reference, runtime, cache=folder / CACHE_NAME, say=say)
     micro, accumulation, _ = resolve_batch(config.batch, topology.data_size)
     model = build_frozen(
         reference, files, config, runtime, topology, micro=micro, accumulation=accumulation
     )
     assert config.model.vocab_size is not None
-    scorer = _Scorer(
+    return _Scorer(
         folder=folder,
         header=header,
         model=model,
@@ -125,14 +150,10 @@ def score(
         stop=stop,
         say=say,
     )
-    if not scorer.run(chosen):
-        say(f"stopped; run the command again to go on, {folder} keeps what is scored")
-        return stop.exit_code
-    if runtime.rank == 0:
-        # Whole parameters with their moments, which nobody needs any more.
-        remove_tree(folder / CACHE_NAME)
-    say(f"{folder} is complete: use it with mixing: {{reference_losses: {folder}}}")
-    return 0
+
+
+def _how_to_use(folder: Path) -> str:
+    return f"{folder} is complete: use it with mixing: {{reference_losses: {folder}}}"
 
 
 def _chosen(domains: OpenDomains, names: tuple[str, ...]) -> list[Domain]:
