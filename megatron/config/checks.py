@@ -212,20 +212,35 @@ def _check_tokenizer(config: Config, draft: Draft) -> None:
         _add(draft, "tokenizer", "tokenizer_type", "needs merge_file beside it")
 
 
+def _group_names(config: Config, domains: list[str]) -> list[str]:
+    """Return the names of the groups that the domains are in; none without groups."""
+    groups = config.mixing.options.get("groups")
+    if groups is None:
+        return []
+    members = groups.get("members")
+    found = [name.partition("/")[0] for name in domains] if members is None else [*members]
+    return list(dict.fromkeys(found))
+
+
 def _check_bounds(config: Config, draft: Draft) -> None:
     """Floors and ceilings name existing domains, and some distribution keeps to them."""
     names = list(config.trained)
+    groups = _group_names(config, names)
     for key, missing in (("floor", 0.0), ("ceiling", 1.0)):
         node = draft.options.get(key)
         if node is None or key not in config.mixing.options:
             continue
         value = config.mixing.options[key]
         if isinstance(value, dict):
-            unknown = [name for name in value if name not in names]
+            known = [*names, *groups]
+            unknown = [name for name in value if name not in known]
+            kind = "domain or group" if groups else "domain"
             for name in unknown:
                 draft.problems.add(
-                    node.at([name]), f"there is no domain '{name}'{did_you_mean(name, names)}"
+                    node.at([name]), f"there is no {kind} '{name}'{did_you_mean(name, known)}"
                 )
+            if groups:
+                continue  # of two levels: the groups themselves check them together
             bounds = [value.get(name, missing) for name in names]
             if unknown:
                 continue
@@ -235,6 +250,8 @@ def _check_bounds(config: Config, draft: Draft) -> None:
                 text = f"{len(value)} values for {len(names)} domains ({', '.join(names)})"
                 draft.problems.add(node, text)
                 continue
+        elif groups:
+            continue  # one number is for groups
         else:
             bounds = [value] * len(names)
         total = sum(bounds)

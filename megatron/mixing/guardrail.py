@@ -67,7 +67,7 @@ class Guardrail:
     * over the best: of the paired differences over the same windows.  The least of many noisy
       numbers lies too low, so reports that noise alone tells apart are one best, their mean;
       and with m of them, so that chances of a false alarm do not add up over a plateau,
-      z standard errors become sqrt(z^2 + 4 ln m).
+      z standard errors become z sqrt(1 + ln m).
     * over this run's own fallback: of the paired differences with its last report, and of the
       law; over an earlier run, whose windows are not recorded: of the loss itself.  That is
       more than the difference scatters if both runs validated on the same windows, so it errs
@@ -376,7 +376,7 @@ class Guardrail:
 
     def _sure(self, chances: int) -> float:
         """Return how many standard errors count, with so many chances of a false alarm."""
-        return math.sqrt(self._options.standard_errors**2 + 4.0 * math.log(max(chances, 1)))
+        return self._options.standard_errors * math.sqrt(1.0 + math.log(max(chances, 1)))
 
     def _keep_best(self, now: Measurement, value: float) -> None:
         """Let the report be the best, or one of those that noise alone tells from it."""
