@@ -101,6 +101,7 @@ def test_it_trains_to_its_end(
     assert [row["step"] for row in metrics if "loss" in row] == list(range(1, STEPS + 1))
     assert [row["step"] for row in metrics if "valid_loss" in row] == [0, STEPS]
     assert (run_dir / "checkpoints" / f"global_step{STEPS}").is_dir()
+    check_costs(method, ledger, [row for row in metrics if "loss" in row])
 
     drawn = [list(row["probability"].values()) for row in ledger]
     earlier = [list(row["probability"].values()) for row in runs.records(product, "mixture")]
@@ -112,6 +113,25 @@ def test_it_trains_to_its_end(
         weights = [row.get("loss_weight") for row in ledger]
         moved = [a != b for a, b in itertools.pairwise(zip(drawn, weights, strict=True))]
         assert any(moved) is (method not in FIXED)
+
+
+def check_costs(method: str, ledger: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
+    """Check that what mixing took is recorded: seconds on every line, tokens by what was asked."""
+    for row in logged:
+        assert {"all", "collective", "update"} <= row["overhead"].keys()
+        assert sum(row["overhead"].values()) <= 2 * row["overhead"]["all"]
+    needs = mixing_methods[method].needs
+    trained = 8 * 16
+    for row in ledger:
+        tokens = row.get("extra_tokens", {})
+        assert ("validation" in tokens) is ("valid_loss" in row)
+        assert tokens.get("probes", trained) == trained
+        assert ("probes" in tokens) is ("probe" in row)
+        assert ("reference" in tokens) is ("excess_loss" in needs)
+        assert ("foresight" in tokens) is bool({"gradient_alignment", "batch_valid_loss"} & needs)
+    asked = {kind for row in ledger for kind in row.get("extra_tokens", {})}
+    timed = {kind for row in logged for kind in row["overhead"]}
+    assert asked - {"probes"} <= timed
 
 
 def needs_an_earlier_run() -> list[str]:
