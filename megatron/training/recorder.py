@@ -131,8 +131,7 @@ class RunRecorder:
         )
         if self._exhaustion is not None:
             seen = planned.samples_seen.astype(np.float64)
-            weights = decision.sampling_weights
-            for text in self._exhaustion.messages(step=plan.step, seen=seen, weights=weights):
+            for text in self._exhaustion.messages(step=plan.step, seen=seen, weights=plan.weights):
                 self._say(text)
         if self._audit:
             self._sinks.audit(
