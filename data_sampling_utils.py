@@ -12,10 +12,12 @@ for step in range(1, steps + 1):
 from __future__ import annotations
 
 from megatron.mixing import (
+    Controller,
     Decision,
     Mixer,
     Observation,
     ObservationError,
+    Reported,
     RunContext,
     Signal,
     available_methods,
@@ -31,10 +33,12 @@ from megatron.mixing.weights import (
 )
 
 __all__ = [
+    "Controller",
     "Decision",
     "Mixer",
     "Observation",
     "ObservationError",
+    "Reported",
     "RunContext",
     "Signal",
     "available_methods",

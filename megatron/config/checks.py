@@ -22,6 +22,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_weights(config, draft)
     _check_tokenizer(config, draft)
     _check_bounds(config, draft)
+    _check_guardrail(config, draft)
 
 
 def _add(draft: Draft, group: str, name: str, text: str) -> None:
@@ -210,6 +211,24 @@ def _check_tokenizer(config: Config, draft: Draft) -> None:
         _add(draft, "tokenizer", "tokenizer_type", "needs vocab_file beside it")
     if kind == "GPT2BPETokenizer" and tokenizer.merge_file is None:
         _add(draft, "tokenizer", "tokenizer_type", "needs merge_file beside it")
+
+
+def _check_guardrail(config: Config, draft: Draft) -> None:
+    """A guardrail sees report validations, and nothing without them."""
+    training, node = config.training, draft.options.get("guardrail")
+    if node is None or config.mixing.options.get("guardrail") is None:
+        return
+    if training.eval_iters == 0:
+        draft.problems.add(
+            node, "eval_iters is 0, so that there are no validations to see; raise it", show=False
+        )
+    elif training.eval_interval >= training.train_iters:
+        draft.problems.add(
+            node,
+            f"eval_interval is {training.eval_interval}, so that no validation comes before the "
+            f"end of the {training.train_iters} steps; lower it",
+            show=False,
+        )
 
 
 def _group_names(config: Config, domains: list[str]) -> list[str]:

@@ -70,6 +70,15 @@ def test_domain_names_keep_their_hyphens(load):
                                     "2023"]  # fmt: skip
 
 
+def test_bounds_may_name_groups(load):
+    config = load(
+        "  web/high: {train: x, weight: 1}\n  web/low: {train: y, weight: 2}\n"
+        "mixing: {method: odm, groups: {}, floor: {web: 0.5, web/low: 0.2}, ceiling: 0.6}\n"
+    )
+    assert config.mixing.options["floor"] == {"web": 0.5, "web/low": 0.2}
+    assert list(config.domains) == ["code", "prose", "web/high", "web/low"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -105,6 +114,15 @@ def test_domain_names_keep_their_hyphens(load):
         ("  more: {train: [], weight: 1}\n", "domains.more.train"),
         ("  more: {train: x, weight: -1}\n", "domains.more.weight: -1"),
         ("  more: x\n", "domains.more: 'x': should be a block"),
+        (
+            "mixing: {method: odm, guardrail: {}}\neval_iters: 0\n",
+            "mixing.guardrail: eval_iters is 0",
+        ),
+        ("mixing: {method: odm, guardrail: {}}\neval_interval: 100000000\n", "no validation comes"),
+        (
+            "mixing: {method: odm, groups: {members: {all: [code, prose]}}, floor: {al: 0.1}}\n",
+            "there is no domain or group 'al'; did you mean 'all'",
+        ),
         ("  a//b: {train: x, weight: 1}\n", "a domain's name has"),
         ("  a/../b: {train: x, weight: 1}\n", "a domain's name has"),
         ("split: 1,2,3,4\n", "is not a split"),
