@@ -87,52 +87,29 @@ def reference_source(
             began with.
     """
     paths = reference_paths(config)
-    source: ReferenceSource
     if paths.losses is not None:
         store = open_store(config, domains, paths.losses)
-        model = store.header.model
-        say(
-            f"reference losses: {paths.losses}, of {model.get('checkpoint')}, "
-            f"model {store.header.model_hash[:16]}"
-        )
-        source = StoreReference(
+        model, identity = store.header.model.get("checkpoint"), store.header.model_hash
+        say(f"reference losses: {paths.losses}, of {model}, model {identity[:16]}")
+        _keep_to(config, runtime, identity, paths.losses)
+        return StoreReference(
             store,
             micro_batch=micro,
             accumulation=accumulation,
             topology=topology,
             pin_memory=runtime.device.type == "cuda",
         )
-        place = Path(paths.losses)
-    else:
-        assert paths.model is not None
-        source, place = _model(
-            config, runtime, topology, paths.model, micro, accumulation, overhead, say
-        )
-    _keep_to(config, runtime, source.identity, str(place))
-    return source
-
-
-def _model(
-    config: Config,
-    runtime: Runtime,
-    topology: Topology,
-    given: str,
-    micro: int,
-    accumulation: int,
-    overhead: Overhead | None,
-    say: Callable[[str], None],
-) -> tuple[ModelReference, Path]:
-    """Return a frozen model as a source, and the folder of its checkpoint."""
-    cache = Path(config.checkpoint.run_dir) / CACHE_NAME
-    reference = share_reference(given, config, runtime, say=say)
-    files = share_weights(reference, runtime, cache=cache, say=say)
+    assert paths.model is not None
+    reference = share_reference(paths.model, config, runtime, say=say)
     say(describe_frozen(reference, config, topology))
-    model = build_frozen(
-        reference, files, config, runtime, topology, micro=micro, accumulation=accumulation
-    )
+    _keep_to(config, runtime, reference.identity, str(reference.path))
+    cache = Path(config.checkpoint.run_dir) / CACHE_NAME
+    files = share_weights(reference, runtime, cache=cache, say=say)
     assert config.model.vocab_size is not None
-    source = ModelReference(
-        model,
+    return ModelReference(
+        build_frozen(
+            reference, files, config, runtime, topology, micro=micro, accumulation=accumulation
+        ),
         DomainLoss(topology=topology, vocab_size=config.model.vocab_size),
         accumulation=accumulation,
         seq_length=config.model.context_length,
@@ -141,7 +118,6 @@ def _model(
         identity=reference.identity,
         overhead=overhead,
     )
-    return source, reference.path
 
 
 def _keep_to(config: Config, runtime: Runtime, identity: str, place: str) -> None:
