@@ -14,6 +14,7 @@ from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision
 from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.grouping import Grouping, Levels
+from megatron.mixing.migrate import unguarded
 from megatron.mixing.observation import FloatArray, Observation, ObservationError, Signal
 from megatron.mixing.reported import Reported
 from megatron.mixing.simplex import saturate
@@ -130,7 +131,7 @@ class Groups:
         Raises:
             CheckpointError: it is damaged, or of other groups.
         """
-        check_state("the groups of the mixing method", state, version=1, keys=_KEYS)
+        state = _checked(state)
         try:
             found = {name: sorted(members) for name, members in state["groups"].items()}
         except (AttributeError, TypeError) as error:
@@ -149,7 +150,7 @@ class Groups:
         The method's state follows the groups: a domain that joins or leaves a group changes
         its shares and nothing that the method knows.
         """
-        check_state("the groups of the mixing method", state, version=1, keys=_KEYS)
+        state = _checked(state)
         earlier = {name: group for group, names in state["groups"].items() for name in names}
         origins = {}
         for group, names in self._grouping.names().items():
@@ -230,3 +231,14 @@ class Groups:
             total = self._grouping.total(counted)
         broken = self._grouping.total((~np.isfinite(losses)).astype(np.float64)) > 0
         return np.where(broken, np.nan, saturate(total))
+
+
+def _checked(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    state = unguarded(state)
+    if "groups" not in state:
+        raise CheckpointError(
+            "the checkpoint's mixing method acted on domains and the configuration's acts on "
+            "groups; leave groups out, or start a new run"
+        )
+    check_state("the groups of the mixing method", state, version=1, keys=_KEYS)
+    return state

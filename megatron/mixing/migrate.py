@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from megatron.errors import CheckpointError
 from megatron.state import check_state
 
 Numbers: TypeAlias = Mapping[str, float | None]
@@ -190,6 +191,11 @@ KEYS: Final = (
 )
 
 
+def unguarded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is inside a guardrail's state, for a run that goes on without one."""
+    return state["controller"] if "guardrail" in state else state
+
+
 def current_state(state: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """Return a mixer's state in the present version's form, its keys checked.
 
@@ -199,6 +205,12 @@ def current_state(state: Mapping[str, Any], owner: str) -> dict[str, Any]:
     Raises:
         CheckpointError: another version, or other keys.
     """
+    state = unguarded(state)
+    if "groups" in state:
+        raise CheckpointError(
+            f"the checkpoint's {owner} acted on the groups {sorted(state['groups'])} and the "
+            f"configuration's acts on domains; give it the same groups, or start a new run"
+        )
     if state.get("version") == 1:
         more: dict[str, Any] = {"targets": [], "given": None, "moved": True, "retired": {}}
         state = {**state, **more, "version": VERSION}

@@ -261,6 +261,12 @@ def test_other_groups_are_refused_on_resume():
     other = build("odm", groups={"members": {"x": ["books", "code"]}})
     with pytest.raises(CheckpointError, match="the same groups"):
         other.load_state_dict(state)
+    plain = build_mixer("odm", domains=NAMES, weights=GIVEN)
+    for act in (build("odm").load_state_dict, lambda old: build("odm").migrate(old, {})):
+        with pytest.raises(CheckpointError, match="acted on domains"):
+            act(plain.state_dict())
+    with pytest.raises(CheckpointError, match="acted on the groups"):
+        plain.load_state_dict(state)
 
 
 def test_an_absent_domain_of_a_group_is_not_read_and_a_broken_loss_is():

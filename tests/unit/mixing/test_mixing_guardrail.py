@@ -436,6 +436,15 @@ class TestState:
         assert mixer.decide(6).sampling_weights.tobytes() == p.tobytes()
         assert mixer.review(report(5, 3, 2, 2)) is None
 
+    @pytest.mark.parametrize("groups", [{}, {"groups": {"members": {"ab": ["a", "b"]}}}])
+    def test_a_run_may_go_on_without_its_guardrail(self, groups):
+        mixer = build(**groups)
+        train(mixer, 1, 5)
+        plain = build_mixer("odm", domains=NAMES, weights=GIVEN, **groups)
+        plain.load_state_dict(json.loads(json.dumps(mixer.state_dict())))
+        p = mixer.decide(6).sampling_weights
+        assert plain.decide(6).sampling_weights.tobytes() == p.tobytes()
+
     def test_damage_is_said(self):
         mixer = build()
         mixer.review(report(5, 3, 2, 2))
