@@ -7,18 +7,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron.errors import CheckpointError, ConfigError
+from megatron.mixing.control import Control
 from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision, RunContext
 from megatron.mixing.epoch_limit import EpochLimit
-from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.group_epoch_limit import GroupEpochLimit
 from megatron.mixing.grouping import Levels
-from megatron.mixing.observation import FloatArray, Observation, Signal
+from megatron.mixing.observation import FloatArray, Observation
 from megatron.mixing.options import CommonOptions, bounds
-from megatron.mixing.reported import Reported
 from megatron.mixing.simplex import normalise
 
 _KEY: Final = "epochs"
@@ -61,7 +59,7 @@ def with_epochs(
     return Epochs(controller, limit)
 
 
-class Epochs:
+class Epochs(Control):
     """A controller whose decisions tell the passes to come, and keep to a limit on them.
 
     It stands around everything else, so that whatever draws (a method, its probes, a shadow,
@@ -74,37 +72,8 @@ class Epochs:
     """
 
     def __init__(self, inner: Controller, limit: EpochLimit) -> None:
-        self._inner, self._limit = inner, limit
-
-    @property
-    def method(self) -> str:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.method
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.domains
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.needs
-
-    @property
-    def step(self) -> int:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.step
-
-    @property
-    def slots(self) -> npt.NDArray[np.int64]:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.slots
-
-    @property
-    def gradient_aim(self) -> GradientAim | None:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.gradient_aim
+        super().__init__(inner)
+        self._limit = limit
 
     def decide(self, step: int) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
@@ -128,14 +97,6 @@ class Epochs:
         self._inner.observe(observation)
         if drawn_by is not None and self._inner.step > before:  # it counted
             self._limit.observe(observation, drawn_by)
-
-    def review(self, reported: Reported) -> str | None:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.review(reported)
-
-    def result(self) -> FloatArray | None:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.result()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner controller's state with the counts beside it."""
@@ -162,13 +123,10 @@ class Epochs:
         """Return what the inner controller shows, with what draws and the passes forecast."""
         shown = dict(self._inner.describe())
         decision = self.decide(self.step + 1)
-        shown["weights"] = self._by_name(decision.sampling_weights)
+        shown["weights"] = self._named(decision.sampling_weights)
         if decision.epochs is not None:
-            shown["epochs_forecast"] = self._by_name(decision.epochs)
+            shown["epochs_forecast"] = self._named(decision.epochs)
         return shown
-
-    def _by_name(self, values: FloatArray) -> dict[str, float]:
-        return dict(zip(self.domains, values.tolist(), strict=True))
 
     def _within(self, decision: Decision) -> Decision:
         weights = self._limit.apply(decision.sampling_weights)

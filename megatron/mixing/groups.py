@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.errors import CheckpointError
+from megatron.mixing.control import Control
 from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision
 from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.grouping import Grouping, Levels
 from megatron.mixing.migrate import unguarded
-from megatron.mixing.observation import FloatArray, Observation, ObservationError, Signal
+from megatron.mixing.observation import FloatArray, Observation, ObservationError
 from megatron.mixing.reported import Reported
 from megatron.mixing.simplex import saturate
 from megatron.state import check_state
@@ -31,7 +32,7 @@ _TOKEN_MEANS: Final = ("batch_valid_loss", "excess_loss", "reference_loss")
 _KEYS: Final = ("method", "domains", "groups", "controller")
 
 
-class Groups:
+class Groups(Control):
     """A controller of groups as a controller of domains.
 
     What is observed is added up, or averaged, over the domains of a group before the method
@@ -45,30 +46,15 @@ class Groups:
     """
 
     def __init__(self, inner: Controller, levels: Levels, inside: FloatArray) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._levels = levels
         self._inside = inside
         self._grouping: Grouping = levels.grouping
 
     @property
-    def method(self) -> str:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.method
-
-    @property
     def domains(self) -> tuple[str, ...]:
         """See :class:`~megatron.mixing.controller.Controller`."""
         return self._grouping.domains
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.needs
-
-    @property
-    def step(self) -> int:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.step
 
     @property
     def slots(self) -> npt.NDArray[np.int64]:
@@ -169,14 +155,11 @@ class Groups:
         shown = dict(self._inner.describe())
         decision = self.decide(self.step + 1)
         groups = {"weights": shown["weights"]}
-        shown["weights"] = self._by_name(decision.sampling_weights)
+        shown["weights"] = self._named(decision.sampling_weights)
         if decision.controller_weights is not None:
             groups["controller_weights"] = shown["controller_weights"]
-            shown["controller_weights"] = self._by_name(decision.controller_weights)
+            shown["controller_weights"] = self._named(decision.controller_weights)
         return shown | {"groups": groups}
-
-    def _by_name(self, values: FloatArray) -> dict[str, float]:
-        return dict(zip(self.domains, values.tolist(), strict=True))
 
     def _spread(self, decision: Decision) -> Decision:
         """Return a decision over groups as one over domains."""

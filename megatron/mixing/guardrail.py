@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.errors import CheckpointError
+from megatron.mixing.control import Control
 from megatron.mixing.controller import Controller
 from megatron.mixing.decision import Decision
 from megatron.mixing.forecast import FittedForecast, interpolated
-from megatron.mixing.gradient_aim import GradientAim
 from megatron.mixing.guardrail_options import GuardrailOptions
 from megatron.mixing.held_out_difference import Measurement, Yardstick
-from megatron.mixing.observation import FloatArray, Observation, Signal
+from megatron.mixing.observation import FloatArray, Observation
 from megatron.mixing.reported import Reported
 from megatron.state import check_state
 
@@ -56,7 +56,7 @@ class _Finding:
     over: str
 
 
-class Guardrail:
+class Guardrail(Control):
     """A method under watch.
 
     Every report validation is compared, as the objective's held-out loss, with the best
@@ -99,7 +99,8 @@ class Guardrail:
         measured: tuple[str, ...],
         waits: int | None,
     ) -> None:
-        self._inner, self._options, self._fallback = inner, options, fallback
+        super().__init__(inner)
+        self._options, self._fallback = options, fallback
         self._yardstick, self._measured, self._waits = yardstick, measured, waits
         self._reviewed = -1
         self._since: int | None = None
@@ -109,36 +110,6 @@ class Guardrail:
         self._base: Measurement | None = None  # the last that the fallback drew
         self._history: list[tuple[int, float]] = []
         self._forecast: FittedForecast | None = None  # of the history as it is
-
-    @property
-    def method(self) -> str:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.method
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.domains
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.needs
-
-    @property
-    def step(self) -> int:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.step
-
-    @property
-    def slots(self) -> npt.NDArray[np.int64]:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.slots
-
-    @property
-    def gradient_aim(self) -> GradientAim | None:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.gradient_aim
 
     def decide(self, step: int) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
@@ -158,10 +129,6 @@ class Guardrail:
         ):
             observation = replace(observation, sampling_weights=self._fallback.weights)
         self._inner.observe(observation)
-
-    def result(self) -> FloatArray | None:
-        """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._inner.result()
 
     def review(self, reported: Reported) -> str | None:
         """Compare a report validation; return what was done about it, None for nothing.
@@ -265,9 +232,9 @@ class Guardrail:
         shown = dict(self._inner.describe())
         step = self.step + 1
         decision = self.decide(step)
-        shown["weights"] = self._by_name(decision.sampling_weights)
+        shown["weights"] = self._named(decision.sampling_weights)
         if decision.controller_weights is not None:
-            shown["controller_weights"] = self._by_name(decision.controller_weights)
+            shown["controller_weights"] = self._named(decision.controller_weights)
         best = self._best
         shown["guardrail"] = {
             "control": "fallback" if self._falls_back(step) else "method",
@@ -276,9 +243,6 @@ class Guardrail:
             "best_step": None if best is None else best.step,
         }
         return shown
-
-    def _by_name(self, values: FloatArray) -> dict[str, float]:
-        return dict(zip(self.domains, values.tolist(), strict=True))
 
     # Who draws.
 

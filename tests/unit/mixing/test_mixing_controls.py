@@ -77,11 +77,19 @@ class TestShadow:
 @pytest.mark.parametrize("method", sorted(set(available_methods()) - HELD_OUT - LEDGERS - {"ado"}))
 def test_a_shadow_learns_what_a_controller_with_the_same_draws_does(method):
     """Estimates rest on what drew, so they do not depend on who is in control."""
-    shadow = build_mixer(method, domains=NAMES, weights=GIVEN, shadow=True)
-    other = build_mixer(method, domains=NAMES, weights=GIVEN)
+    run = RunContext(vocab_size=100)
+    shadow = build_mixer(method, domains=NAMES, weights=GIVEN, context=run, shadow=True)
+    other = build_mixer(method, domains=NAMES, weights=GIVEN, context=run)
     for step in range(1, 12):
         seen = Observation(
-            step, loss_sum=[30.0, 24.0, 9.0], token_count=[10, 8, 3], sampling_weights=GIVEN
+            step,
+            loss_sum=[30.0, 24.0, 9.0],
+            token_count=[10, 8, 3],
+            sampling_weights=GIVEN,
+            excess_loss=[0.5, 0.1, 0.3],
+            reference_loss=[2.5, 2.9, 2.7],
+            gradient_alignment=[0.2, -0.1, 0.4],
+            learning_rate=0.01,
         )
         shadow.observe(seen)
         other.observe(seen)
