@@ -29,6 +29,7 @@ from megatron.config.neox import (
 )
 from megatron.config.node import Node
 from megatron.config.problems import Problems
+from megatron.config.run import CheckpointConfig, is_run_name
 from megatron.config.sampling import map_sampling_keys
 from megatron.config.suggest import did_you_mean
 
@@ -221,6 +222,7 @@ def _complete(draft: Draft) -> None:
     _complete_launcher(draft)
     _complete_activation(draft)
     _complete_norm(draft)
+    _name_run(draft)
     factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
     if (node := draft.get("checkpoint", "checkpoint_scale")) is not None:
         scale = str(node.value).lower()
@@ -242,6 +244,22 @@ def _complete(draft: Draft) -> None:
     if options:
         first = next(iter(options.values()))
         draft.put("zero", "options", replace(first, name="zero_optimization", value=dict(options)))
+
+
+def _name_run(draft: Draft) -> None:
+    """Append ``run_name`` to ``run_dir``, unless the command line names the folder whole."""
+    name, folder = draft.get("checkpoint", "run_name"), draft.get("checkpoint", "run_dir")
+    if name is None or name.value is None or not is_run_name(name.value):
+        return  # what is no name is reported with the other fields
+    del draft.groups["checkpoint"]["run_name"]
+    if folder is not None and folder.mark.override and not name.mark.override:
+        return
+    given = CheckpointConfig.model_fields["run_dir"].default
+    if folder is not None and folder.value is not None:
+        given = folder.value
+    if isinstance(given, str) and given:
+        path = f"{given.rstrip('/')}-{name.value}"
+        draft.groups["checkpoint"]["run_dir"] = replace(folder or name, value=path)
 
 
 def _complete_launcher(draft: Draft) -> None:

@@ -102,11 +102,25 @@ class TrainingConfig(Group):
         return wanted if bound is None else min(wanted, bound)
 
 
+_NAME = re.compile(r"[A-Za-z0-9_.+-]+")
+
+
+def is_run_name(value: object) -> bool:
+    """Tell whether a value can be appended to a folder's name."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+RunName = Annotated[str, Field(pattern=f"^{_NAME.pattern}$", max_length=128)]
+
+
 class CheckpointConfig(Group):
     """Where the run lives, and when it is saved."""
 
     run_dir: Text = "runs/default"
     """Folder of the run: resolved config, metrics, mixture ledger, checkpoints, report."""
+    run_name: RunName | None = None
+    """Appended to `run_dir` with a hyphen when the files are read, so that one file beside others
+    makes runs of different names. A `run_dir` given by `--set` is taken as it is."""
     save: Text | None = None
     """Folder of the checkpoints. Default: `checkpoints` in `run_dir`."""
     load: Text | None = None
