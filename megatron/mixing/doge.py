@@ -195,8 +195,9 @@ class Doge(Reweighter):
         if not present.any():
             present, counts = self._support, self._weights
         ratio = np.zeros(len(counts))
-        ratio[present] = self._domain_weights(log_weights)[present] / counts[present]
-        if not ratio.any():  # all that is there weighs less than a float can say
+        with np.errstate(over="ignore"):
+            ratio[present] = self._domain_weights(log_weights)[present] / counts[present]
+        if not (ratio.any() and np.isfinite(ratio).all()):  # beyond what a float can say
             ratio[present] = softmax(log_weights[present] - np.log(counts[present]))
         return normalise(ratio)
 

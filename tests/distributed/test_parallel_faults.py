@@ -152,7 +152,7 @@ class Compared(Harness):
         """Spoil the state where that is wanted, then compare if it is due."""
         if step == BAD and self.astray:
             # So little that it draws the same samples for a long time.
-            self.parts.planner._mixer._estimate[0] *= 1 + 1e-12
+            self.parts.planner._mixer._inner._estimate[0] *= 1 + 1e-12
         Agreement(
             gather=self.runtime.gather,
             state=self.parts.planner.state_dict,
