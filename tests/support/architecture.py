@@ -19,6 +19,7 @@ ALLOWED_IN = {
     "wandb": {"monitor"},
     "comet_ml": {"monitor"},
     "transformers": {"tokenizer", "exchange", "inference"},
+    "sklearn": {"experiments"},
 }
 # Who may import torch when the module itself is imported, and not only inside a function.
 TORCH_AT_TOP = {

@@ -52,7 +52,7 @@ def test_the_bare_installation_needs_three_libraries():
 
 
 def test_every_promised_extra_is_there():
-    promised = "train eval select wandb tensorboard comet flash apex dev"
+    promised = "train eval select studies wandb tensorboard comet flash apex dev"
     assert set(promised.split()) == set(EXTRAS)
 
 
@@ -65,7 +65,7 @@ def test_requirements_point_at_the_extras(extra):
 
 def test_constraints_name_all_that_a_developer_installs():
     wanted = [*PROJECT["dependencies"], *EXTRAS["dev"]]
-    for extra in ("train", "tensorboard", "wandb", "comet"):
+    for extra in ("train", "studies", "tensorboard", "wandb", "comet"):
         wanted += EXTRAS[extra]
     missing = {distribution(name) for name in wanted} - {"neomix"} - set(CONSTRAINTS)
     assert not missing

@@ -1,0 +1,1 @@
+"""Studies of many runs: designs of mixtures, laws fitted to them, statistics and charges."""
