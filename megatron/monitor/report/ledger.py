@@ -34,6 +34,8 @@ class Ledger:
         width: steps that a bin spans (the last may be shorter).
         probability: mean probability by bin and domain, ``[N, K]``.
         controller: the same of a controller in shadow, or ``None``.
+        weighed: mean share of each domain in the training loss, ``[N, K]``, of a method that
+            weighs losses, or ``None``.
         share: realised share of the samples, ``[N, K]``.
         loss: token-weighted mean loss, ``[N, K]``, NaN where absent.
         epochs: epochs after the bin, ``[N, K]``.
@@ -56,6 +58,7 @@ class Ledger:
     width: int
     probability: FloatArray
     controller: FloatArray | None
+    weighed: FloatArray | None
     share: FloatArray
     loss: FloatArray
     epochs: FloatArray
@@ -117,12 +120,21 @@ class _Sums:
         self.missing = 0
         self.skipped = 0
         self.shadow = False
+        self.weighs = False
         self.extra_tokens: dict[str, float] = {}
         self.steps: list[IntArray] = []
         self.step_tokens: list[FloatArray] = []
         self.step_loss: list[FloatArray] = []
         self.bin_steps = np.zeros(self.count)
-        names = ("probability", "controller", "samples", "tokens", "loss_sum", "loss_tokens")
+        names = (
+            "probability",
+            "controller",
+            "weighed",
+            "samples",
+            "tokens",
+            "loss_sum",
+            "loss_tokens",
+        )
         shape = (self.count, len(domains))
         self.sums = {name: np.zeros(shape) for name in names}
         self.epochs = np.full(shape, np.nan)
@@ -196,6 +208,15 @@ class _Sums:
             for record in self.block:
                 record.setdefault("controller_probability", {})
             added["controller"] = np.nan_to_num(self._matrix("controller_probability"))
+        # A step without loss weights counts every token alike.
+        counted = tokens
+        if any("loss_weight" in record for record in self.block):
+            self.weighs = True
+            alike = dict.fromkeys(self.domains, 1.0)
+            for record in self.block:
+                record.setdefault("loss_weight", alike)
+            counted = tokens * np.nan_to_num(self._matrix("loss_weight"))
+        added["weighed"] = np.nan_to_num(_ratio(counted, counted.sum(axis=1, keepdims=True)))
         for name, values in added.items():
             np.add.at(self.sums[name], where, values)
         np.add.at(self.bin_steps, where, 1)
@@ -233,6 +254,7 @@ class _Sums:
             width=self.width,
             probability=sums["probability"] / counts,
             controller=sums["controller"] / counts if self.shadow else None,
+            weighed=sums["weighed"] / counts if self.weighs else None,
             share=_ratio(sums["samples"], sums["samples"].sum(axis=1, keepdims=True)),
             loss=_ratio(sums["loss_sum"], sums["loss_tokens"]),
             epochs=self.epochs[used],

@@ -74,6 +74,7 @@ def _run(run: RunData, group: int, domains: Sequence[str]) -> dict[str, Any]:
         "high": numbers(high),
         "probability": columns(ledger.probability),
         "controller": columns(ledger.controller),
+        "weighed": columns(ledger.weighed),
         "share": columns(ledger.share),
         "train": columns(ledger.loss),
         "epochs": columns(ledger.epochs),

@@ -158,6 +158,27 @@ def test_domains_that_come_and_go() -> None:
     assert ledger.moved.tolist() == [0.5, 0.5, 0.25]
 
 
+def test_what_a_domain_counts_in_the_loss() -> None:
+    def row(step: int, **more: object) -> dict:
+        domains = {"a": 0.5, "b": 0.5}
+        return {
+            "step": step,
+            "probability": domains,
+            "domain_loss": domains,
+            "tokens": {"a": 30, "b": 10},
+            "samples": {"a": 3, "b": 1},
+            "epochs": domains,
+            **more,
+        }
+
+    rows = [row(1, loss_weight={"a": 1.0, "b": 9.0}), row(2)]
+    ledger = read_ledger(rows, first_step=1, last_step=2)
+    assert ledger.weighed is not None
+    # 30 × 1 against 10 × 9 tokens; where nothing is said, tokens count alike.
+    assert ledger.weighed.tolist() == [[0.25, 0.75], [0.75, 0.25]]
+    assert read_ledger([row(1)], first_step=1, last_step=1).weighed is None
+
+
 def test_natural_weights_without_being_told(tmp_path: Path) -> None:
     (run,) = load(write_run(tmp_path / "run", info=False))
     np.testing.assert_allclose(run.natural_weights(), NATURAL)

@@ -113,7 +113,7 @@ function drawRivers() {
   }
 }
 
-const MIXTURES = { probability: "sampling probability", share: "share of the samples drawn", controller: "what the controller in shadow would have drawn" };
+const MIXTURES = { probability: "sampling probability", share: "share of the samples drawn", weighed: "share in the training loss", controller: "what a controller that does not draw would have drawn" };
 const compared = data.against.some((other) => other !== null);
 const DOMAINS = { ...(compared ? { difference: "difference to baseline" } : {}), valid: "held-out", train: "training", epochs: "epochs" };
 
@@ -141,6 +141,7 @@ const KINDS = {
     series: (run, k) => [
       { ...coarse(run, run.share[k]), name: `${run.name}, drawn`, color: runColor(run), width: 1.25, faint: 0.45 },
       lineOf(run, run, run.probability[k], { name: `${run.name}, asked` }),
+      lineOf(run, run, run.weighed?.[k], { name: `${run.name}, in the loss`, width: 1.25, dash: "5 3" }),
       lineOf(run, run, run.controller?.[k], { name: `${run.name}, shadow`, width: 1, dash: "1 3" }),
     ],
     marks: (run, k) => [
@@ -216,6 +217,7 @@ function drawGrids() {
   const stretch = first.width * Math.ceil(first.steps.length / 60);
   entry(runColor(first), 1, "none", "asked: the probability that drew the step");
   entry(runColor(first), 0.4, "none", `drawn: share of the samples, ${stretch > 1 ? `mean of ${plain(stretch)} steps` : "each step"}`);
+  if (runs().some((run) => run.weighed)) entry(runColor(first), 1, "5 3", "share in the training loss");
   if (runs().some((run) => run.controller)) entry(runColor(first), 1, "1 3", "controller in shadow");
   entry("var(--faint)", 1, "1 4", "uniform");
   if (first.natural) entry("var(--faint)", 1, "7 4", "natural: by tokens");
@@ -260,7 +262,7 @@ function buildControls() {
   const theme = element("button", { type: "button", title: "light or dark", "aria-label": "light or dark", text: "◐" }, bar);
   theme.onclick = () => { setTheme(dark() ? "light" : "dark"); draw(); };
   nav.hidden = false;
-  const kinds = Object.entries({ probability: "asked", share: "drawn", controller: "shadow" });
+  const kinds = Object.entries({ probability: "asked", share: "drawn", weighed: "in the loss", controller: "shadow" });
   choice(byId("mixture-switch"), kinds.filter(([kind]) => data.runs.some((run) => run[kind])), "mixture", drawRivers);
   const head = byId("domain-switch");
   choice(head, Object.entries(DOMAINS), "domain", drawGrids);
