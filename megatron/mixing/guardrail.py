@@ -211,6 +211,7 @@ class Guardrail(Control):
             setattr(self, f"_{key}", count)
         self._since, self._best, self._base, self._history = since, best, base, history
         self._forecast = None
+        self._forget_other_objective()
 
     def migrate(self, state: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
         """See :class:`~megatron.mixing.controller.Controller`.
@@ -274,6 +275,16 @@ class Guardrail(Control):
         )
 
     # What is made of a report.
+
+    def _forget_other_objective(self) -> None:
+        """Drop what says nothing of the objective, which a run may change when it goes on."""
+        best, base, history = self._best, self._base, self._history
+        if best is not None and not math.isfinite(self._yardstick.value(best.loss)):
+            self._best, self._rivals, self._looks, self._streak = None, 1, 0, 0
+        if base is None or not history or history[-1][0] != base.step:
+            return
+        if not math.isclose(self._yardstick.value(base.loss), history[-1][1], rel_tol=1e-9):
+            self._base, self._history = None, []
 
     def _take_base(self, now: Measurement, value: float) -> None:
         """Remember a report that the method is not to answer for."""

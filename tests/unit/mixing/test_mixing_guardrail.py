@@ -465,6 +465,25 @@ class TestState:
         assert after.review(report(20, 3, 9, 2)) is None
         assert after.review(report(30, 3.2, 9, 2)) is not None
 
+    def test_follows_an_edit_of_the_objective(self):
+        """What was best for another objective, and a law through it, is no measure of this one."""
+        mixer = build(objective={"a": 1.0}, warmup_steps=80)
+        for step in range(10, 90, 10):
+            assert mixer.review(report(step, 2 + 4 * step**-0.5, 3, math.nan)) is None
+        state = json.dumps(mixer.state_dict(), allow_nan=False)
+
+        after = build(objective={"b": 1.0}, warmup_steps=80)  # compared with a's law, a regression
+        after.load_state_dict(json.loads(state))
+        for step in range(100, 400, 10):
+            assert after.review(report(step, 2.4, 3, math.nan)) is None
+        assert after.review(report(400, 2.4, 3.5, math.nan)) is not None
+
+        unmeasured = build(objective={"c": 1.0}, warmup_steps=80)
+        unmeasured.load_state_dict(json.loads(state))
+        json.dumps(unmeasured.describe(), allow_nan=False)
+        assert unmeasured.review(report(90, 2.4, 3, 4)) is None
+        assert "above the best, of step 90" in unmeasured.review(report(100, 2.4, 3, 9))
+
 
 @pytest.mark.parametrize("method", available_methods())
 def test_it_goes_around_every_method(method):
