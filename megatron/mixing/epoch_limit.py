@@ -90,7 +90,8 @@ class EpochLimit:
         else:
             require("max_epochs", limit, limit > 0, "above 0")
             epochs[:] = limit
-        return np.where(np.isfinite(epochs), epochs * self._unique, np.inf)
+        with np.errstate(over="ignore"):  # a limit that is no limit
+            return np.where(np.isfinite(epochs), epochs * self._unique, np.inf)
 
     def _check(self) -> None:
         """Refuse limits that the run would have to break."""

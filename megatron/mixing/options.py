@@ -127,7 +127,8 @@ class CommonOptions:
         """Check the ranges."""
         require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         require("update_every", self.update_every, self.update_every >= 1, "at least 1")
-        require("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
+        tokens = self.min_tokens
+        require("min_tokens", tokens, 0 <= tokens < 2**63, "at least 0 and below 2^63")
 
 
 OptionsT = TypeVar("OptionsT", bound=CommonOptions)

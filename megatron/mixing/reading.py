@@ -113,7 +113,7 @@ def fits(value: object, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(fits(value, part) for part in arguments)
     if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
     if hint is bool:
         return isinstance(value, bool | np.bool_)
     if hint is int:
