@@ -31,6 +31,10 @@ class JobOptions:
         partition: partition; ``None``: the cluster's default.
         time: time limit in Slurm's form; ``None``: the partition's.
         further: more flags of sbatch (``--qos=high --mem=0``), quoted as for a shell.
+        tasks: file with one configuration file's path a line; the job is then an array with a
+            task for each, and ``deepy.py`` gets the task's own as its last argument.
+        task_count: lines of that file.
+        at_a_time: tasks that may run at once; ``None``: as the cluster likes.
     """
 
     name: str
@@ -39,6 +43,9 @@ class JobOptions:
     partition: str | None = None
     time: str | None = None
     further: str | None = None
+    tasks: Path | None = None
+    task_count: int = 0
+    at_a_time: int | None = None
 
 
 def sbatch_script(
@@ -96,6 +103,9 @@ def sbatch_script(
         ("comment", request.comment),
     ):
         flags += [f"--{name}={value}"] if value else []
+    if options.tasks is not None:
+        limit = f"%{options.at_a_time}" if options.at_a_time else ""
+        flags.append(f"--array=0-{options.task_count - 1}{limit}")
     further = shlex.split(options.further or "")
     if any(not word.startswith("-") for word in further):
         raise ConfigError(
@@ -103,9 +113,12 @@ def sbatch_script(
         )
     deepy = Path(__file__).resolve().parents[2] / "deepy.py"
     settings = ["launcher=slurm", f"num_nodes={nodes}", f"num_gpus={count or 1}"]
-    command = [sys.executable, str(deepy), *arguments, "--set", *settings]
+    command = shlex.join([sys.executable, str(deepy), *arguments])
+    command += f" {_TASK}" if options.tasks is not None else ""
+    command += f" --set {shlex.join(settings)}"
+    chosen = _CHOICE.format(tasks=shlex.quote(str(options.tasks))) if options.tasks else ""
     lines = "\n".join(f"#SBATCH {_line(flag)}" for flag in [*flags, *further])
-    return _SCRIPT.format(flags=lines, command=shlex.join(command))
+    return _SCRIPT.format(flags=lines, command=chosen + command)
 
 
 def _seconds(time: str) -> int:
@@ -128,6 +141,9 @@ def _line(flag: str) -> str:
         raise ConfigError(f"{flag!r} cannot stand in a job script: it has a quote or a line break")
     return f'{name}{equals}"{value}"' if re.search(r"[\s#';&|<>()$`\\]", value) else flag
 
+
+_TASK = '"$task"'
+_CHOICE = 'task=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {tasks})\n'
 
 _SCRIPT = """\
 #!/bin/bash

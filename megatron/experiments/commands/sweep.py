@@ -1,0 +1,201 @@
+"""Train on many fixed mixtures and find the best of them.
+
+  tools/mix.py sweep local/quickstart -d configs --design grid --points 4 --seeds 1 2 --jobs 2
+
+The design says which mixtures: a grid of the simplex, draws from a Dirichlet distribution, draws
+that keep apart (spread), or every domain alone (one-hot).  Each is trained with every seed.  The
+best is that with the lowest held-out loss, averaged over domains and seeds, at the end.
+
+In --out: table.csv and table.parquet with every held-out loss, summary.md, and mixture.yml, which
+the next run takes beside its own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.errors import ConfigError
+from megatron.experiments.bounds import Bounds, FloatArray, make_bounds
+from megatron.experiments.conduct import (
+    add_study_arguments,
+    base_of,
+    conduct,
+    runs_dir,
+    visible_gpus,
+)
+from megatron.experiments.designs import dirichlet, grid, one_hot, well_spread
+from megatron.experiments.execute import Outcome
+from megatron.experiments.points import PointResult, point_results, summary
+from megatron.experiments.study import Base, Study, Variant, plan_study, static_overrides
+from megatron.experiments.table import study_rows, write_table
+from megatron.training.product import write_mixture
+
+DESIGNS = ("grid", "dirichlet", "spread", "one-hot")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's flags."""
+    add_study_arguments(parser, out="runs/studies/sweep")
+    which = parser.add_argument_group("which mixtures")
+    which.add_argument(
+        "--design", choices=DESIGNS, default="spread", help="how they are chosen (default: spread)"
+    )
+    which.add_argument(
+        "--points",
+        type=int,
+        metavar="N",
+        help="how many (default: 8 per domain); for grid: parts that an edge has (default: 4)",
+    )
+    which.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="seeds that every mixture is trained with (default: that of the configuration)",
+    )
+    which.add_argument(
+        "--design-seed", type=int, default=0, metavar="SEED", help="of the random designs"
+    )
+    which.add_argument(
+        "--concentration",
+        type=float,
+        default=1.0,
+        metavar="A",
+        help="of the random designs: 1 is uniform on the simplex, more favours its centre",
+    )
+    which.add_argument(
+        "--floor", type=float, default=0.0, metavar="P", help="least weight of a domain"
+    )
+    which.add_argument(
+        "--ceiling", type=float, default=1.0, metavar="P", help="greatest weight of a domain"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the sweep; return the exit code."""
+    base = base_of(options)
+    points = design_points(options, tuple(base.load().trained))
+    study = plan_sweep(base, points, options.seeds, runs_dir(options))
+    outcome = conduct(study, options)
+    if outcome is None:
+        return 0
+    return outcome.exit_code or 0 if outcome.stopped else write_results(study, outcome, options.out)
+
+
+def design_points(options: argparse.Namespace, domains: Sequence[str]) -> list[dict[str, float]]:
+    """Return the mixtures that the command line asks for, by domain.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    bounds = make_bounds(domains, floor=options.floor, ceiling=options.ceiling)
+    mixtures = _design(options, bounds)
+    return [dict(zip(domains, map(float, row), strict=True)) for row in mixtures]
+
+
+def _design(options: argparse.Namespace, bounds: Bounds) -> FloatArray:
+    if options.points is not None and options.points < 1:
+        raise ConfigError(f"--points is {options.points}; give a number from 1 on")
+    if options.design == "one-hot":
+        if options.points is not None:
+            raise ConfigError("--points does not go with --design one-hot: it has one per domain")
+        return one_hot(bounds)
+    if options.design == "grid":
+        return grid(bounds, parts=options.points or 4)
+    draw = dirichlet if options.design == "dirichlet" else well_spread
+    return np.asarray(
+        draw(
+            bounds,
+            count=options.points or 8 * bounds.count,
+            seed=options.design_seed,
+            concentration=options.concentration,
+        )
+    )
+
+
+def plan_sweep(
+    base: Base,
+    points: Sequence[Mapping[str, float]],
+    seeds: Sequence[int] | None,
+    folder: Path,
+    *,
+    name: str = "sweep",
+) -> Study:
+    """Plan a run for every mixture and seed.
+
+    Args:
+        base: what all runs share.
+        points: mixtures, by domain.
+        seeds: of the runs; the configuration's own if None.
+        folder: of the runs' folders.
+        name: of the study.
+
+    Raises:
+        ConfigError: a seed is given twice, or the configuration is wrong.
+    """
+    config = base.load()
+    chosen = list(seeds or [config.training.seed])
+    if len(set(chosen)) != len(chosen):
+        raise ConfigError(f"--seeds {' '.join(map(str, chosen))}: give each once")
+    width = len(str(len(points) - 1))
+    variants = [
+        Variant(
+            name=f"point-{index:0{width}d}-seed-{seed}",
+            overrides=(*static_overrides(config, weights), f"seed={seed}"),
+            tags={"point": index},
+        )
+        for index, weights in enumerate(points)
+        for seed in chosen
+    ]
+    return plan_study(name, base, variants, folder, gpus=visible_gpus())
+
+
+def write_results(study: Study, outcome: Outcome, out: Path) -> int:
+    """Write table, summary and the best mixture of a sweep; return the exit code.
+
+    Points of which a run failed are in the table as far as they came, are named in the summary,
+    and cannot be the best.
+    """
+    done = {run.key for run in outcome.finished}
+    failed = {failure.run.key: failure.why for failure in outcome.failed}
+    finished = [run for run in study.runs if run.key in done]
+    rows = study_rows(study.name, finished)
+    out.mkdir(parents=True, exist_ok=True)
+    results = point_results(rows)
+    wanted = {int(run.tags["point"]) for run in study.runs}
+    broken = {int(run.tags["point"]) for run in study.runs if run.key in failed}
+    whole = [result for result in results if result.point in wanted - broken]
+    missing = [f"{run.name}: {failed[run.key]}" for run in study.runs if run.key in failed]
+    path = out / "summary.md"
+    with disk_errors(path):
+        replace_file(path, summary(study, results, missing).encode())
+    written = [path, *write_table(rows, out)]
+    if whole:
+        written.append(_write_best(study, whole[0], out))
+        best = ", ".join(f"{name} {p:.4g}" for name, p in whole[0].weights.items())
+        print(f"best mixture: {best} (average held-out loss {whole[0].mean:.4f})")
+    print("written: " + " ".join(map(str, written)))
+    for line in missing:
+        print(f"failed: {line}")
+    if missing:
+        print("give the same command again to try the failed runs once more")
+    return outcome.exit_code
+
+
+def _write_best(study: Study, best: PointResult, out: Path) -> Path:
+    weights = np.array([best.weights[name] for name in study.domains])
+    seeds = f"{best.seeds} seed{'s' if best.seeds > 1 else ''}"
+    path = write_mixture(
+        out,
+        study.domains,
+        lambda: weights,
+        method=f"a sweep over {len({run.tags['point'] for run in study.runs})} mixtures, {seeds},",
+        step=study.runs[0].steps,
+    )
+    assert path is not None
+    return path
