@@ -20,6 +20,7 @@ from megatron.mixing.options import CommonOptions, bounds
 from megatron.mixing.simplex import normalise
 
 _KEY: Final = "epochs"
+_WEIGHED: Final = "weighed"
 
 
 def with_epochs(
@@ -74,16 +75,26 @@ class Epochs(Control):
     def __init__(self, inner: Controller, limit: EpochLimit) -> None:
         super().__init__(inner)
         self._limit = limit
+        self._weighed = 0
+        """The step whose loss weights were made of its own batch, as it was drawn."""
 
     def decide(self, step: int) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
-        decision = self._inner.decide(step)
-        within = self._within(decision)
-        return replace(within, loss_weights=_kept_in_the_loss(decision, within))
+        return self._within(self._inner.decide(step), step)
 
     def foresee(self, observation: Observation) -> Decision:
         """See :class:`~megatron.mixing.controller.Controller`."""
-        return self._within(self._inner.foresee(observation))
+        if not isinstance(observation, Observation):
+            return self._inner.foresee(observation)
+        step = observation.step
+        before = self._inner.decide(step)
+        if observation.vector("sampling_weights") is None:
+            drawn_by = self._within(before, step).sampling_weights
+            observation = replace(observation, sampling_weights=drawn_by)
+        anew = self._inner.foresee(observation)
+        if not _same(before.loss_weights, anew.loss_weights):
+            self._weighed = step
+        return self._within(anew, step)
 
     def observe(self, observation: Observation) -> None:
         """See :class:`~megatron.mixing.controller.Controller`."""
@@ -100,7 +111,10 @@ class Epochs(Control):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner controller's state with the counts beside it."""
-        return {**self._inner.state_dict(), _KEY: self._limit.state_dict()}
+        counts = self._limit.state_dict()
+        if self._weighed > self._inner.step:
+            counts[_WEIGHED] = self._weighed
+        return {**self._inner.state_dict(), _KEY: counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state; one without counts starts them anew.
@@ -111,13 +125,18 @@ class Epochs(Control):
         if not isinstance(state, Mapping):
             raise CheckpointError(f"the state of the mixing method is damaged: {state!r}")
         self._inner.load_state_dict({k: value for k, value in state.items() if k != _KEY})
+        self._weighed = 0
         if _KEY in state:
-            self._limit.load_state_dict(state[_KEY])
+            self._limit.load_state_dict(_counts(state))
+            weighed = state[_KEY].get(_WEIGHED, 0)
+            if not isinstance(weighed, int):
+                raise CheckpointError(f"the count of drawn samples is damaged: {state[_KEY]!r}")
+            self._weighed = weighed
 
     def migrate(self, state: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
         """See :class:`~megatron.mixing.controller.Controller`; counts are kept by name."""
         moved = self._inner.migrate({k: v for k, v in state.items() if k != _KEY}, parents)
-        return {**moved, _KEY: state[_KEY]} if _KEY in state else moved
+        return {**moved, _KEY: _counts(state)} if _KEY in state else moved
 
     def describe(self) -> dict[str, Any]:
         """Return what the inner controller shows, with what draws and the passes forecast."""
@@ -128,15 +147,31 @@ class Epochs(Control):
             shown["epochs_forecast"] = self._named(decision.epochs)
         return shown
 
-    def _within(self, decision: Decision) -> Decision:
+    def _within(self, decision: Decision, step: int) -> Decision:
         weights = self._limit.apply(decision.sampling_weights)
-        return replace(decision, sampling_weights=weights, epochs=self._limit.forecast(weights))
+        within = replace(decision, sampling_weights=weights, epochs=self._limit.forecast(weights))
+        if step == self._weighed:
+            return within
+        return replace(within, loss_weights=_kept_in_the_loss(decision, within))
+
+
+def _counts(state: Mapping[str, Any]) -> Any:
+    """Return what the limit wrote into a state."""
+    given = state[_KEY]
+    if not isinstance(given, Mapping):
+        return given
+    return {key: value for key, value in given.items() if key != _WEIGHED}
+
+
+def _same(one: FloatArray | None, other: FloatArray | None) -> bool:
+    """Whether two decisions weigh the losses alike."""
+    return np.array_equal(one, other) if one is not None and other is not None else one is other
 
 
 def _kept_in_the_loss(asked: Decision, within: Decision) -> FloatArray | None:
     """Return loss weights with which a domain counts what it was meant to, drawn as it is, [K].
 
-    What is known of a step's own batch (``foresee``) needs no such thing: it holds the counts.
+    What is known of a step's own batch (``foresee``) needs no such thing: it says what drew.
     """
     weights, drawn = asked.loss_weights, within.sampling_weights
     if weights is None or np.array_equal(asked.sampling_weights, drawn):

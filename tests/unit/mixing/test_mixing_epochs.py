@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -234,6 +236,41 @@ def step_of_any(step, seen):
     return Observation(
         step, loss_sum=np.ones(len(seen)), token_count=np.ones(len(seen)), samples_seen=seen
     )
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_losses_are_weighed_once_for_the_draw_of_a_foreseen_step(told):
+    """DoReMi's alpha / r with r what drew, whether it was said or not, and asked again or not."""
+
+    def make():
+        return build_mixer(
+            "doremi",
+            domains=NAMES,
+            max_epochs={"b": 1.0},
+            context=replace(context(sizes=(2000.0, 20.0, 2000.0)), vocab_size=100),
+            loss_lag=0,
+        )
+
+    mixer = make()
+    for step in range(1, 6):
+        drawn_by = mixer.decide(step).sampling_weights
+        assert drawn_by[1] < 0.1  # the limit holds, and the given weights are equal
+        foreseen = Observation(
+            step,
+            loss_sum=[20, 20, 20],
+            token_count=[10, 10, 10],
+            excess_loss=[1.0, 0.5, 0.2],
+            reference_loss=[1.0, 1.0, 1.0],
+            sampling_weights=drawn_by if told else None,
+        )
+        weights = mixer.foresee(foreseen).loss_weights
+        resumed = make()
+        resumed.load_state_dict(json.loads(json.dumps(mixer.state_dict())))
+        for one in (mixer, resumed):
+            assert one.decide(step).loss_weights.tolist() == weights.tolist()
+        mixer.observe(foreseen)
+        alpha = np.array(list(mixer.describe()["domain_weights"].values()))
+        np.testing.assert_allclose(weights, alpha / drawn_by / (alpha / drawn_by).sum())
 
 
 def test_random_draws_overshoot_by_less_than_a_batch():
