@@ -144,6 +144,7 @@ def conduct(
     say(f"{study.name}: {estimate(study, jobs=options.jobs, rate=options.rate).text()}")
     if options.dry_run:
         return None
+    study.write_plan(Path(options.out))
     left = [run for run in study.distinct if read_finish(run) is None]
     if options.slurm and left:
         script = write_array(study, options)

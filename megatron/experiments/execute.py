@@ -20,7 +20,7 @@ from megatron.experiments.finished import (
     write_finish,
 )
 from megatron.experiments.starting import OUTPUT, Starter, last_words
-from megatron.experiments.study import PlannedRun
+from megatron.experiments.study import PlannedRun, distinct
 from megatron.launch.lock import RunLock
 from megatron.launch.outcome import SAVED_CODES
 from megatron.launch.stop import EXIT_INTERRUPTED, EXIT_SAVED
@@ -127,11 +127,9 @@ class _Runner:
         self._starter = starter
         self._retries = retries
         self._say = say
-        distinct = list({run.key: run for run in reversed(runs)}.values())[::-1]
-        self._total = len(distinct)
-        self._pending = deque(
-            _Job(run=run, number=number) for number, run in enumerate(distinct, 1)
-        )
+        once = distinct(runs)
+        self._total = len(once)
+        self._pending = deque(_Job(run=run, number=number) for number, run in enumerate(once, 1))
         self._active: list[_Job] = []
         self._finished: list[PlannedRun] = []
         self._started: list[str] = []

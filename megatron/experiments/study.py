@@ -25,6 +25,7 @@ from megatron.training.summary import complete
 
 Tag = str | int | float
 KEY_LENGTH = 16
+PLAN = "plan.json"
 _OWN = "runner"
 _SAVES = 5
 _DIGITS = 12
@@ -75,6 +76,7 @@ class PlannedRun:
         config: the configuration, with folder and vocabulary filled in.
         tags: see :class:`Variant`.
         weights: start weights of the domains trained on; they sum to 1.
+        domain_tokens: training tokens that there are of each domain.
         tokens: that it trains on.
         flops: of its training steps (causal attention), validations not counted.
         ranks: processes of the job.
@@ -86,6 +88,7 @@ class PlannedRun:
     config: Config
     tags: Mapping[str, Tag]
     weights: Mapping[str, float]
+    domain_tokens: Mapping[str, int]
     tokens: int
     flops: float
     ranks: int
@@ -142,7 +145,7 @@ class Study:
     @property
     def distinct(self) -> tuple[PlannedRun, ...]:
         """The runs without those that have another's folder."""
-        return tuple({run.key: run for run in reversed(self.runs)}.values())[::-1]
+        return distinct(self.runs)
 
     @property
     def tokens(self) -> int:
@@ -154,10 +157,52 @@ class Study:
         """Training FLOPs of all runs, each folder once."""
         return sum(run.flops for run in self.distinct)
 
+    def write_plan(self, out: Path) -> Path:
+        """Write ``plan.json`` into the folder of the results: every run, and what it takes.
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        path = out / PLAN
+        runs = [
+            {
+                "run": run.name,
+                "key": run.key,
+                "folder": str(run.folder),
+                "method": run.method,
+                "seed": run.seed,
+                "tags": dict(run.tags),
+                "weights": dict(run.weights),
+                "steps": run.steps,
+                "tokens": run.tokens,
+                "flops": run.flops,
+            }
+            for run in self.runs
+        ]
+        plan = {
+            "study": self.name,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "domain_tokens": dict(self.runs[0].domain_tokens),
+            "runs": runs,
+        }
+        with disk_errors(path):
+            out.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps(plan, indent=1, ensure_ascii=False).encode())
+        return path
+
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of the domains that the first run trains on."""
         return tuple(self.runs[0].weights)
+
+
+def distinct(runs: Iterable[PlannedRun]) -> tuple[PlannedRun, ...]:
+    """Return the first run of every folder, in order."""
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        first.setdefault(run.key, run)
+    return tuple(first.values())
 
 
 def plan_study(
@@ -280,6 +325,7 @@ class _Planner:
             config=in_folder(whole, self._runs_dir / key),
             tags=dict(variant.tags),
             weights=dict(zip(domains.names, (weights / weights.sum()).tolist(), strict=True)),
+            domain_tokens=dict(zip(domains.names, map(int, domains.token_counts), strict=True)),
             tokens=tokens,
             flops=tokens * flops_per_token(whole.model),
             ranks=ranks,
