@@ -1,0 +1,238 @@
+"""Fit Data Mixing Laws' static law to the runs of a sweep and find the mixture it calls best.
+
+  tools/mix.py fit-law runs/studies/sweep --floor 0.05 --max-epochs 4 --tokens 300e9
+
+The law is L_i(p) = c_i + exp(-A_i p) for every domain i that is measured (arXiv 2403.16952 with
+b = 1).  It is fitted to the losses at the end of the sweep's runs; the R² of runs that it was not
+fitted to, and bootstrap intervals of the best mixture and its loss, say how far to trust it.
+
+In --out: law.json (the law and how sure it is), law.md, and mixture.yml for the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.errors import ConfigError, RunError
+from megatron.experiments.bounds import Bounds, FloatArray, make_bounds
+from megatron.experiments.runs_array import RunsArray, runs_array
+from megatron.experiments.static_bootstrap import StaticIntervals, static_intervals
+from megatron.experiments.static_law import StaticFit, fit_static_law, held_out_r2
+from megatron.experiments.study import PLAN
+from megatron.experiments.table import read_table
+from megatron.training.product import write_mixture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's flags."""
+    parser.add_argument("study", type=Path, metavar="STUDY", help="--out of a sweep")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: 'law' in STUDY)")
+    parser.add_argument(
+        "--floor",
+        type=limit,
+        default=0.0,
+        metavar="P",
+        help="least weight: of all domains, or of some: code=0.1,prose=0.2",
+    )
+    parser.add_argument(
+        "--ceiling", type=limit, default=1.0, metavar="P", help="greatest weight, likewise"
+    )
+    parser.add_argument(
+        "--max-epochs",
+        type=limit,
+        metavar="E",
+        help="most passes over a domain's data in the run that the mixture is for, likewise",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        metavar="N",
+        help="of that run, for --max-epochs (default: as many as the sweep's runs)",
+    )
+    parser.add_argument(
+        "--objective",
+        type=limit,
+        metavar="WEIGHTS",
+        help="how much every measured domain counts: code=2,prose=1 (default: all alike)",
+    )
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)"
+    )
+    parser.add_argument(
+        "--replicates", type=int, default=400, metavar="N", help="of the bootstrap (default: 400)"
+    )
+
+
+def limit(text: str) -> float | dict[str, float]:
+    """Read a number, or ``name=number`` pairs with commas between.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [pair.rpartition("=") for pair in text.split(",")]
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor pairs such as code=0.1,prose=0.2"
+        ) from None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fit the law and write what it says; return the exit code."""
+    plan = read_plan(options.study)
+    sizes: dict[str, float] = plan["domain_tokens"]
+    runs = runs_array(read_table(options.study), list(sizes))
+    tokens = float(runs.tokens.max()) if options.tokens is None else options.tokens
+    bounds = make_bounds(
+        runs.domains,
+        floor=options.floor,
+        ceiling=options.ceiling,
+        max_epochs=options.max_epochs,
+        samples_per_epoch=list(sizes.values()),
+        samples=tokens,
+    )
+    weights = objective(options.objective, runs.measured)
+    fit = fit_static_law(runs.mixtures, runs.losses)
+    # Asked for beside the runs themselves: the even mixture, which most readers compare with.
+    even = bounds.nearest(np.full(bounds.count, 1 / bounds.count))
+    sure = static_intervals(
+        fit,
+        bounds,
+        at=even[None],
+        weights=weights,
+        confidence=options.confidence,
+        replicates=options.replicates,
+    )
+    unseen = unseen_r2(runs)
+    facts = law_facts(runs, fit, sure, unseen, bounds)
+    out = options.out or options.study / "law"
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+        (out / "law.json", json.dumps(facts, indent=1, ensure_ascii=False)),
+        (out / "law.md", law_text(facts)),
+    ):
+        with disk_errors(path):
+            replace_file(path, text.encode())
+    write_mixture(
+        out,
+        runs.domains,
+        lambda: sure.optimum.mixture,
+        method=f"a static law of {len(runs.runs)} runs",
+        step=int(plan["runs"][0]["steps"]),
+    )
+    print(law_text(facts), end="")
+    print(f"written: {out / 'law.json'} {out / 'law.md'} {out / 'mixture.yml'}")
+    return 0
+
+
+def read_plan(study: Path) -> dict[str, Any]:
+    """Return the plan of a study that has been run.
+
+    Raises:
+        RunError: the folder holds none.
+    """
+    try:
+        plan: dict[str, Any] = json.loads((study / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{study / PLAN} cannot be read ({error}); give the folder (--out) of a sweep"
+        ) from None
+    return plan
+
+
+def objective(
+    given: float | dict[str, float] | None, measured: tuple[str, ...]
+) -> FloatArray | None:
+    """Return the weights of the measured domains in the objective, [M]; None: all alike.
+
+    Raises:
+        ConfigError: an unknown domain, or a number in place of pairs.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ConfigError(f"--objective is {given}; write pairs, such as code=2,prose=1")
+    for name in given:
+        if name not in measured:
+            raise ConfigError(f"--objective: {name} is not measured ({', '.join(measured)})")
+    return np.array([given.get(name, 0.0) for name in measured])
+
+
+def unseen_r2(runs: RunsArray) -> list[float] | None:
+    """Return the R² of runs that were left out of the fit, [M]; None if there are too few."""
+    try:
+        return [float(value) for value in held_out_r2(runs.mixtures, runs.losses)]
+    except ConfigError:
+        return None
+
+
+def law_facts(
+    runs: RunsArray,
+    fit: StaticFit,
+    sure: StaticIntervals,
+    unseen: list[float] | None,
+    bounds: Bounds,
+) -> dict[str, Any]:
+    """Return everything that is known of a law, JSON-able."""
+    best = sure.optimum
+    return {
+        "form": "loss_i(p) = c_i + exp(-sum_j A_ij p_j)",
+        "runs": len(runs.runs),
+        "domains": list(runs.domains),
+        "measured": list(runs.measured),
+        "c": fit.law.constant.tolist(),
+        "A": fit.law.rate.tolist(),
+        "r2": fit.r2.tolist(),
+        "r2_held_out": unseen,
+        "confidence": sure.confidence,
+        "floor": bounds.floor.tolist(),
+        "ceiling": bounds.ceiling.tolist(),
+        "mixture": best.mixture.tolist(),
+        "mixture_low": sure.mixture.low.tolist(),
+        "mixture_high": sure.mixture.high.tolist(),
+        "objective": best.value,
+        "objective_low": float(sure.value.low),
+        "objective_high": float(sure.value.high),
+        "losses": best.losses.tolist(),
+        "best_run": float(runs.losses.mean(axis=1).min()),
+    }
+
+
+def law_text(facts: dict[str, Any]) -> str:
+    """Return what a law says, in Markdown."""
+    percent = f"{facts['confidence']:.0%}"
+    lines = [
+        f"# Static law of {facts['runs']} runs",
+        "",
+        f"Best mixture, with {percent} bootstrap intervals of each weight:",
+        "",
+        "| domain | weight | low | high |",
+        "|---|---|---|---|",
+    ]
+    columns = (facts["domains"], facts["mixture"], facts["mixture_low"], facts["mixture_high"])
+    for name, weight, low, high in zip(*columns, strict=True):
+        lines.append(f"| {name} | {weight:.4f} | {low:.4f} | {high:.4f} |")
+    lines += [
+        "",
+        f"Predicted objective there: {facts['objective']:.4f} "
+        f"({facts['objective_low']:.4f} to {facts['objective_high']:.4f}) nats per token; the "
+        f"lowest average loss of a run was {facts['best_run']:.4f}.",
+        "",
+        "| measured | c | R² | R² of runs left out | predicted loss |",
+        "|---|---|---|---|---|",
+    ]
+    unseen = facts["r2_held_out"] or [None] * len(facts["measured"])
+    rows = (facts["measured"], facts["c"], facts["r2"], unseen, facts["losses"])
+    for name, constant, r2, left_out, loss in zip(*rows, strict=True):
+        shown = "too few runs" if left_out is None else f"{left_out:.3f}"
+        lines.append(f"| {name} | {constant:.4f} | {r2:.3f} | {shown} | {loss:.4f} |")
+    return "\n".join(lines) + "\n"
