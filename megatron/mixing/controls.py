@@ -210,7 +210,7 @@ def _grouped_site(
     rows = np.zeros((count + targets, len(grouping.domains) + targets))
     rows[grouping.slots, np.arange(len(grouping.domains))] = inside
     rows[count:, len(grouping.domains) :] = np.eye(targets)
-    asked = normalise(grouping.total(weights))
+    asked = normalise(_summed(grouping, weights))
     start = project(asked, levels.group_floor, levels.group_ceiling)
     return _Site(
         domains=grouping.domains,
@@ -236,11 +236,17 @@ def _grouped(build: Build, site: _Site, levels: Levels, inside: FloatArray) -> C
         sizes = tuple(grouping.total(np.array(sizes, dtype=np.float64)).tolist())
     inner = build(
         domains=grouping.groups,
-        weights=grouping.total(normalise(site.weights)),
+        weights=_summed(grouping, site.weights),
         options=site.options,
         context=replace(site.context, samples_per_epoch=sizes),
     )
     return Groups(inner, levels, inside)
+
+
+def _summed(grouping: Grouping, weights: FloatArray) -> FloatArray:
+    """Add up given weights as they are, [K] to [G]: a rule may start from them (``ema``)."""
+    total = grouping.total(weights)
+    return total if np.isfinite(total).all() else grouping.total(normalise(weights))
 
 
 def _guarded(inner: Controller, options: GuardrailOptions, site: _Site) -> Guardrail:

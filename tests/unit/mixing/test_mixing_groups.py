@@ -316,6 +316,18 @@ def test_an_objective_names_groups_and_domains():
         build("skillit", objective={"kind": "worst", "above": {"web/low": 1.0}})
 
 
+@pytest.mark.parametrize("scale", [10.0, 1e308])
+def test_a_rule_starts_from_the_groups_weights_as_they_are(scale):
+    """A group's given weight is the sum of its domains', of any scale: ema's start is that."""
+    given = [scale * weight for weight in (0.3, 0.4, 0.1, 0.2)]
+    mixer = build_mixer("ema", domains=NAMES, weights=given, groups={})
+    np.testing.assert_allclose(mixer.decide(1).sampling_weights, GIVEN)
+    start = mixer.describe()["mean_loss"]
+    assert start == pytest.approx({"web": scale * 0.4, "books": scale * 0.4, "code": scale * 0.2})
+    huge = build_mixer("ema", domains=NAMES, weights=[1e308, 0, 1.5e308, 1e308], groups={})
+    np.testing.assert_allclose(huge.decide(1).sampling_weights, np.array([1, 0, 1.5, 1]) / 3.5)
+
+
 def test_shadow_draws_the_given_mixture_and_shows_both_levels():
     mixer = build("odm", shadow=True)
     for step in range(1, 6):
