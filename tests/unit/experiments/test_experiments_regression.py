@@ -35,8 +35,7 @@ def sweep(count=64, noise=0.005, seed=0):
 def test_order_of_unseen_mixtures(regressor):
     ranks = held_out_ranks(*sweep(48), regressor=regressor, folds=2, seed=1)
     assert (ranks.domains > 0.9).all()
-    # The mean loss is a bowl: its order needs trees.
-    assert ranks.objective > (0.8 if regressor is Regressor.BOOSTING else -1.0)
+    assert ranks.objective > 0.5
     one = held_out_ranks(
         *sweep(48), regressor=regressor, weights=np.array([0, 1.0, 0]), folds=2, seed=1
     )
