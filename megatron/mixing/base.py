@@ -24,7 +24,8 @@ How methods of every kind fit, without a change here or in the loop:
   that the measurement is in.  The loop measures, observes it as step ``step - 1``
   with counts of 0, and asks again; the base hands such an observation to
   :meth:`Mixer._measure` and keeps its order apart from that of training steps, so
-  step t - 1 may have both, in either order, and step 0 may have one.
+  step t - 1 may have both, in either order or in one observation, and step 0 may
+  have one.
 * A *prober* (Aioli) is a pure function of step and state in ``_decide``: it finds the
   step's place in its round, returns the probe mixture with ``probe`` set on every
   step of the probe and ``fresh_quota`` on its first, asks for ``validate`` before the
@@ -184,6 +185,9 @@ class Mixer(Named):
                 f"once each, in rising order"
             )
         self._check_signals(observation)
+        measured = Signal.VALID_LOSS in self.needs and observation.valid_loss is not None
+        if measured:
+            self._check_measurement(step)
         if not observation.finite(self.needs):
             return
         due = step % self._options.update_every == 0
@@ -201,6 +205,8 @@ class Mixer(Named):
             if updated is not None:
                 self._set_weights(updated)
         self._step, self._errors = step, observation.standard_error
+        if measured:  # a loop may tell of a step and of the validation after it in one
+            self._take_measurement(observation)
 
     def foresee(self, observation: Observation) -> Decision:
         """Learn what was measured on a planned step's batch before it trains.
@@ -445,11 +451,7 @@ class Mixer(Named):
     def _take_measurement(self, observation: Observation) -> None:
         """Hand over a validation; measurements have an order of their own."""
         step, valid_loss = observation.step, observation.vector("valid_loss")
-        if step <= self._measured_step:
-            raise ObservationError(
-                f"validation of step {step} after that of step {self._measured_step}; each step "
-                f"is validated once, in rising order"
-            )
+        self._check_measurement(step)
         if valid_loss is None or not observation.finite(self.needs):
             return
         self._measured_step = step
@@ -457,6 +459,13 @@ class Mixer(Named):
             targets = observation.vector("target_loss")
             missing = np.full(len(self._context.targets), np.nan)
             self._measure(step, np.append(valid_loss, missing if targets is None else targets))
+
+    def _check_measurement(self, step: int) -> None:
+        if step <= self._measured_step:
+            raise ObservationError(
+                f"validation of step {step} after that of step {self._measured_step}; each step "
+                f"is validated once, in rising order"
+            )
 
     def _check_fit(self, observation: Observation) -> None:
         if not isinstance(observation, Observation):

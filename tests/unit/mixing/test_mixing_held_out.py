@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from data_sampling_utils import Observation, build_mixer
+from data_sampling_utils import Observation, ObservationError, build_mixer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.mixing.simulate import simulate
 from megatron.mixing.worlds import hub_transfer, power_world
@@ -127,6 +127,28 @@ def test_it_resumes_with_the_same_bits(method):
     other = build_mixer(method, domains=turned, **options)
     other.load_state_dict(whole.state_dict())
     assert other.decide(11).sampling_weights[[1, 2, 0]].tolist() == p.tolist()
+
+
+@pytest.mark.parametrize("method", NEEDED)
+def test_a_step_and_the_validation_after_it_may_come_in_one_observation(method):
+    together, apart = (build(method, update_every=2, warmup_steps=1) for _ in range(2))
+    trained = {"loss_sum": [1, 2, 3], "token_count": [1, 1, 1]}
+    for step, row in enumerate(MEASURED, start=1):
+        together.observe(Observation(step, **trained, valid_loss=row))
+        apart.observe(Observation(step, **trained))
+        apart.observe(Observation(step, valid_loss=row))
+        assert not together.decide(step + 1).validate
+        one, other = together.state_dict(), apart.state_dict()
+        for key in ("step", "measured_step", "weights", "rule"):
+            assert one[key] == other[key]
+    start = build(method).decide(1).sampling_weights
+    assert together.decide(6).sampling_weights.tolist() != start.tolist()
+    together.observe(Observation(8, valid_loss=MEASURED[0]))
+    before = together.state_dict()
+    with pytest.raises(ObservationError, match="validation of step 7 after that of step 8"):
+        together.observe(Observation(7, **trained, valid_loss=MEASURED[1]))
+    together.observe(Observation(7, **trained | {"loss_sum": [1, 2, math.nan]}))
+    assert together.state_dict() == before
 
 
 @pytest.mark.parametrize("method", NEEDED)
