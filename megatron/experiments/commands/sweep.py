@@ -158,8 +158,8 @@ def plan_sweep(
 def write_results(study: Study, outcome: Outcome, out: Path) -> int:
     """Write table, summary and the best mixture of a sweep; return the exit code.
 
-    Points of which a run failed are in the table as far as they came, are named in the summary,
-    and cannot be the best.
+    The table holds the runs that have ended.  Those that failed are named in the summary, and
+    their mixtures cannot be the best.
     """
     done = {run.key for run in outcome.finished}
     failed = {failure.run.key: failure.why for failure in outcome.failed}
