@@ -104,6 +104,12 @@ def build_mixer(
     names = _domain_names(domains)
     given = _given_weights(weights, names)
     read, context = read_options(entry.options, method, options), context or RunContext()
+    for name in context.targets:
+        if (*names, *context.targets).count(name) > 1:
+            raise ConfigError(
+                f"'{name}' is named twice among the domains and targets; a target is measured and "
+                f"never trained on, and names must differ"
+            )
     controller = build_controlled(
         entry.build,
         method=method,

@@ -131,7 +131,7 @@ class Doremi(Reweighter):
         context: RunContext,
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
-        if context.vocab_size is None:
+        if context.vocab_size is None or context.vocab_size < 1:
             raise ConfigError(
                 "mixing method 'doremi': the score of a domain that has not been seen is "
                 "ln(vocabulary size), and that is not known; give context=RunContext(vocab_size=…)"

@@ -9,7 +9,7 @@ from typing import Literal, get_type_hints
 import numpy as np
 import pytest
 
-from data_sampling_utils import Observation, available_methods, build_mixer
+from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
 from megatron.errors import ConfigError
 from megatron.mixing.options import CommonOptions, fits
 from megatron.registry import mixing_methods
@@ -168,6 +168,12 @@ def test_weights_come_as_list_tuple_array_or_mapping_of_any_sum():
 def test_bad_domains_are_named(domains, message):
     with pytest.raises(ConfigError, match=message):
         build_mixer("static", domains=domains)
+
+
+@pytest.mark.parametrize("targets", [("a",), ("c", "c")])
+def test_a_target_has_a_name_of_its_own(targets):
+    with pytest.raises(ConfigError, match=f"'{targets[0]}' is named twice among the domains and"):
+        build_mixer("static", domains=["a", "b"], context=RunContext(targets=targets))
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,8 @@ class TestDoremi:
     def test_the_size_of_the_vocabulary_must_be_known(self):
         with pytest.raises(ConfigError, match="vocab_size"):
             build_mixer("doremi", domains=NAMES, reference="runs/reference")
+        with pytest.raises(ConfigError, match="vocab_size"):
+            build_mixer("doremi", domains=NAMES, context=RunContext(vocab_size=0))
 
 
 def gradients(step, alignment, counts=(4, 4, 4), lr=1e-3):
