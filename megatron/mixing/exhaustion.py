@@ -69,6 +69,8 @@ class ExhaustionWatch:
         samples_per_step: of a global batch.
         total_steps: of the run.
         on_exhausted: what happens then, as configured.
+        unit: samples that are drawn at once; a domain that is left out at its end (``drop``) is
+            so as soon as fewer are left of it.
     """
 
     def __init__(
@@ -79,29 +81,32 @@ class ExhaustionWatch:
         samples_per_step: int,
         total_steps: int,
         on_exhausted: Literal["repeat", "stop", "drop"] = "repeat",
+        unit: int = 1,
     ) -> None:
         self._domains, self._unique = tuple(domains), np.array(unique, dtype=np.float64)
         self._batch, self._total = samples_per_step, total_steps
         self._then = _WHAT_THEN[on_exhausted]
+        self._needed = unit if on_exhausted == "drop" else 1
         self._said = [_Said.NOTHING] * len(self._domains)
         self._started = False
 
-    def messages(self, *, step: int, seen: FloatArray, weights: FloatArray) -> list[str]:
+    def messages(self, *, step: int, seen: FloatArray, weights: FloatArray | None) -> list[str]:
         """Return what is to be said after ``step`` steps, nothing most of the time.
 
         Args:
             step: steps done.
             seen: samples drawn from each domain by then, [K].
-            weights: the distribution that draws from now on, [K].
+            weights: the distribution that draws from now on, [K]; None while one draws that
+                will not last (a probe's), by which nothing can be forecast.
         """
-        over = seen >= self._unique
+        over = seen >= self._unique - self._needed + 1
         if not self._started:
             self._started = True
             self._said = [_Said.OVER if done else _Said.NOTHING for done in over]
         ends = exhaustion_forecast(
             seen=seen,
             unique=self._unique,
-            weights=weights,
+            weights=np.zeros(len(self._domains)) if weights is None else weights,
             samples_per_step=self._batch,
             step=step,
         )
@@ -111,7 +116,8 @@ class ExhaustionWatch:
             if due > self._said[k]:
                 self._said[k] = due
                 news.setdefault(due, []).append(k)
-        return [self._text(due, found, step, ends) for due, found in sorted(news.items())]
+        left = np.maximum(self._unique - seen, 0.0)
+        return [self._text(due, found, step, ends, left) for due, found in sorted(news.items())]
 
     def _due(self, step: int, over: bool, end: float) -> _Said:
         if over:
@@ -120,9 +126,15 @@ class ExhaustionWatch:
             return _Said.NOTHING
         return _Said.SOON if end - step <= SOON * self._total else _Said.FORECAST
 
-    def _text(self, due: _Said, found: list[int], step: int, ends: FloatArray) -> str:
+    def _text(
+        self, due: _Said, found: list[int], step: int, ends: FloatArray, left: FloatArray
+    ) -> str:
         sizes = [f"{self._domains[k]} ({self._unique[k]:,.0f} samples)" for k in found]
         if due is _Said.OVER:
+            for place, k in enumerate(found):
+                if left[k] > 0:
+                    rest = f"samples, of which the last {left[k]:,.0f} fill no draw)"
+                    sizes[place] = f"{self._domains[k]} ({self._unique[k]:,.0f} {rest}"
             return f"data: read to the end by step {step}: {', '.join(sizes)}; {self._then}"
         when = "soon" if due is _Said.SOON else "within this run"
         listed = [f"{size} at step {ends[k]:.0f}" for k, size in zip(found, sizes, strict=True)]

@@ -238,6 +238,7 @@ def _exhaustion(config: Config, domains: OpenDomains, batch: Batch) -> Exhaustio
         samples_per_step=batch.total,
         total_steps=config.training.train_iters,
         on_exhausted=config.mixing.on_exhausted,
+        unit={"sample": 1, "micro_batch": batch.micro, "step": batch.total}[config.mixing.unit],
     )
 
 

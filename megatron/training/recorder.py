@@ -131,7 +131,8 @@ class RunRecorder:
         )
         if self._exhaustion is not None:
             seen = planned.samples_seen.astype(np.float64)
-            for text in self._exhaustion.messages(step=plan.step, seen=seen, weights=plan.weights):
+            lasting = plan.weights if decision.probe is None else None
+            for text in self._exhaustion.messages(step=plan.step, seen=seen, weights=lasting):
                 self._say(text)
         if self._audit:
             self._sinks.audit(

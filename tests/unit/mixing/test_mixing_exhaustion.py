@@ -92,3 +92,22 @@ def test_a_resumed_run_does_not_speak_of_what_is_over():
 )
 def test_it_says_what_happens_then(then, words):
     assert words in drive(watch(then=then), lambda step: [0.0625, 0.9375])[0][1]
+
+
+def test_what_is_left_out_with_a_rest_that_fills_no_draw_is_told_of():
+    watch = ExhaustionWatch(
+        domains=["small", "large"], unique=(55.0, 1e9), samples_per_step=10, total_steps=100,
+        on_exhausted="drop", unit=10,
+    )  # fmt: skip
+    said = drive(watch, lambda step: [1.0, 0.0] if step < 5 else [0.0, 1.0], steps=100)
+    assert said[-1][0] == 5
+    assert "by step 5: small (55 samples, of which the last 5 fill no draw)" in said[-1][1]
+    assert "is left out" in said[-1][1]
+
+
+def test_a_probe_forecasts_nothing_but_an_end_in_it_is_told():
+    one = watch()
+    for step, seen in ((1, 10.0), (2, 400.0)):
+        assert one.messages(step=step, seen=np.array([seen, 0.0]), weights=None) == []
+    (text,) = one.messages(step=3, seen=np.array([500.0, 0.0]), weights=None)
+    assert "read to the end by step 3" in text

@@ -34,7 +34,7 @@ class Kept:
         return lambda *arguments, **more: None
 
 
-def drive(sinks):
+def drive(sinks, probes=()):
     said: list[tuple[int, str]] = []
     now = 0
     recorder = RunRecorder(
@@ -60,8 +60,8 @@ def drive(sinks):
     for now in range(1, STEPS + 1):
         seen = seen + np.array([1, 3])
         planned = Planned(
-            plan=plan_of(now, weights), decision=Decision(sampling_weights=weights),
-            samples_seen=seen,
+            plan=plan_of(now, weights), samples_seen=seen,
+            decision=Decision(sampling_weights=weights, probe=0 if now in probes else None),
         )  # fmt: skip
         count = np.array([8.0, 24.0])
         totals = StepTotals(
@@ -90,6 +90,11 @@ def test_a_run_says_when_its_data_will_end():
     assert kept.steps == list(range(1, STEPS + 1))
     assert [step for step, _ in said] == [1, 16, 20]
     assert "small (20 samples) at step 20 of 40" in said[0][1]
+
+
+def test_the_weights_of_a_probe_forecast_no_end():
+    said = drive(SinkGroup([Kept()]), probes=range(1, 9))
+    assert [step for step, _ in said] == [9, 16, 20]
 
 
 def test_a_rank_without_sinks_says_nothing():
