@@ -70,16 +70,18 @@ def held_parameters(spec: ModelSpec, first: int, last: int, *, tensor_size: int 
 def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 1) -> float:
     """Return the floating-point operations of one token's forward and backward pass.
 
-    ``6·N + 6·V·h + 6·L·h·s`` with N the parameters of the blocks, V the padded vocabulary,
-    s the sequence length (Narayanan et al. 2021, appendix, in the causal form; recomputed
-    activations are not counted).
+    ``6·N + 6·V·h + 6·L·h·s`` with N the parameters of the blocks' matrices, V the padded
+    vocabulary, s the sequence length (Narayanan et al. 2021, appendix, in the causal form;
+    recomputed activations are not counted).
 
     Args:
         spec: the architecture.
         causal: count only the half of attention that the mask leaves; otherwise all of it.
         tensor_size: tensor-parallel ranks, for the padding of the vocabulary.
     """
-    blocks = spec.num_layers * block_parameters(spec)
+    # Norms and biases multiply no matrix, and in a narrow model they are not few.
+    matrices = sum(parameter.count for parameter in block_inventory(spec) if parameter.decayed)
+    blocks = spec.num_layers * matrices
     head = spec.padded_vocab_size(tensor_size) * spec.hidden_size
     length = spec.seq_length or 0
     attention = spec.num_layers * spec.hidden_size * length * (1 if causal else 2)
