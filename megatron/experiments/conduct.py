@@ -14,7 +14,7 @@ from megatron.experiments.execute import Outcome, execute
 from megatron.experiments.finished import read_finish
 from megatron.experiments.starting import Starter
 from megatron.experiments.study import Base, Study
-from megatron.launch.devices import detect_devices
+from megatron.launch.devices import cuda_possible, detect_devices
 from megatron.launch.request import LAUNCH_KEYS, LaunchRequest
 from megatron.launch.sbatch import JobOptions, sbatch_script
 
@@ -108,8 +108,14 @@ def runs_dir(options: argparse.Namespace) -> Path:
     return given if given is not None else out.absolute().parent / "runs"
 
 
-def visible_gpus() -> int:
-    """Return the CUDA devices that runs started here would see."""
+def gpus_of(options: argparse.Namespace, base: Base) -> int:
+    """Return the CUDA devices of the machine that a run starts on; 0: it runs on the CPU.
+
+    Where runs start elsewhere, this machine's devices say nothing: GPUs are taken to be there
+    if this installation could use them.
+    """
+    if options.slurm or options.command:
+        return (base.load().launch.num_gpus or 1) if cuda_possible(os.environ) else 0
     return len(detect_devices(os.environ).cuda)
 
 

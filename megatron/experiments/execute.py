@@ -23,6 +23,7 @@ from megatron.experiments.starting import OUTPUT, Starter, last_words
 from megatron.experiments.study import PlannedRun, distinct
 from megatron.launch.lock import RunLock
 from megatron.launch.outcome import SAVED_CODES
+from megatron.launch.process import session_members
 from megatron.launch.stop import EXIT_INTERRUPTED, EXIT_SAVED
 from megatron.launch.supervise import caught_signals, kill_session
 from megatron.monitor.throughput import duration
@@ -99,7 +100,8 @@ def execute(
     checkpoint.  Of two runners that want the same run one does it and the other waits.
 
     On SIGTERM, SIGINT or SIGHUP the running ones are asked to save and stop; a second Ctrl-C
-    kills them.  They never outlive this process.
+    kills them.  If this process is killed, so are they; what a template has started elsewhere,
+    or through a shell that stays its parent, runs on, and the next runner waits for its end.
 
     Args:
         runs: one or more; those that share a folder are done once.
@@ -225,7 +227,7 @@ class _Runner:
         for job in list(self._active):
             assert job.process is not None
             code = job.process.poll()
-            if code is None:
+            if code is None or self._still_saving(job):
                 continue
             self._active.remove(job)
             job.seconds += time.monotonic() - job.began
@@ -235,6 +237,12 @@ class _Runner:
             finally:
                 assert job.lock is not None
                 job.lock.release()
+
+    def _still_saving(self, job: _Job) -> bool:
+        """Tell whether a stopped template's shell has ended before what it started."""
+        assert job.process is not None
+        in_time = self._deadline is not None and time.monotonic() <= self._deadline
+        return in_time and bool(session_members(job.process.pid))
 
     def _judge(self, job: _Job, code: int) -> None:
         """Decide what the end of a process means for its run."""

@@ -51,6 +51,7 @@ def main(what: str, folder: Path, name: str) -> int:
         (folder / "ready").touch()
         while not told:
             time.sleep(0.02)
+        time.sleep(0.3)  # saving takes longer than a shell takes to end
         write(folder, 5)
         return 143
     if what == "bad" or (what == "once" and first):

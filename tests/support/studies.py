@@ -49,10 +49,15 @@ def seeds(count: int) -> list[Variant]:
     return [Variant(name=f"seed-{seed}", overrides=(f"seed={seed}",)) for seed in range(count)]
 
 
-def pretending(*words: str, jobs: int = 1) -> Starter:
-    """Return a starter of runs that only write what a run would: see ``fake_run.py``."""
+def pretending(*words: str, jobs: int = 1, shell: bool = False) -> Starter:
+    """Return a starter of runs that only write what a run would: see ``fake_run.py``.
+
+    Under ``shell`` a shell stays their parent.
+    """
     command = shlex.join([sys.executable, str(FAKE), *words])
-    template = f"exec {command} {{folder}} {{name}} # {{command}}"
+    template = f"{{first}}{command} {{folder}} {{name}}{{last}} # {{command}}"
+    first, last = ("", "; exit $?") if shell else ("exec ", "")
+    template = template.replace("{first}", first).replace("{last}", last)
     return Starter(jobs=jobs, devices=Devices(cuda=(), cores=2), template=template)
 
 

@@ -28,8 +28,8 @@ from megatron.experiments.conduct import (
     add_study_arguments,
     base_of,
     conduct,
+    gpus_of,
     runs_dir,
-    visible_gpus,
 )
 from megatron.experiments.execute import Outcome
 from megatron.experiments.study import (
@@ -184,9 +184,9 @@ class _Rounds:
         variant = Variant(
             name=name, overrides=tuple(overrides), tags={"round": number, "role": role}
         )
-        planned = plan_study(
-            METHOD, base or self._base, [variant], self._folder, gpus=visible_gpus()
-        )
+        chosen = base or self._base
+        gpus = gpus_of(self._options, chosen)
+        planned = plan_study(METHOD, chosen, [variant], self._folder, gpus=gpus)
         self._runs += planned.runs
         return planned.runs[0], conduct(Study(name=METHOD, runs=tuple(self._runs)), self._options)
 

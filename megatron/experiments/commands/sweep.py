@@ -25,8 +25,8 @@ from megatron.experiments.conduct import (
     add_study_arguments,
     base_of,
     conduct,
+    gpus_of,
     runs_dir,
-    visible_gpus,
 )
 from megatron.experiments.designs import dirichlet, grid, one_hot, well_spread
 from megatron.experiments.execute import Outcome
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the sweep; return the exit code."""
     base = base_of(options)
     points = design_points(options, tuple(base.load().trained))
-    study = plan_sweep(base, points, options.seeds, runs_dir(options))
+    study = plan_sweep(base, points, options.seeds, runs_dir(options), gpus=gpus_of(options, base))
     outcome = conduct(study, options)
     if outcome is None:
         return 0
@@ -124,6 +124,7 @@ def plan_sweep(
     seeds: Sequence[int] | None,
     folder: Path,
     *,
+    gpus: int = 0,
     name: str = "sweep",
 ) -> Study:
     """Plan a run for every mixture and seed.
@@ -133,6 +134,7 @@ def plan_sweep(
         points: mixtures, by domain.
         seeds: of the runs; the configuration's own if None.
         folder: of the runs' folders.
+        gpus: CUDA devices of a machine that a run starts on.
         name: of the study.
 
     Raises:
@@ -152,7 +154,7 @@ def plan_sweep(
         for index, weights in enumerate(points)
         for seed in chosen
     ]
-    return plan_study(name, base, variants, folder, gpus=visible_gpus())
+    return plan_study(name, base, variants, folder, gpus=gpus)
 
 
 def write_results(study: Study, outcome: Outcome, out: Path) -> int:

@@ -107,7 +107,8 @@ def test_a_run_that_another_process_does_is_waited_for(study, inner):
     assert studies.starts(run) == 1
 
 
-def test_a_stopped_runner_lets_its_runs_save(study):
+@pytest.mark.parametrize("shell", [False, True])
+def test_a_stopped_runner_lets_its_runs_save(study, shell):
     said: list[str] = []
     first = study.runs[0]
 
@@ -118,7 +119,7 @@ def test_a_stopped_runner_lets_its_runs_save(study):
 
     thread = threading.Thread(target=stop)
     thread.start()
-    outcome = execute(study.runs, studies.pretending("slow"), say=said.append)
+    outcome = execute(study.runs, studies.pretending("slow", shell=shell), say=said.append)
     thread.join()
     assert outcome.stopped == signal.SIGTERM
     assert outcome.exit_code == 143
