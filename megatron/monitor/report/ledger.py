@@ -42,7 +42,7 @@ class Ledger:
         tokens: tokens of the whole run, ``[K]``.
         samples: samples of the whole run, ``[K]``.
         asked: sample-weighted mean of the probabilities, ``[K]``.
-        first: probabilities of the first recorded step, ``[K]``.
+        first: probabilities of the first recorded step that is no probe, ``[K]``.
         last: probabilities of the last, ``[K]``.
         moved: largest |p - first| over the run, ``[K]``.
         skipped: steps whose update was dropped.
@@ -225,11 +225,17 @@ class _Sums:
         self.step_tokens.append(tokens.sum(axis=1))
         self.step_loss.append(_ratio(loss_sum.sum(axis=1), loss_tokens.sum(axis=1)))
         self.asked += (probability * samples.sum(axis=1, keepdims=True)).sum(axis=0)
-        if self.first is None:
-            self.first = probability[0].copy()
-        self.last = probability[-1].copy()
-        self.moved = np.maximum(self.moved, np.abs(probability - self.first).max(axis=0))
+        self._follow(probability)
         self.block = []
+
+    def _follow(self, probability: FloatArray) -> None:
+        """Note how far the mixture moves in a block [steps, K]; what a probe holds is no move."""
+        held = probability[[record.get("probe") is None for record in self.block]]
+        if self.first is None:
+            self.first = self.last = (held if len(held) else probability)[0].copy()
+        if len(held):
+            self.last = held[-1].copy()
+            self.moved = np.maximum(self.moved, np.abs(held - self.first).max(axis=0))
 
     def finish(self) -> Ledger:
         """Return the sums as means and shares."""

@@ -158,6 +158,29 @@ def test_domains_that_come_and_go() -> None:
     assert ledger.moved.tolist() == [0.5, 0.5, 0.25]
 
 
+def test_what_a_probe_holds_is_no_move_of_the_mixture() -> None:
+    def row(step: int, a: float, **more: int) -> dict:
+        p = {"a": a, "b": 1 - a}
+        counts = dict.fromkeys(p, 1)
+        return {
+            "step": step,
+            "probability": p,
+            "domain_loss": dict.fromkeys(p, 2.0),
+            "tokens": counts,
+            "samples": counts,
+            "epochs": dict.fromkeys(p, 0.5 * step),
+            **more,
+        }
+
+    rows = [row(1, 0.875, probe=0), row(2, 0.5), row(3, 0.625), row(4, 0.125, probe=1)]
+    ledger = read_ledger(rows, first_step=1, last_step=4)
+    assert ledger.first.tolist() == [0.5, 0.5]
+    assert ledger.last.tolist() == [0.625, 0.375]
+    assert ledger.moved.tolist() == [0.125, 0.125]
+    only = read_ledger(rows[:1], first_step=1, last_step=1)
+    assert (only.first.tolist(), only.last.tolist()) == ([0.875, 0.125], [0.875, 0.125])
+
+
 def test_what_a_domain_counts_in_the_loss() -> None:
     def row(step: int, **more: object) -> dict:
         domains = {"a": 0.5, "b": 0.5}
