@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError
 from megatron.mixing.base import RunContext
 from megatron.mixing.earlier_run import final_losses
 from megatron.mixing.held_out import HeldOutMixer
@@ -118,7 +118,10 @@ def read_targets(
     """
     where = f"mixing method '{method}'"
     if targets_from is not None:
-        return final_losses(targets_from, domains)
+        try:
+            return final_losses(targets_from, domains)
+        except DataError as error:
+            raise DataError(f"{where}: targets_from: {error}") from error
     if targets is None:
         raise ConfigError(
             f"{where}: no targets; give targets (the held-out loss that each domain should "

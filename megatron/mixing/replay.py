@@ -91,8 +91,8 @@ def read_ledger(path: str | os.PathLike[str], domains: Sequence[str]) -> Ledger:
                         target[step] = _whole(f"{where}: {key}", record[key])
     except OSError as error:
         raise DataError(
-            f"replay: cannot read {file} ({error.strerror}); give a run's {LEDGER_NAME} or folder "
-            f"({how_to_make(file)})"
+            f"cannot read the ledger {file} ({error.strerror}); give a run's {LEDGER_NAME} or "
+            f"folder ({how_to_make(file)})"
         ) from error
     if not steps:
         raise DataError(f"replay: {file} holds no complete record; give the ledger of a run")

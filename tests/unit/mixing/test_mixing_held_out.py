@@ -274,7 +274,7 @@ class TestTargets:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (None, r"cannot read .*metrics.jsonl .*No such file"),
+            (None, r"targets_from: cannot read .*metrics.jsonl .*No such file"),
             ('{"step": 1, "loss": 2}\n', "holds no validation losses"),
             ('{"step": 1, "valid_loss": {"a": 1.0, "b": 2.0}}\n', "no loss of the domain 'c'"),
             ("nonsense\n", "line 1: no JSON"),

@@ -67,7 +67,8 @@ def test_without_a_ledger_it_says_what_to_do(method):
     with pytest.raises(ConfigError, match=rf"'{method}': no ledger; give the mixture.jsonl"):
         build_mixer(method, domains=NAMES)
     with pytest.raises(
-        DataError, match=r"cannot read .*quickstart/mixture.jsonl.*train.py -d configs local/quick"
+        DataError,
+        match=r"^cannot read the ledger .*quickstart/mixture.jsonl.*train.py -d configs local",
     ):
         build_mixer(method, domains=NAMES, ledger="runs-of-nobody/quickstart")
 
