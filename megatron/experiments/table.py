@@ -41,6 +41,7 @@ COLUMNS: dict[str, type] = {
     "tokens": int,
     "domain_tokens": int,
     "extra_tokens": int,
+    "extra_by_kind": str,
     "flops": float,
     "seconds": float,
     "run_seconds": float,
@@ -97,7 +98,8 @@ def run_rows(study: str, run: PlannedRun) -> list[Row]:
                     "share": at.share.get(domain, 0.0),
                     "tokens": at.tokens,
                     "domain_tokens": at.domain_tokens.get(domain, 0),
-                    "extra_tokens": at.extra_tokens,
+                    "extra_tokens": sum(at.extra.values()),
+                    "extra_by_kind": json.dumps(at.extra),
                     "flops": at.tokens * flops_per_token(run.config.model),
                     "seconds": at.seconds,
                     "run_seconds": math.nan if whole is None else whole,
@@ -116,7 +118,7 @@ class _At:
         self.share: dict[str, float] = {}
         self.domain_tokens: dict[str, int] = {}
         self.tokens = 0
-        self.extra_tokens = 0
+        self.extra: dict[str, int] = {}
         self.seconds = math.nan
 
 
@@ -160,7 +162,7 @@ class _Course:
     def _sum(self, path: Path, wanted: set[int], count: LineCount) -> None:
         names = list(self._start)
         weight, tokens, samples = np.zeros((3, len(names)))
-        extra = 0
+        extra: dict[str, int] = {}
         steps = 0
         for record in read_lines(path, count):
             steps += 1
@@ -168,7 +170,8 @@ class _Course:
             weight += [_number(record["probability"].get(name, 0.0)) for name in names]
             tokens += [record["tokens"].get(name, 0) for name in names]
             samples += [record["samples"].get(name, 0) for name in names]
-            extra += sum((record.get("extra_tokens") or {}).values())
+            for kind, more in (record.get("extra_tokens") or {}).items():
+                extra[kind] = extra.get(kind, 0) + int(more)
             if self.last not in wanted:
                 continue
             at = _At()
@@ -176,7 +179,7 @@ class _Course:
             drawn = samples / max(1.0, samples.sum())
             at.share = dict(zip(names, drawn.tolist(), strict=True))
             at.domain_tokens = {name: int(n) for name, n in zip(names, tokens, strict=True)}
-            at.tokens, at.extra_tokens = int(tokens.sum()), int(extra)
+            at.tokens, at.extra = int(tokens.sum()), dict(extra)
             at.seconds = self._seconds.get(self.last, math.nan)
             self._points[self.last] = at
 

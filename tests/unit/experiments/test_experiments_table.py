@@ -41,7 +41,7 @@ def test_a_row_says_everything_about_a_loss(study):
     assert (last["step"], last["last"], last["loss"]) == (12, True, 1.5)
     assert last["weight"] == pytest.approx(0.5 + 6.5 / 100)
     assert (last["share"], last["tokens"], last["domain_tokens"]) == (0.5, 12 * 128, 12 * 64)
-    assert last["extra_tokens"] == 120
+    assert (last["extra_tokens"], last["extra_by_kind"]) == (120, '{"validation": 120}')
     assert last["flops"] == pytest.approx(12 * 128 * flops_per_token(study.runs[0].config.model))
     assert last["seconds"] == pytest.approx(12 * 128 / 1280)
     assert last["run_seconds"] > 0
