@@ -16,6 +16,7 @@ from megatron.mixing.reading import require
 
 LEAST_REPLICATES: Final = 20
 _MOST_LEVERAGE: Final = 0.95
+_LEAST_SPREAD: Final = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,18 +38,20 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StaticIntervals:
-    """Bootstrap intervals around a static law, each for its own number (not jointly).
+    """Bootstrap intervals around a static law.
 
     Attributes:
-        predicted: of the true loss at the mixtures asked for, [Q, M].
-        mixture: of the best mixture's weights, [K].
+        predicted: of the true loss at the mixtures asked for, [Q, M], each for itself.
+        predicted_jointly: the same, wide enough to cover all of them at once.
+        mixture: of the best mixture's weights, [K], each for itself.
         value: of the objective at the best mixture, [].
         optimum: the fitted law's own best mixture.
-        confidence: of each interval.
+        confidence: of the intervals.
         replicates: laws that were fitted anew.
     """
 
     predicted: Interval
+    predicted_jointly: Interval
     mixture: Interval
     value: Interval
     optimum: Optimum
@@ -72,7 +75,8 @@ def static_intervals(
     seed; they are scaled by 1/sqrt(1 - leverage) and centred first, because a fit bends
     towards its own runs.  The percentiles are moved out to those of Student's t with the
     fit's degrees of freedom (Hesterberg 2015, "expanded percentile"), without which few
-    runs give intervals that are too short.
+    runs give intervals that are too short.  Where Student's interval with the replicates'
+    standard deviation reaches further, it counts: far percentiles of few replicates vary.
 
     Args:
         fit: the law and its runs.
@@ -101,11 +105,16 @@ def static_intervals(
         predicted.append(law.predict(at))
         mixtures.append(best.mixture)
         values.append(best.value)
-    tail = _tail(confidence, runs - size - 1)
+    stats = load("scipy.stats", "an interval")
+    quantile = float(stats.t.ppf(0.5 + confidence / 2.0, runs - size - 1))
+    tail = float(stats.norm.sf(quantile))
+    losses, fitted = np.stack(predicted), fit.law.predict(at)
+    each = _interval(losses, fitted, quantile, tail)
     return StaticIntervals(
-        predicted=_interval(np.stack(predicted), tail),
-        mixture=_interval(np.stack(mixtures), tail),
-        value=_interval(np.array(values), tail),
+        predicted=each,
+        predicted_jointly=_joint(each, losses, fitted, confidence),
+        mixture=_within(_interval(np.stack(mixtures), optimum.mixture, quantile, tail), bounds),
+        value=_interval(np.array(values), np.asarray(optimum.value), quantile, tail),
         optimum=optimum,
         confidence=confidence,
         replicates=replicates,
@@ -122,13 +131,30 @@ def _replicated(fit: StaticFit, replicates: int, seed: int) -> list[StaticLaw]:
     return [refit(fit, fitted + pool[rows]) for rows in drawn]
 
 
-def _tail(confidence: float, freedom: int) -> float:
-    """Return the share of replicates beyond each end of the interval."""
+def _interval(replicates: FloatArray, found: FloatArray, quantile: float, tail: float) -> Interval:
+    """Return the wider end on each side: of the percentiles, and of Student's t."""
+    low, high = np.quantile(replicates, (tail, 1.0 - tail), axis=0, method="weibull")
+    half = quantile * replicates.std(axis=0, ddof=1)
+    return Interval(low=np.minimum(low, found - half), high=np.maximum(high, found + half))
+
+
+def _joint(
+    interval: Interval, replicates: FloatArray, found: FloatArray, confidence: float
+) -> Interval:
+    """Stretch intervals by how much further the furthest of all lies than one alone."""
     stats = load("scipy.stats", "an interval")
-    quantile = stats.t.ppf((1.0 - confidence) / 2.0, freedom)
-    return float(stats.norm.cdf(quantile))
+    spread = np.maximum(replicates.std(axis=0, ddof=1), _LEAST_SPREAD)
+    axes = tuple(range(1, replicates.ndim))
+    furthest = (np.abs(replicates - found) / spread).max(axis=axes)
+    reach = float(np.quantile(furthest, confidence, method="weibull"))
+    stretch = max(1.0, reach / float(stats.norm.ppf(0.5 + confidence / 2.0)))
+    return Interval(
+        low=found - stretch * (found - interval.low), high=found + stretch * (interval.high - found)
+    )
 
 
-def _interval(replicates: FloatArray, tail: float) -> Interval:
-    low, high = np.quantile(replicates, (tail, 1.0 - tail), axis=0)
-    return Interval(low=low, high=high)
+def _within(interval: Interval, bounds: Bounds) -> Interval:
+    """Leave out weights that are not allowed."""
+    return Interval(
+        low=np.maximum(interval.low, bounds.floor), high=np.minimum(interval.high, bounds.ceiling)
+    )

@@ -138,7 +138,7 @@ def test_a_law_without_a_slope_has_an_optimum():
 
 
 def trial(domains, runs, noise, seed, replicates):
-    """Return which intervals cover the truth: predictions, weights and value of the optimum."""
+    """Return which intervals cover the truth: of predictions, and of the optimum."""
     law, bounds = some_law(domains, seed), free_bounds(domains)
     mixtures = well_spread(bounds, count=runs, seed=seed)
     random = np.random.default_rng(seed + 10_000)
@@ -150,6 +150,7 @@ def trial(domains, runs, noise, seed, replicates):
     best = best_mixture(law, bounds)
     return (
         found.predicted.covers(law.predict(at)).ravel(),
+        found.predicted_jointly.covers(law.predict(at)).all()[None],
         found.mixture.covers(best.mixture, slack=1e-6),
         found.value.covers(best.value)[None],
     )
@@ -167,6 +168,9 @@ def test_intervals_repeat_and_grow_with_the_noise():
         assert (one.mixture.high == other.mixture.high).all()
         assert one.mixture.covers(one.optimum.mixture).all()
         assert one.predicted.covers(fit.law.predict(at)).all()
+        assert ((one.mixture.low >= 0) & (one.mixture.high <= 1)).all()
+        joint = one.predicted_jointly.high - one.predicted_jointly.low
+        assert (joint > 0.9 * (one.predicted.high - one.predicted.low)).all()
         widths.append((one.predicted.high - one.predicted.low).max())
     assert 4 < widths[1] / widths[0] < 25
 
