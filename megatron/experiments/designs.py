@@ -88,13 +88,13 @@ def dirichlet(
     if len(centre) != bounds.count or not ((centre > 0) & np.isfinite(centre)).all():
         raise ConfigError(f"prior is {centre}; it must be above 0 for {bounds.count} domains")
     alpha = concentration * bounds.count * centre / centre.sum()
-    random = np.random.default_rng(seed)
-    points = bounds.above_floor(random.dirichlet(alpha, size=count))
+    generator = np.random.default_rng(seed)
+    points = bounds.above_floor(generator.dirichlet(alpha, size=count))
     for _ in range(_REDRAWS):
         outside = ~bounds.contains(points)
         if not outside.any():
             return points
-        points[outside] = bounds.above_floor(random.dirichlet(alpha, size=int(outside.sum())))
+        points[outside] = bounds.above_floor(generator.dirichlet(alpha, size=int(outside.sum())))
     for row in np.flatnonzero(~bounds.contains(points)):
         points[row] = bounds.nearest(points[row])
     return points

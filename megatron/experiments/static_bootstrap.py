@@ -126,8 +126,8 @@ def _replicated(fit: StaticFit, replicates: int, seed: int) -> list[StaticLaw]:
     pool = fit.residual / np.sqrt(1.0 - np.minimum(fit.leverage, _MOST_LEVERAGE))
     pool = pool - pool.mean(axis=0)
     fitted = fit.losses - fit.residual
-    random = np.random.default_rng(seed)
-    drawn = random.integers(len(pool), size=(replicates, len(pool)))
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(pool), size=(replicates, len(pool)))
     return [refit(fit, fitted + pool[rows]) for rows in drawn]
 
 

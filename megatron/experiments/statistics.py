@@ -269,8 +269,8 @@ def _holm_levels(p_values: Mapping[str, float], alpha: float) -> dict[str, float
 
 
 def _resampled_means(values: FloatArray, resamples: int, seed: int) -> FloatArray:
-    random = np.random.default_rng(seed)
-    drawn = random.integers(len(values), size=(resamples, len(values)))
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(values), size=(resamples, len(values)))
     return np.asarray(values[drawn].mean(axis=1))
 
 
