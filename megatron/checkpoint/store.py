@@ -379,3 +379,9 @@ class CheckpointStore:
 def _seal(path: Path) -> tuple[int, str]:
     fs.sync_file(path)
     return fs.hash_file(path)
+
+
+def store_in(folder: str | Path) -> CheckpointStore:
+    """Return the checkpoints in a folder, or in the folder of a run."""
+    store, inner = CheckpointStore(folder), Path(folder) / "checkpoints"
+    return CheckpointStore(inner) if inner.is_dir() and not store.steps() else store

@@ -124,8 +124,8 @@ class CheckpointConfig(Group):
     save: Text | None = None
     """Folder of the checkpoints. Default: `checkpoints` in `run_dir`."""
     load: Text | None = None
-    """Folder whose newest checkpoint the run starts from when `save` holds none yet.
-    Default: `save`."""
+    """Folder of checkpoints, or of a run, whose newest the run starts from when `save` holds none
+    yet. Default: `save`."""
     save_interval: Count | None = None
     """Save every so many steps (GPT-NeoX: `checkpoint_factor`). The last step is always saved."""
     checkpoint_scale: Literal["linear", "log"] = "linear"

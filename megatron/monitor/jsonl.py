@@ -33,6 +33,8 @@ _SOMETIMES = (
     "controller_probability",
     "excess_loss",
     "reference_loss",
+    "batch_valid_loss",
+    "gradient_alignment",
 )
 """Vectors of the ledger that only some steps have."""
 

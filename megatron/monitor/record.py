@@ -55,6 +55,8 @@ _OPTIONAL_VECTORS = (
     "controller_probability",
     "excess_loss",
     "reference_loss",
+    "batch_valid_loss",
+    "gradient_alignment",
     "loss_error",
     "epochs_forecast",
 )
@@ -93,6 +95,9 @@ class StepRecord:
         excess_loss: mean over a domain's tokens of max(loss - reference loss, 0), NaN where
             absent; None without a reference.
         reference_loss: the reference's mean loss on the same tokens; likewise.
+        batch_valid_loss: held-out loss of as many samples as each domain has in the step,
+            measured before it trained, NaN where absent.
+        gradient_alignment: of each domain's gradient, measured before the step trained.
         loss_error: standard error of ``domain_loss``, NaN below two samples.
         epochs_forecast: passes over each domain at the end of the run if the weights hold.
         estimates: a mixer's own estimates for the charts (``Mixer.describe()``);
@@ -128,6 +133,8 @@ class StepRecord:
     target_loss: Mapping[str, float] | None = None
     excess_loss: FloatArray | None = None
     reference_loss: FloatArray | None = None
+    batch_valid_loss: FloatArray | None = None
+    gradient_alignment: FloatArray | None = None
     loss_error: FloatArray | None = None
     epochs_forecast: FloatArray | None = None
     estimates: Mapping[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.checkpoint.bundle import read_bundle
-from megatron.checkpoint.store import CheckpointStore
+from megatron.checkpoint.store import CheckpointStore, store_in
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.domain import Domain
 from megatron.data.ingest.overlap import Overlap, Span, overlap
@@ -229,7 +229,7 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
     config, domains = checked.config, checked.domains
     own, load = CheckpointStore(config.checkpoint.save_dir), config.checkpoint.load
     resumes = bool(own.steps())
-    store = own if resumes or load is None else CheckpointStore(load)
+    store = own if resumes or load is None else store_in(load)
     if not (steps := store.steps()):
         if load is not None:
             raise CheckpointError(

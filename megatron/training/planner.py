@@ -8,7 +8,7 @@ still to run, so that its batch can be read meanwhile.  Mixers know nothing of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class Planned:
         valid_loss: validation losses measured for this decision, of the domains and then of
             those that are never trained on [K + M], or None.
         foreseen: signals that were measured on these samples before they train.
+        measured: what was measured, by field of the observation.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class Planned:
     samples_seen: npt.NDArray[np.int64]
     valid_loss: FloatArray | None = None
     foreseen: frozenset[Signal] = frozenset()
+    measured: Mapping[str, FloatArray] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -117,7 +119,7 @@ class Planner:
         return self._ahead
 
     def foresee(
-        self, planned: Planned, measured: Mapping[str, npt.ArrayLike], *, lr: float
+        self, planned: Planned, measured: Mapping[str, FloatArray], *, lr: float
     ) -> Planned:
         """Tell the mixer what was measured on a plan before it trains.
 
@@ -139,7 +141,7 @@ class Planner:
             anew = self._mixer.foresee(observation)
         asked = planned.decision.measure
         kept = replace(planned.decision, loss_weights=anew.loss_weights, measure=frozenset())
-        return replace(planned, decision=kept, foreseen=asked)
+        return replace(planned, decision=kept, foreseen=asked, measured=dict(measured))
 
     def observe(self, observation: Observation) -> None:
         """Tell the mixer what a step showed."""

@@ -118,6 +118,8 @@ class RunRecorder:
                 loss_error=totals.standard_error,
                 excess_loss=_mean(totals, totals.excess_sum),
                 reference_loss=_mean(totals, totals.reference_sum),
+                batch_valid_loss=planned.measured.get("batch_valid_loss"),
+                gradient_alignment=planned.measured.get("gradient_alignment"),
                 control=decision.control,
                 epochs_forecast=decision.epochs,
                 fresh_quota=decision.fresh_quota,

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.checkpoint.bundle import STATE_NAME, read_bundle
 from megatron.checkpoint.manifest import Manifest
-from megatron.checkpoint.store import CheckpointStore
+from megatron.checkpoint.store import CheckpointStore, store_in
 from megatron.checkpoint.vet import DEEPSPEED_GLOBALS, UNIVERSAL_GLOBALS, vet_checkpoint
 from megatron.config import Config
 from megatron.engine.runtime import Runtime
@@ -137,7 +137,7 @@ def find_source(
     layout = layout_facts(config, run_layout(config, runtime.world_size))
     own, found, weights_only = store, find_checkpoint(runtime, store, say), False
     if found is None and config.checkpoint.load is not None:
-        store, weights_only = CheckpointStore(config.checkpoint.load), config.checkpoint.finetune
+        store, weights_only = store_in(config.checkpoint.load), config.checkpoint.finetune
         found = find_checkpoint(runtime, store, say)
         if found is None:
             raise CheckpointError(

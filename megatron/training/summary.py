@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,12 +112,33 @@ def startup_report(
         f"mixing: {mixing.method}, draw {mixing.draw} by {mixing.unit}, lag {mixing.lag}, "
         f"exhausted domains: {mixing.on_exhausted}"
     )
+    if controls := _controls(mixing.options):
+        say(f"controls: {controls}")
     for line in domain_table(config, domains, weights, total):
         say(line)
     for note in domains.notes:
         say(f"note: {note}")
     if config.ignored:
         say(f"keys without effect here: {', '.join(config.ignored)}")
+
+
+def _controls(options: Mapping[str, Any]) -> str:
+    """Return the controls that are on, in words; empty where a method stands alone."""
+    said = []
+    if options.get("shadow"):
+        said.append("shadow (the given weights draw)")
+    objective = options.get("objective") or {}
+    if objective.get("kind", "uniform") != "uniform":
+        said.append(f"objective {objective.get('weights') or objective['kind']}")
+    if (groups := options.get("groups")) is not None:
+        said.append(f"groups with {groups['shares']} shares")
+    if (limit := options.get("max_epochs")) is not None:
+        said.append(f"at most {limit} epochs")
+    if (guardrail := options.get("guardrail")) is not None:
+        said.append(
+            f"guardrail (tolerance {guardrail['tolerance']} nats, fallback {guardrail['fallback']})"
+        )
+    return ", ".join(said)
 
 
 def domain_table(

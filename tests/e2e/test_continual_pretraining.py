@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pools: RankPools) -> Path:
         "objective": {"kind": "weights", "weights": {"walk": 1.0, "drift": 1.0, "count": 2.0}},
     }
     second = settings(root / "second", {**new, **kept}, aioli)
-    second |= {"load": str(root / "first" / "checkpoints"), "finetune": True}
+    second |= {"load": str(root / "first"), "finetune": True}
     file = runs.write_config(root / "second.yml", second)
     assert check(load_config([str(file)]), world_size=2, gpus=0, say=lambda _: None) == 0
     train(pools, file)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.checkpoint import CheckpointStore, FileEntry, Manifest
 from megatron.checkpoint.manifest import check_relative
-from megatron.checkpoint.store import make_tag, parse_tag
+from megatron.checkpoint.store import make_tag, parse_tag, store_in
 from megatron.errors import CheckpointError
 
 
@@ -292,3 +292,12 @@ def test_a_manifest_holds_json_only() -> None:
     for value in (float("nan"), object(), b"x"):
         with pytest.raises(CheckpointError, match="the manifest of step 1"):
             Manifest(step=1, files={}, extra={"x": value}).to_bytes()
+
+
+def test_a_run_s_folder_stands_for_its_checkpoints(tmp_path: Path) -> None:
+    assert store_in(tmp_path).directory == tmp_path
+    inner = tmp_path / "checkpoints"
+    inner.mkdir()
+    assert store_in(tmp_path).directory == inner
+    (tmp_path / "global_step3").mkdir()
+    assert store_in(tmp_path).directory == tmp_path, "what is named has checkpoints of its own"

@@ -168,3 +168,18 @@ def test_the_end_of_the_data_ends_the_plans() -> None:
     assert planner.state_dict()["ahead"] is None
     assert planner.end_of_data is not None
     assert set(planner.end_of_data.domains) == set(DOMAINS)
+
+
+def test_what_was_measured_before_a_step_is_kept_for_the_record() -> None:
+    mixer = build_mixer("validation_gap", domains=DOMAINS, weights=[1, 1, 2])
+    sampler = Sampler(DOMAINS, WINDOWS, seed=1, global_batch=8)
+    planner = Planner(mixer=mixer, sampler=sampler, lag=0, measure=lambda: losses(1))
+    planned = planner.take(1)
+    assert planned is not None
+    assert planned.decision.measure == {Signal.BATCH_VALID_LOSS}
+    gap = {"batch_valid_loss": np.array([2.0, 1.0, 3.0])}
+    known = planner.foresee(planned, gap, lr=0.1)
+    assert known.measured["batch_valid_loss"].tolist() == [2.0, 1.0, 3.0]
+    assert known.foreseen == {Signal.BATCH_VALID_LOSS}
+    assert not known.decision.measure
+    assert known.plan is planned.plan
