@@ -176,6 +176,7 @@ def test_intervals_repeat_and_grow_with_the_noise():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("domains", "runs"), [(2, 12), (3, 20)])
 def test_intervals_cover_the_truth_in_nine_of_ten_trials(domains, runs):
     trials = [trial(domains, runs, 0.02, seed, replicates=100) for seed in range(200)]
