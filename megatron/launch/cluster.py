@@ -37,6 +37,7 @@ from megatron.launch.supervise import (
     print_error,
 )
 
+_HEARD_BYTES = 1 << 16
 _TICK_SECONDS = 0.1
 _TELL_SECONDS = 5.0
 # From the first agent's first word to that of the last.
@@ -125,6 +126,8 @@ class _Parent:
         self._reader = ReportReader()
         self._errors = b""
         self._tail: deque[str] = deque(maxlen=20)  # what was not shown
+        self._heard = b""  # the end of rank 0's error output, as it was shown
+        self._last_words = ""
         self._first_heard: float | None = None
         self._silent = False
         self._quiet = False
@@ -149,6 +152,10 @@ class _Parent:
                 code, words = self._conclude()
             finally:
                 self._end_everything()
+            # The report of an end and what the rank said come by different pipes: the second
+            # may have been cut off by the first.
+            if not words and self._last_words.encode() not in self._heard:
+                words = [self._last_words]
             for line in words:
                 print_error(line)
             return code
@@ -215,6 +222,7 @@ class _Parent:
         guilty = culprit([end for node in failed for end in node.ends if end.failed])
         lost = [node for node in self._nodes if node.lost is not None]
         if guilty is not None and not (lost and bereft(guilty)):
+            self._last_words = guilty.last_words()
             return guilty.exit_code, explain(guilty, ends)
         spoken = [node for node in failed if node.words]
         if spoken and not lost:
@@ -361,6 +369,8 @@ class _Parent:
     def _show(self, descriptor: int, data: bytes) -> None:
         if descriptor == 2 and self._quiet:
             return
+        if descriptor == 2:
+            self._heard = (self._heard + data)[-_HEARD_BYTES:]
         with contextlib.suppress(OSError):
             while data:
                 data = data[os.write(descriptor, data) :]

@@ -17,7 +17,7 @@ from megatron.mixing.multiplicative import logarithms, multiply
 from megatron.mixing.observation import FloatArray, Observation, Signal
 from megatron.mixing.options import CommonOptions, require
 from megatron.mixing.reweighting import Reweighter
-from megatron.mixing.simplex import normalise
+from megatron.mixing.simplex import normalise, saturate
 from megatron.mixing.window import Window
 
 _STATE_KEYS: Final = frozenset({"log_weights", "total", "count", "score", "ahead"})
@@ -149,7 +149,8 @@ class Doremi(Reweighter):
         alpha = self._domain_weights(self._log_weights if ahead is None else ahead.log_weights)
         drawn_by = self._weights if ahead is None else ahead.drawn_by
         counted = self._support & (drawn_by > 0)
-        ratio = np.where(counted, alpha / np.where(counted, drawn_by, 1.0), 0.0)
+        with np.errstate(over="ignore"):
+            ratio = saturate(np.where(counted, alpha / np.where(counted, drawn_by, 1.0), 0.0))
         decision = Decision(
             sampling_weights=self._weights.copy(),
             loss_weights=normalise(ratio) if ratio.any() else None,
