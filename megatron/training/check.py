@@ -31,7 +31,7 @@ from megatron.training.compatible import (
     layout_facts,
     model_facts,
 )
-from megatron.training.domains import OpenDomains, open_domains, start_weights
+from megatron.training.domains import OpenDomains, open_run_domains, start_weights
 from megatron.training.edits import find_edits
 from megatron.training.layout import layer_bounds, run_layout
 from megatron.training.plan import checkpoint_bytes
@@ -78,13 +78,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
     micro, accumulation, total = resolve_batch(config.batch, data_size)
     check_device(config, on_cpu=gpus == 0)
     deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=data_size)
-    domains = open_domains(
-        config.domains,
-        split=config.split,
-        seq_length=config.model.context_length,
-        seed=config.training.seed,
-        epoch_offset=config.training.epoch_offset,
-    )
+    domains = open_run_domains(config)
     try:
         config = complete(config, domains)
         layer_bounds(config)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron.config import DomainConfig, MixingConfig
+from megatron.config import Config, DomainConfig, MixingConfig
 from megatron.data.domain import Domain, open_domain
 from megatron.errors import ConfigError, DataError
 from megatron.mixing.weights import (
@@ -161,6 +161,17 @@ def open_domains(
         valid=tuple(opened["valid"]),
         test=tuple(opened["test"]),
         notes=tuple(notes),
+    )
+
+
+def open_run_domains(config: Config) -> OpenDomains:
+    """Open the data of a run as its configuration cuts it; see :func:`open_domains`."""
+    return open_domains(
+        config.domains,
+        split=config.split,
+        seq_length=config.model.context_length,
+        seed=config.training.seed,
+        epoch_offset=config.training.epoch_offset,
     )
 
 

@@ -15,7 +15,7 @@ from megatron.config import Config, resolve_batch
 from megatron.data.loss_header import HEADER_NAME
 from megatron.data.loss_store import LossStore
 from megatron.errors import ConfigError, NeomixError
-from megatron.training.domains import OpenDomains, open_domains
+from megatron.training.domains import OpenDomains, open_run_domains
 from megatron.training.layout import run_layout
 from megatron.training.reference_checkpoint import check_reference, find_reference
 from megatron.training.summary import check_device, complete
@@ -107,13 +107,7 @@ def open_for_scoring(config: Config, *, world_size: int, gpus: int) -> tuple[Con
     """
     resolve_batch(config.batch, run_layout(config, world_size).data_size)
     check_device(config, on_cpu=gpus == 0)
-    domains = open_domains(
-        config.domains,
-        split=config.split,
-        seq_length=config.model.context_length,
-        seed=config.training.seed,
-        epoch_offset=config.training.epoch_offset,
-    )
+    domains = open_run_domains(config)
     try:
         return complete(config, domains), domains
     except NeomixError:

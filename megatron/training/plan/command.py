@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron.config import Config
-from megatron.training.domains import open_domains
+from megatron.training.domains import open_run_domains
 from megatron.training.layout import run_layout
 from megatron.training.plan.assumptions import GIB, Assumptions
 from megatron.training.plan.compute import make_plan
@@ -100,13 +100,7 @@ def with_vocabulary(config: Config) -> Config:
     if size is not None:
         model = config.model.model_copy(update={"vocab_size": size})
         return config.model_copy(update={"model": model})
-    domains = open_domains(
-        config.domains,
-        split=config.split,
-        seq_length=config.model.context_length,
-        seed=config.training.seed,
-        epoch_offset=config.training.epoch_offset,
-    )
+    domains = open_run_domains(config)
     try:
         return complete(config, domains)
     finally:
