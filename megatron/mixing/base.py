@@ -62,6 +62,7 @@ from megatron.mixing.observation import (
     Observation,
     ObservationError,
     Signal,
+    check_fit,
     check_step,
 )
 from megatron.mixing.options import CommonOptions, bounds, require
@@ -120,7 +121,6 @@ class Mixer(Named):
         self._measured_step = -1
         self._foreseen_step = 0
         self._window: Window | None = None
-        self._errors: FloatArray | None = None  # of the last step's losses, for the log alone
         self._shifted = False  # whether the rule has set the weights
         self._retired: Mapping[str, Any] = {}
 
@@ -174,7 +174,7 @@ class Mixer(Named):
             ObservationError: it is not of these domains, lacks a signal that the method
                 reads, or its step is not after the last one observed.
         """
-        self._check_fit(observation)
+        check_fit(observation, self.domains, self._context.targets)
         if observation.only_validation:
             self._take_measurement(observation)
             return
@@ -204,7 +204,7 @@ class Mixer(Named):
             updated = None if window is None else self._update(step, window)
             if updated is not None:
                 self._set_weights(updated)
-        self._step, self._errors = step, observation.standard_error
+        self._step = step
         if measured:  # a loop may tell of a step and of the validation after it in one
             self._take_measurement(observation)
 
@@ -223,7 +223,7 @@ class Mixer(Named):
         Raises:
             ObservationError: it is not of these domains, or its step lies in the past.
         """
-        self._check_fit(observation)
+        check_fit(observation, self.domains, self._context.targets)
         asked = self.decide(observation.step).measure  # refuses a step of the past
         if asked and observation.finite(asked):
             self._foresee(observation)
@@ -339,9 +339,6 @@ class Mixer(Named):
         }
         if decision.controller_weights is not None:
             shown["controller_weights"] = self._by_name(decision.controller_weights)
-        if self._errors is not None:
-            known = np.where(np.isfinite(self._errors), self._errors, np.nan)
-            shown["standard_error"] = self._by_name(known)
         return shown | self._estimates()
 
     # What a method adds.
@@ -418,7 +415,7 @@ class Mixer(Named):
     def _check_objective(self) -> None:
         """Refuse an objective that nothing would look at."""
         options = self._options
-        watched = getattr(options, "guardrail", None) is not None
+        watched = options.guardrail is not None
         if self.has_objective or watched or options.objective == ObjectiveOptions():
             return
         able = [n for n in mixing_methods if getattr(mixing_methods[n].build, "has_objective", 0)]
@@ -465,22 +462,6 @@ class Mixer(Named):
             raise ObservationError(
                 f"validation of step {step} after that of step {self._measured_step}; each step "
                 f"is validated once, in rising order"
-            )
-
-    def _check_fit(self, observation: Observation) -> None:
-        if not isinstance(observation, Observation):
-            raise ObservationError(f"observe takes an Observation, not {observation!r}")
-        length = observation.length
-        if length is not None and length != len(self.domains):
-            raise ObservationError(
-                f"observation of step {observation.step} has {length} values per vector and the "
-                f"mixer {len(self.domains)} domains ({', '.join(self.domains)})"
-            )
-        targets = observation.vector("target_loss")
-        if targets is not None and len(targets) != len(self._context.targets):
-            raise ObservationError(
-                f"observation of step {observation.step} has {len(targets)} values in target_loss "
-                f"and the run {len(self._context.targets)} domains that are measured only"
             )
 
     def _check_signals(self, observation: Observation) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from enum import StrEnum
 from typing import Final, TypeAlias
@@ -215,6 +215,28 @@ def standard_error(
         mean = loss_sum / np.where(known, token_count, 1.0)
         variance = np.maximum(square_sum / count - mean * mean, 0.0) / (count - 1.0)
     return np.where(known, np.sqrt(variance), np.nan)
+
+
+def check_fit(observation: object, domains: Sequence[str], targets: Sequence[str]) -> None:
+    """Check that an observation is one, of these domains and of those that are measured only.
+
+    Raises:
+        ObservationError: it is something else, or of another number of domains.
+    """
+    if not isinstance(observation, Observation):
+        raise ObservationError(f"observe takes an Observation, not {observation!r}")
+    length = observation.length
+    if length is not None and length != len(domains):
+        raise ObservationError(
+            f"observation of step {observation.step} has {length} values per vector and the "
+            f"mixer {len(domains)} domains ({', '.join(domains)})"
+        )
+    measured = observation.vector("target_loss")
+    if measured is not None and len(measured) != len(targets):
+        raise ObservationError(
+            f"observation of step {observation.step} has {len(measured)} values in target_loss "
+            f"and the run {len(targets)} domains that are measured only"
+        )
 
 
 def check_step(step: object, *, least: int) -> int:

@@ -101,6 +101,7 @@ def step_scalars(record: StepRecord, interval: Interval, samples_seen: FloatArra
         "train/percent": 100 * samples_seen / total,
         "train/epochs": record.epochs,
         "train/_probabilities": record.probability,
+        "train/_loss_errors": record.loss_error,
         "train/_loss_weights": record.loss_weight,
         "train/_controller_probabilities": record.controller_probability,
     }

@@ -15,7 +15,14 @@ from typing import Any
 from megatron.errors import RunError
 from megatron.monitor.append import AppendFile
 from megatron.monitor.encode import VectorEncoder, dumps, named, number
-from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord, is_logged
+from megatron.monitor.record import (
+    LEDGER_VECTORS,
+    METRICS_VECTORS,
+    AuditRecord,
+    StepRecord,
+    ValidationRecord,
+    is_logged,
+)
 
 METRICS = "metrics.jsonl"
 MIXTURE = "mixture.jsonl"
@@ -25,18 +32,6 @@ ALL_STEPS = "all"
 """Key of the whole training time beside the kinds of overhead in ``metrics.jsonl``."""
 
 _log = logging.getLogger(__name__)
-
-
-_SOMETIMES = (
-    "loss_weight",
-    "valid_loss",
-    "controller_probability",
-    "excess_loss",
-    "reference_loss",
-    "batch_valid_loss",
-    "gradient_alignment",
-)
-"""Vectors of the ledger that only some steps have."""
 
 
 class JsonlSink:
@@ -153,7 +148,7 @@ class JsonlSink:
         parts = [f'{{"step":{record.step}']
         for name in ("probability", "domain_loss", "tokens", "samples", "epochs"):
             parts.append(self._vector(name, getattr(record, name)))
-        for name in _SOMETIMES:
+        for name in LEDGER_VECTORS:
             if (values := getattr(record, name)) is not None:
                 parts.append(self._vector(name, values))
         if record.target_loss is not None:
@@ -203,7 +198,7 @@ def metrics_line(record: StepRecord, overhead: Mapping[str, float]) -> str:
     for name in ("grad_norm", "loss_scale", "seconds", "eta_seconds", "mfu"):
         if (value := getattr(record, name)) is not None:
             line[name] = number(value)
-    for name in ("loss_error", "epochs_forecast"):
+    for name in METRICS_VECTORS:
         if (values := getattr(record, name)) is not None:
             line[name] = named(dict(zip(record.domains, values.tolist(), strict=True)))
     if overhead.keys() - {ALL_STEPS}:

@@ -49,7 +49,7 @@ _SCALARS = (
 )
 
 
-_OPTIONAL_VECTORS = (
+LEDGER_VECTORS: tuple[str, ...] = (
     "loss_weight",
     "valid_loss",
     "controller_probability",
@@ -57,9 +57,11 @@ _OPTIONAL_VECTORS = (
     "reference_loss",
     "batch_valid_loss",
     "gradient_alignment",
-    "loss_error",
-    "epochs_forecast",
 )
+"""Vectors that some steps have in ``mixture.jsonl``."""
+
+METRICS_VECTORS: tuple[str, ...] = ("loss_error", "epochs_forecast")
+"""Vectors that logged steps have in ``metrics.jsonl``, where they are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ class StepRecord:
         """Bring numbers and arrays to Python's and NumPy's 64-bit types, check the shapes."""
         for name in ("probability", "domain_loss", "epochs"):
             self._take(name, np.asarray(getattr(self, name), dtype=np.float64))
-        for name in _OPTIONAL_VECTORS:
+        for name in (*LEDGER_VECTORS, *METRICS_VECTORS):
             if (value := getattr(self, name)) is not None:
                 self._take(name, np.asarray(value, dtype=np.float64))
         for name in _SCALARS:

@@ -115,7 +115,7 @@ class RunRecorder:
                 loss_scale=self._loss_scale() if self._loss_scale and logged else None,
                 loss_weight=decision.loss_weights,
                 **self._held_out(planned.valid_loss),
-                loss_error=totals.standard_error,
+                loss_error=totals.standard_error if logged else None,
                 excess_loss=_mean(totals, totals.excess_sum),
                 reference_loss=_mean(totals, totals.reference_sum),
                 batch_valid_loss=planned.measured.get("batch_valid_loss"),

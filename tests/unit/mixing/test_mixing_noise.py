@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pytest
-from support.mixing import build_any
 
-from data_sampling_utils import Observation, available_methods, build_mixer
+from data_sampling_utils import Observation, build_mixer
 from megatron.mixing.observation import standard_error
 from megatron.mixing.window import Window
 
@@ -72,31 +70,6 @@ def test_a_window_pools_samples_and_not_errors():
     expected = [np.std(values, ddof=1) / math.sqrt(len(values)) for values in whole]
     np.testing.assert_allclose(window.standard_error, expected, rtol=1e-9)
     assert np.isnan(Window.empty(2).standard_error).all()
-
-
-@pytest.mark.parametrize("method", available_methods())
-def test_every_method_shows_it_by_name(method):
-    mixer = build_any(method, domains=["a", "b", "c"], update_every=50)
-    if mixer.decide(1).validate:
-        mixer.observe(Observation(0, valid_loss=[2.0, 2.0, 2.0]))
-    observed = step_of(1, [[2.0, 3.0], [2.0, 2.0], [4.0]])
-    mixer.observe(
-        Observation(
-            1,
-            **{name: observed.vector(name) for name in (
-                "loss_sum", "token_count", "loss_square_sum", "sample_count"
-            )},
-            excess_loss=[1.0, 1.0, 1.0],
-            batch_valid_loss=[1.0, 1.0, 1.0],
-            gradient_alignment=[0.0, 0.0, 0.0],
-            learning_rate=0.1,
-        )
-    )  # fmt: skip
-    shown = mixer.describe()["standard_error"]
-    assert shown["a"] == pytest.approx(0.5)
-    assert shown["b"] == pytest.approx(0.0, abs=1e-7)
-    assert shown["c"] is None
-    json.dumps(shown)
 
 
 def test_least_evidence_waits_for_tokens_of_each_domain():
