@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
-import os
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
-from megatron.errors import RunError
 from megatron.monitor.report.compare import (
-    EQUAL,
     Comparison,
     compare,
     conditions,
@@ -25,6 +20,16 @@ from megatron.monitor.report.cost import cost_section
 from megatron.monitor.report.groups import group_rows
 from megatron.monitor.report.load import RunData, load_runs
 from megatron.monitor.report.payload import MOST_VALIDATIONS, domain_order, payload
+from megatron.monitor.report.shell import (
+    asset,
+    cell,
+    figures,
+    fill,
+    shade,
+    shell,
+    verdict,
+    write_page,
+)
 from megatron.monitor.report.summary import (
     DomainRow,
     domain_rows,
@@ -34,8 +39,6 @@ from megatron.monitor.report.summary import (
     tiles,
 )
 from megatron.monitor.throughput import short
-
-ASSETS = ("format.js", "chart.js", "stack.js", "page.js")
 
 
 def write_report(
@@ -55,15 +58,7 @@ def write_report(
     runs = load_runs(folders)
     comparison = compare(runs, baseline)
     path = Path(output) if output is not None else runs[0].path / "report.html"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page(runs, comparison), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise RunError(f"{path}: the report cannot be written: {error.strerror}") from error
+    write_page(path, page(runs, comparison))
     return path
 
 
@@ -89,30 +84,18 @@ def page(runs: Sequence[RunData], comparison: Comparison | None) -> str:
     """Return the whole page."""
     groups = comparison.groups if comparison is not None else tuple(group_runs(runs)[0])
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    body = asset("page.html")
     parts = {
-        "TITLE": escape(title),
-        "STYLE": asset("page.css"),
         "HEAD": head(runs, comparison, title),
         "COMPARISON": comparison_table(runs, comparison) if comparison is not None else "",
         "TABLES": "\n".join(run_table(run, i, len(runs)) for i, run in enumerate(runs)),
         "COST": cost_section(runs),
         "NOTES": notes(runs),
-        "DATA": payload(runs, groups, comparison.against if comparison is not None else None),
-        "SCRIPT": "\n".join(asset(name) for name in ASSETS),
     }
-    # One pass from left to right: a domain called {{DATA}} stays what it is.
-    pieces = body.split("{{")
-    result = [pieces[0]]
-    for piece in pieces[1:]:
-        name, rest = piece.split("}}", 1)
-        result += [parts[name], rest]
-    return "".join(result)
-
-
-def asset(name: str) -> str:
-    """Return a file of the page's own."""
-    return files("megatron.monitor.report").joinpath("assets", name).read_text(encoding="utf-8")
+    body = fill(asset("page.html"), parts)
+    against = comparison.against if comparison is not None else None
+    return shell(
+        f"{title} · mixture report", body, payload(runs, groups, against), [asset("page.js")]
+    )
 
 
 def head(runs: Sequence[RunData], comparison: Comparison | None, title: str) -> str:
@@ -124,11 +107,7 @@ def head(runs: Sequence[RunData], comparison: Comparison | None, title: str) -> 
     lines = [f'<h1>{escape(title)}</h1><p class="made">{escape(places)} · report made {now}</p>']
     if len(runs) == 1:
         run = runs[0]
-        figures = "".join(
-            f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>'
-            for name, value in tiles(run)
-        )
-        lines.append(f'<dl class="tiles">{figures}</dl>')
+        lines.append(figures(tiles(run)))
         main, *rest = run_sentences(run, domain_rows(run))
         lines.append(verdict([main], [*rest, ALONE]))
     elif comparison is not None:
@@ -146,13 +125,6 @@ INCOMPARABLE = (
     "These runs cannot be compared yet: each needs held-out losses measured in training, on at "
     "least one common domain."
 )
-
-
-def verdict(main: Sequence[str], rest: Sequence[str]) -> str:
-    """Return the sentences at the head, the main ones large."""
-    items = [f'<li class="main">{escape(sentence)}</li>' for sentence in main]
-    items += [f"<li>{escape(sentence)}</li>" for sentence in rest]
-    return f'<ul class="verdict">{"".join(items)}</ul>'
 
 
 def comparison_table(runs: Sequence[RunData], comparison: Comparison) -> str:
@@ -200,16 +172,9 @@ def _comparison_row(
     for index, loss in enumerate(losses):
         difference = loss - losses[partner[index]]
         beside = "" if partner[index] == index else f"<small>{signed(difference)}</small>"
-        shade = _shade(difference, spread)
-        cells.append(f'<td data-value="{loss!r}"{shade}>{loss:.4f}{beside}</td>')
+        tint = shade(difference, spread)
+        cells.append(f'<td data-value="{loss!r}"{tint}>{loss:.4f}{beside}</td>')
     return f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
-
-
-def _shade(difference: float, spread: float) -> str:
-    if not math.isfinite(difference) or abs(difference) < EQUAL:
-        return ""
-    side = "less" if difference < 0 else "more"
-    return f' class="{side}" style="--much:{min(1.0, abs(difference) / spread):.3f}"'
 
 
 COLUMNS = (
@@ -269,17 +234,17 @@ def _group_table(run: RunData, rows: Sequence[DomainRow], heads: str) -> str:
 
 def _domain_row(row: DomainRow, most: float) -> str:
     cells = [
-        _cell(row.asked, f"{row.asked:.2%}"),
-        _cell(row.realised, f"{row.realised:.2%}"),
-        _cell(row.token_share, f"{row.token_share:.2%}"),
-        _cell(row.last - row.first, f"{row.first:.1%} → {row.last:.1%}"),
+        cell(row.asked, f"{row.asked:.2%}"),
+        cell(row.realised, f"{row.realised:.2%}"),
+        cell(row.token_share, f"{row.token_share:.2%}"),
+        cell(row.last - row.first, f"{row.first:.1%} → {row.last:.1%}"),
         f'<td data-value="{row.tokens!r}" class="bar" style="--part:{row.tokens / most:.4f}">'
         f"{short(row.tokens)}</td>",
-        _cell(row.epochs, f"{row.epochs:.3f}"),
-        _cell(row.start, f"{row.start:.4f}"),
-        _cell(row.end, f"{row.end:.4f}"),
-        _cell(row.change, percent(row.change), _shade(row.change, 1.0)),
-        _cell(row.bits_per_byte, f"{row.bits_per_byte:.4f}"),
+        cell(row.epochs, f"{row.epochs:.3f}"),
+        cell(row.start, f"{row.start:.4f}"),
+        cell(row.end, f"{row.end:.4f}"),
+        cell(row.change, percent(row.change), shade(row.change, 1.0)),
+        cell(row.bits_per_byte, f"{row.bits_per_byte:.4f}"),
     ]
     return f'<tr><th scope="row">{escape(row.name)}</th>{"".join(cells)}</tr>'
 
@@ -294,20 +259,14 @@ def _total_row(run: RunData, rows: Sequence[DomainRow]) -> str:
     cells = [
         *("<td>100%</td>" for _ in range(3)),
         "<td></td>",
-        _cell(0.0, short(float(run.ledger.tokens.sum()))),
+        cell(0.0, short(float(run.ledger.tokens.sum()))),
         "<td></td>",
-        _cell(start, f"{start:.4f}"),
-        _cell(end, f"{end:.4f}"),
-        _cell(change, percent(change)),
-        _cell(mean_bits, f"{mean_bits:.4f}"),
+        cell(start, f"{start:.4f}"),
+        cell(end, f"{end:.4f}"),
+        cell(change, percent(change)),
+        cell(mean_bits, f"{mean_bits:.4f}"),
     ]
     return f'<tr><th scope="row">all · mean of domains</th>{"".join(cells)}</tr>'
-
-
-def _cell(value: float, text: str, extra: str = "") -> str:
-    if not math.isfinite(value):
-        return "<td>–</td>"
-    return f'<td data-value="{value!r}"{extra}>{escape(text)}</td>'
 
 
 def notes(runs: Sequence[RunData]) -> str:

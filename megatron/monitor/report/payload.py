@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from megatron.monitor.record import FloatArray
 from megatron.monitor.report.load import RunData
+from megatron.monitor.report.shell import script_json
 
 MOST_VALIDATIONS = 400
 
@@ -33,8 +33,7 @@ def payload(
         "runs": [_run(run, group, domains) for run, group in zip(runs, groups, strict=True)],
         "against": list(against) if against is not None else [None] * len(runs),
     }
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c")
+    return script_json(data)
 
 
 def domain_order(runs: Sequence[RunData]) -> list[str]:

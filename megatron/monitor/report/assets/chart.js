@@ -1,7 +1,8 @@
 // Lines over steps or tokens, with bands, points and reference lines.
 
 // series: {name, color, x, y, low?, high?, width?, dash?, points?, faint?}
-// options: {height, title, xName, xFormat, yFormat, zero?, log?, marks?: [{y, name, dash}], span?, from?, to?, small?}
+// options: {height, title, xName, xFormat, yFormat, zero?, log?, marks?: [{y, name, dash}], span?, from?, to?, small?,
+//   single?: the mouse names the nearest line alone, for charts of many lines}
 function lineChart(host, series, options) {
   host.replaceChildren();
   const seen = visible(series, options.from ?? -Infinity);
@@ -122,6 +123,7 @@ function hover(svg, series, { x, y, x0, x1, frame, width, height, options }) {
   const cursor = shape("g", { visibility: "hidden" }, svg);
   const line = shape("line", { class: "cursor", y1: frame.top, y2: height - frame.bottom }, cursor);
   const dots = series.map((s) => shape("circle", { r: 3, fill: s.color, stroke: "var(--card)" }, cursor));
+  const lines = svg.querySelectorAll("path.line");
   shape("rect", { x: frame.left, y: 0, width: width - frame.left, height, fill: "transparent" }, svg);
   const move = (event) => {
     const box = svg.getBoundingClientRect();
@@ -129,9 +131,12 @@ function hover(svg, series, { x, y, x0, x1, frame, width, height, options }) {
     const at = x0 + ((px - frame.left) / (width - frame.left - frame.right)) * (x1 - x0);
     const rows = [];
     let where = null;
+    const py = ((event.clientY - box.top) / box.height) * height;
+    const chosen = options.single ? nearestLine(series, at, (value) => Math.abs(y(value) - py)) : null;
+    lines.forEach((path, k) => path.classList.toggle("chosen", k === chosen));
     series.forEach((s, k) => {
       const i = nearest(s.x, at);
-      const show = known(s.y[i]) && at >= s.x[0] - (x1 - x0) * 0.02 && at <= s.x[s.x.length - 1] + (x1 - x0) * 0.02;
+      const show = (chosen === null || k === chosen) && known(s.y[i]) && at >= s.x[0] - (x1 - x0) * 0.02 && at <= s.x[s.x.length - 1] + (x1 - x0) * 0.02;
       dots[k].setAttribute("visibility", show ? "inherit" : "hidden");
       if (!show) return;
       if (where === null || Math.abs(s.x[i] - at) < Math.abs(where - at)) where = s.x[i];
@@ -147,7 +152,21 @@ function hover(svg, series, { x, y, x0, x1, frame, width, height, options }) {
     for (const mark of options.marks ?? []) rows.push([null, mark.name, options.yFormat(mark.y)]);
     tip.show(event, `${options.xName} ${options.xTip(where)}`, rows);
   };
-  const leave = () => { cursor.setAttribute("visibility", "hidden"); tip.hide(); };
+  const leave = () => {
+    cursor.setAttribute("visibility", "hidden");
+    lines.forEach((path) => path.classList.remove("chosen"));
+    tip.hide();
+  };
   svg.addEventListener("pointermove", move);
   svg.addEventListener("pointerleave", leave);
+}
+
+// Index of the series that passes nearest to the pointer, by a distance of its value.
+function nearestLine(series, at, distance) {
+  let best = null, least = Infinity;
+  series.forEach((s, k) => {
+    const value = s.y[nearest(s.x, at)];
+    if (known(value) && distance(value) < least) { least = distance(value); best = k; }
+  });
+  return best;
 }

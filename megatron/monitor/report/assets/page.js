@@ -1,16 +1,10 @@
 // The page: which charts, of which runs, over which axis.
 
-const root = document.documentElement;
-window.addEventListener("error", (event) => { root.dataset.errors = `${root.dataset.errors ?? ""}${event.message}; `; });
-
-const data = JSON.parse(document.getElementById("data").textContent);
 const FEW = 24;
 const state = {
   shown: data.runs.map(() => true), axis: "steps", from: 0, log: false,
   mixture: "probability", domain: "valid", filter: "", all: false,
 };
-const byId = (id) => document.getElementById(id);
-const dark = () => root.dataset.theme === "dark";
 const runColor = (run) => `var(--run-${run.group % 8})`;
 
 // Runs of one group share a hue; its second, third … run is told apart by its dashes.
@@ -232,20 +226,6 @@ function draw() {
   root.dataset.lines = document.querySelectorAll(".chart svg path").length;
 }
 
-// A row of buttons of which one is down.
-function choice(host, names, key, after) {
-  host.setAttribute("role", "group");
-  host.replaceChildren();
-  for (const [value, label] of names) {
-    const button = element("button", { type: "button", text: label, "aria-pressed": state[key] === value }, host);
-    button.onclick = () => { state[key] = value; choice(host, names, key, after); after(); };
-  }
-}
-
-function setTheme(theme) {
-  root.dataset.theme = theme;
-}
-
 function buildControls() {
   const nav = byId("controls");
   const bar = element("div", {}, nav);
@@ -259,8 +239,7 @@ function buildControls() {
   group([["steps", "steps"], ["tokens", "tokens"]], "axis");
   group([[0, "whole run"], [0.1, "from 10%"], [0.5, "from 50%"]], "from");
   group([[false, "linear"], [true, "log loss"]], "log");
-  const theme = element("button", { type: "button", title: "light or dark", "aria-label": "light or dark", text: "◐" }, bar);
-  theme.onclick = () => { setTheme(dark() ? "light" : "dark"); draw(); };
+  themeButton(bar, draw);
   nav.hidden = false;
   const kinds = Object.entries({ probability: "asked", share: "drawn", weighed: "in the loss", controller: "shadow" });
   choice(byId("mixture-switch"), kinds.filter(([kind]) => data.runs.some((run) => run[kind])), "mixture", drawRivers);
@@ -279,29 +258,6 @@ function swatch(run) {
   return svg;
 }
 
-function sortable(table) {
-  const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => {
-    head.tabIndex = 0;
-    const sort = () => {
-      const rising = head.getAttribute("aria-sort") === "descending" || (column === 0 && !head.hasAttribute("aria-sort"));
-      heads.forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", rising ? "ascending" : "descending");
-      const value = (row) => row.cells[column].dataset.value;
-      const rows = [...table.tBodies[0].rows].sort((a, b) => {
-        if (column === 0) return a.cells[0].textContent.localeCompare(b.cells[0].textContent);
-        return (value(a) === undefined) - (value(b) === undefined) || value(a) - value(b);
-      });
-      table.tBodies[0].append(...(rising ? rows : rows.reverse()));
-    };
-    head.onclick = sort;
-    head.onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); sort(); } };
-  });
-}
-
-const wantsDark = matchMedia("(prefers-color-scheme: dark)");
-setTheme(/theme=(dark|light)/.exec(location.hash)?.[1] ?? (wantsDark.matches ? "dark" : "light"));
-wantsDark.addEventListener("change", () => { setTheme(wantsDark.matches ? "dark" : "light"); draw(); });
 if (compared) state.domain = "difference";
 else if (data.runs.every((run) => run.valid.steps.length === 0)) state.domain = "train";
 for (const cell of document.querySelectorAll("th[data-run]")) {
@@ -310,10 +266,5 @@ for (const cell of document.querySelectorAll("th[data-run]")) {
 document.querySelectorAll("table.sortable").forEach(sortable);
 buildControls();
 draw();
-let width = innerWidth;
-addEventListener("resize", () => {
-  if (innerWidth === width) return;
-  width = innerWidth;
-  requestAnimationFrame(draw);
-});
+watchPage(draw);
 root.dataset.ready = "yes";
