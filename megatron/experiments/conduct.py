@@ -44,6 +44,16 @@ def add_study_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
         dest="overrides",
         help="set a key of all runs (several may follow, or repeat the flag)",
     )
+    add_run_arguments(parser, out=out)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """Add the flags that say where results go and how runs are run.
+
+    Args:
+        parser: of the command.
+        out: default folder of the results.
+    """
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path(out), help=f"results (default: {out})"
     )

@@ -255,6 +255,16 @@ def run_key(config: Config, fingerprints: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
 
+def ranks_of(config: Config, gpus: int) -> int:
+    """Return the processes of a run's job.
+
+    Args:
+        config: the configuration.
+        gpus: CUDA devices of a machine that it starts on; 0: it runs on the CPU.
+    """
+    return (config.launch.num_gpus or max(1, gpus)) * (config.launch.num_nodes or 1)
+
+
 def static_overrides(config: Config, weights: Mapping[str, float]) -> tuple[str, ...]:
     """Return the overrides that make a run of ``config`` train on a fixed mixture.
 
@@ -313,7 +323,7 @@ class _Planner:
         self._check(config)
         domains, fingerprints = self._open(config)
         whole = complete(config, domains)
-        ranks = self._ranks(config)
+        ranks = ranks_of(config, self._gpus)
         total = resolve_batch(config.batch, run_layout(config, ranks).data_size)[2]
         weights = start_weights(config.mixing, config.domains, domains)
         key = run_key(config, fingerprints)
@@ -339,11 +349,8 @@ class _Planner:
         """Refuse what a launch would refuse; once for a method."""
         if config.mixing.method in self._checked:
             return
-        preflight(config, world_size=self._ranks(config), gpus=self._gpus).domains.close()
+        preflight(config, world_size=ranks_of(config, self._gpus), gpus=self._gpus).domains.close()
         self._checked.add(config.mixing.method)
-
-    def _ranks(self, config: Config) -> int:
-        return (config.launch.num_gpus or max(1, self._gpus)) * (config.launch.num_nodes or 1)
 
     def _open(self, config: Config) -> tuple[OpenDomains, dict[str, str]]:
         """Open a run's data, or return what another run of the study has opened."""

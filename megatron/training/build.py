@@ -35,7 +35,7 @@ from megatron.signals.validation import LossObserver, Validation
 from megatron.training.compatible import model_facts
 from megatron.training.domains import OpenDomains
 from megatron.training.engines import Batch, build_engine
-from megatron.training.foresight import ForesightParts, build_foresight, foresight_tokens
+from megatron.training.foresight import ForesightParts, build_foresight
 from megatron.training.guard import NonFiniteGuard
 from megatron.training.held_out import HeldOutUses, contributes
 from megatron.training.layout import run_layout
@@ -44,7 +44,7 @@ from megatron.training.planner import Planner
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
 from megatron.training.reference import ReferenceReader, reference_source
-from megatron.training.token_costs import TokenCosts
+from megatron.training.token_costs import TokenCosts, foresight_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

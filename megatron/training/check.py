@@ -83,7 +83,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
         config = complete(config, domains)
         layer_bounds(config)
         weights = start_weights(config.mixing, config.domains, domains)
-        mixer = _build_mixer(config, domains, weights, micro=micro, total=total)
+        mixer = build_controller(config, domains, weights, micro=micro, total=total)
         _check_signals(config, domains, weights, mixer, world_size=world_size)
     except NeomixError:
         domains.close()
@@ -121,10 +121,21 @@ def check(config: Config, *, world_size: int, gpus: int, say: Callable[[str], No
     return 0
 
 
-def _build_mixer(
+def build_controller(
     config: Config, domains: OpenDomains, weights: FloatArray, *, micro: int, total: int
 ) -> Controller:
-    """Build the mixer and let it decide once: its own checks belong to the run's."""
+    """Build the mixer of a run and let it decide once: its own checks belong to the run's.
+
+    Args:
+        config: with ``model.vocab_size`` filled in.
+        domains: opened data.
+        weights: start weights [K].
+        micro: samples of a micro-batch.
+        total: samples of a global batch.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
     samples_per_draw = {"sample": 1, "micro_batch": micro, "step": total}[config.mixing.unit]
     mixer = build_mixer(
         config.mixing.method,

@@ -67,24 +67,6 @@ def build_foresight(parts: ForesightParts, mixer: Controller) -> Foresight:
     return Foresight(measurers)
 
 
-def foresight_tokens(mixer: Controller, tokens: int) -> dict[Signal, int]:
-    """Return what measuring a signal before a step runs through the model.
-
-    Args:
-        mixer: asks for it.
-        tokens: of a global batch.
-
-    Returns:
-        Tokens by signal.  A gradient takes a batch forward and backward; with all other
-        domains' as its aim it is taken twice, with held-out data there are as many tokens
-        of that.
-    """
-    costs = {Signal.BATCH_VALID_LOSS: tokens, Signal.GRADIENT_ALIGNMENT: 2 * tokens}
-    # One pass over the batch answers both.
-    losses = Signal.EXCESS_LOSS if Signal.EXCESS_LOSS in mixer.needs else Signal.LOSS
-    return {**costs, losses: tokens}
-
-
 def _ledger(parts: ForesightParts, *, compared: bool = False) -> Ledger:
     return Ledger(
         len(parts.domains.names), parts.device, contributes=parts.contributes, compared=compared

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from megatron.mixing.base import Signal
+from megatron.mixing.base import Decision, Signal
+from megatron.mixing.controller import Controller
 from megatron.training.planner import Planned
 
 
@@ -30,11 +31,46 @@ class TokenCosts:
 
     def of(self, planned: Planned) -> dict[str, int]:
         """Return the tokens that a step costs, by kind; kinds that cost nothing are left out."""
-        trained = planned.plan.domain.size * self.seq_length
+        return self.price(
+            planned.decision,
+            trained=planned.plan.domain.size * self.seq_length,
+            validated=planned.valid_loss is not None,
+            foreseen=planned.foreseen,
+        )
+
+    def price(
+        self, decision: Decision, *, trained: int, validated: bool, foreseen: Collection[Signal]
+    ) -> dict[str, int]:
+        """Return the tokens that a step costs, by kind; kinds that cost nothing are left out.
+
+        Args:
+            decision: for the step.
+            trained: tokens of the step itself.
+            validated: whether there was a validation for the decision.
+            foreseen: signals that were measured before the step.
+        """
         known = {
-            "validation": 0 if planned.valid_loss is None else self.validation,
-            "probes": 0 if planned.decision.probe is None else trained,
+            "validation": self.validation if validated else 0,
+            "probes": 0 if decision.probe is None else trained,
             "reference": trained if self.reference else 0,
-            "foresight": sum(self.foresight.get(signal, 0) for signal in planned.foreseen),
+            "foresight": sum(self.foresight.get(signal, 0) for signal in foreseen),
         }
         return {kind: tokens for kind, tokens in known.items() if tokens}
+
+
+def foresight_tokens(mixer: Controller, tokens: int) -> dict[Signal, int]:
+    """Return what measuring a signal before a step runs through the model.
+
+    Args:
+        mixer: asks for it.
+        tokens: of a global batch.
+
+    Returns:
+        Tokens by signal.  A gradient takes a batch forward and backward; with all other
+        domains' as its aim it is taken twice, with held-out data there are as many tokens
+        of that.
+    """
+    costs = {Signal.BATCH_VALID_LOSS: tokens, Signal.GRADIENT_ALIGNMENT: 2 * tokens}
+    # One pass over the batch answers both.
+    losses = Signal.EXCESS_LOSS if Signal.EXCESS_LOSS in mixer.needs else Signal.LOSS
+    return {**costs, losses: tokens}
