@@ -382,6 +382,17 @@ def _seal(path: Path) -> tuple[int, str]:
 
 
 def store_in(folder: str | Path) -> CheckpointStore:
-    """Return the checkpoints in a folder, or in the folder of a run."""
+    """Return the checkpoints in a folder, or in the folder of a run, or beside a checkpoint."""
+    if named_step(folder) is not None:
+        return CheckpointStore(Path(folder).absolute().parent)
     store, inner = CheckpointStore(folder), Path(folder) / "checkpoints"
     return CheckpointStore(inner) if inner.is_dir() and not store.steps() else store
+
+
+def named_step(folder: str | Path) -> int | None:
+    """Return the step of the one checkpoint that a folder is; None if it is not named as one."""
+    try:
+        step, kind = parse_tag(Path(folder).absolute().name)
+    except CheckpointError:
+        return None
+    return None if kind else step

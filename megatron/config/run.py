@@ -125,7 +125,7 @@ class CheckpointConfig(Group):
     """Folder of the checkpoints. Default: `checkpoints` in `run_dir`."""
     load: Text | None = None
     """Folder of checkpoints, or of a run, whose newest the run starts from when `save` holds none
-    yet. Default: `save`."""
+    yet; or the folder of one checkpoint. Default: `save`."""
     save_interval: Count | None = None
     """Save every so many steps (GPT-NeoX: `checkpoint_factor`). The last step is always saved."""
     checkpoint_scale: Literal["linear", "log"] = "linear"
@@ -142,6 +142,9 @@ class CheckpointConfig(Group):
     `tools/convert_checkpoint.py` writes and a run in any layout can start from."""
     finetune: bool = False
     """Take only the weights from `load` and start at step 0."""
+    finetune_optimizer: bool = False
+    """With `finetune`: take the optimizer's state, too, so that the first steps are no colder than
+    those that they follow."""
     save_timeout: Positive = 600.0
     """Seconds that a stopped run may take to save before it is killed."""
 
@@ -151,6 +154,8 @@ class CheckpointConfig(Group):
             raise invalid("checkpoint_scale", "'log' needs checkpoint_factor, a number above 1")
         if self.checkpoint_scale == "linear" and self.checkpoint_factor is not None:
             raise invalid("checkpoint_factor", "under checkpoint_scale: linear, give save_interval")
+        if self.finetune_optimizer and not self.finetune:
+            raise invalid("finetune_optimizer", "it belongs to finetune: true")
         return self
 
     @property

@@ -252,6 +252,8 @@ def run_key(config: Config, fingerprints: Mapping[str, str]) -> str:
         "data": dict(sorted(fingerprints.items())),
         "from": [start.load, start.finetune, start.load_universal] if start.load else None,
     }
+    if start.finetune_optimizer:
+        facts["optimizer"] = True
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.checkpoint.bundle import read_bundle
-from megatron.checkpoint.store import CheckpointStore, store_in
+from megatron.checkpoint.store import CheckpointStore, named_step, store_in
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.domain import Domain
 from megatron.data.ingest.overlap import Overlap, Span, overlap
@@ -235,7 +235,8 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
     own, load = CheckpointStore(config.checkpoint.save_dir), config.checkpoint.load
     resumes = bool(own.steps())
     store = own if resumes or load is None else store_in(load)
-    if not (steps := store.steps()):
+    only = None if resumes or load is None else named_step(load)
+    if not (steps := [step for step in store.steps() if only in (None, step)]):
         if load is not None:
             raise CheckpointError(
                 f"load names {load}, which holds no checkpoint; correct it, or leave it out to "
@@ -255,7 +256,8 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
     layout = layout_facts(config, run_layout(config, world_size))
     told: list[str] = []
     if weights_only:
-        start = f"finetune: the run starts from the weights of {path}, at step 0"
+        taken = "weights and the optimizer" if config.checkpoint.finetune_optimizer else "weights"
+        start = f"finetune: the run starts from the {taken} of {path}, at step 0"
     else:
         allow = config.data.allow_changed_data
         check_same_data(manifest, domains.fingerprints, allow_changed=allow)
@@ -267,7 +269,8 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
         edits.check_allowed(allowed=config.data.allow_domain_edits)
         told = edits.lines(learns=bool(checked.mixer.needs))
         start = f"resume: the run goes on after step {manifest.step} from {path}"
-    converted = how_to_load(manifest, layout, weights_only=weights_only) == "convert"
+    bare = weights_only and not config.checkpoint.finetune_optimizer
+    converted = how_to_load(manifest, layout, weights_only=bare) == "convert"
     say(start + (", which is converted to this run's layout first" if converted else ""))
     for line in told:
         say(line)

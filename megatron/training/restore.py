@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.checkpoint.bundle import STATE_NAME, read_bundle
 from megatron.checkpoint.manifest import Manifest
-from megatron.checkpoint.store import CheckpointStore, store_in
+from megatron.checkpoint.store import CheckpointStore, named_step, store_in
 from megatron.checkpoint.vet import DEEPSPEED_GLOBALS, UNIVERSAL_GLOBALS, vet_checkpoint
 from megatron.config import Config
 from megatron.engine.runtime import Runtime
@@ -36,6 +36,7 @@ class Source:
         universal: whether they are in the universal format.
         manifest: the checkpoint's manifest.
         weights_only: whether a new run begins with its weights (``finetune``).
+        optimizer: whether the optimizer's state is taken up.
     """
 
     checkpoint: Path
@@ -43,17 +44,29 @@ class Source:
     universal: bool
     manifest: Manifest
     weights_only: bool
+    optimizer: bool
 
 
 def find_checkpoint(
-    runtime: Runtime, store: CheckpointStore, say: Callable[[str], None]
+    runtime: Runtime,
+    store: CheckpointStore,
+    say: Callable[[str], None],
+    *,
+    only: int | None = None,
 ) -> tuple[Path, Manifest] | None:
     """Return the newest valid checkpoint of a store, agreed by all ranks.
 
     Rank 0 looks (every byte is verified) and tells the others.
+
+    Args:
+        runtime: ranks and their host-side group.
+        store: where to look.
+        say: told of checkpoints that are passed over.
+        only: the step that alone will do; None takes the newest.
     """
     found: Any = None
-    if runtime.rank == 0 and (newest := store.newest_valid(report=say)) is not None:
+    newest = store.newest_valid(report=say, at_most=only) if runtime.rank == 0 else None
+    if newest is not None and only in (None, newest[1].step):
         path, manifest = newest
         found = [str(path), manifest.to_bytes().decode()]
     found = runtime.broadcast(found)
@@ -70,6 +83,7 @@ def prepare_source(
     own: CheckpointStore,
     layout: Mapping[str, Any],
     weights_only: bool,
+    optimizer: bool,
     say: Callable[[str], None],
 ) -> Source:
     """Vet the checkpoint's files and convert them if this run's layout cannot load them.
@@ -83,6 +97,7 @@ def prepare_source(
         own: the run's own store, for a conversion where ``store`` cannot be written to.
         layout: of the run.
         weights_only: whether a new run begins with its weights.
+        optimizer: whether the optimizer's state is taken up.
         say: takes a line for the console.
 
     Raises:
@@ -91,7 +106,7 @@ def prepare_source(
         RunError: there is no room for the conversion.
     """
     path, manifest = found
-    way = how_to_load(manifest, layout, weights_only=weights_only)
+    way = how_to_load(manifest, layout, weights_only=not optimizer)
     answer: dict[str, str] = {}
     if runtime.rank == 0:
         try:
@@ -115,6 +130,7 @@ def prepare_source(
         universal=way != "directly",
         manifest=manifest,
         weights_only=weights_only,
+        optimizer=optimizer,
     )
 
 
@@ -136,19 +152,27 @@ def find_source(
     """
     layout = layout_facts(config, run_layout(config, runtime.world_size))
     own, found, weights_only = store, find_checkpoint(runtime, store, say), False
-    if found is None and config.checkpoint.load is not None:
-        store, weights_only = store_in(config.checkpoint.load), config.checkpoint.finetune
-        found = find_checkpoint(runtime, store, say)
+    load = config.checkpoint.load
+    if found is None and load is not None:
+        store, weights_only = store_in(load), config.checkpoint.finetune
+        found = find_checkpoint(runtime, store, say, only=named_step(load))
         if found is None:
             raise CheckpointError(
-                f"load names {config.checkpoint.load}, which holds no valid checkpoint; correct "
-                "it, or leave it out to start from new weights"
+                f"load names {load}, which holds no valid checkpoint; correct it, or leave it out "
+                "to start from new weights"
             )
         check_form(found[1], found[0], load_universal=config.checkpoint.load_universal)
     if found is None:
         return None
     return prepare_source(
-        runtime, store, found, own=own, layout=layout, weights_only=weights_only, say=say
+        runtime,
+        store,
+        found,
+        own=own,
+        layout=layout,
+        weights_only=weights_only,
+        optimizer=config.checkpoint.finetune_optimizer or not weights_only,
+        say=say,
     )
 
 
@@ -193,12 +217,13 @@ def restore(
             files,
             tensor_rank=parts.topology.tensor_rank,
             tensor_size=parts.topology.tensor_size,
-            weights_only=source.weights_only,
+            weights_only=not source.optimizer,
         )
     else:
-        parts.engine.load(files.parent, files.name, weights_only=source.weights_only)
+        parts.engine.load(files.parent, files.name, weights_only=not source.optimizer)
     if source.weights_only:
-        say(f"starting from the weights of {source.checkpoint}, and from step 0")
+        taken = "weights and the optimizer" if source.optimizer else "weights"
+        say(f"starting from the {taken} of {source.checkpoint}, and from step 0")
         return 0
     bundle = read_bundle(source.checkpoint)
     _check_same_on_all_ranks(runtime, source, [bundle["step"], parts.engine.steps_done])

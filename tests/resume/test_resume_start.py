@@ -49,6 +49,39 @@ def test_finetune_takes_the_weights_and_begins_anew(
     assert samples[0] == samples[1]
 
 
+def test_one_checkpoint_can_be_started_from_with_its_optimizer(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, source = finished
+    old = Path(yaml.safe_load(source.read_text())["run_dir"]) / "checkpoints" / "global_step3"
+    losses: dict[bool, list[dict[str, Any]]] = {}
+    for optimizer in (False, True):
+        file = write(
+            tmp_path,
+            data,
+            tmp_path / f"run-{optimizer}",
+            load=str(old),
+            finetune=True,
+            finetune_optimizer=optimizer,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            train_iters=3,
+        )
+        told = runs.run("--check", "train.py", file)
+        assert f"from the weights {'and the optimizer ' * optimizer}of {old}" in told.stdout
+        runs.train(file)
+        found = runs.records(tmp_path / f"run-{optimizer}", "metrics")
+        losses[optimizer] = [r["valid_loss"] for r in found if "valid_loss" in r]
+    # The same weights, not those of the newest checkpoint; then the moments tell.
+    newest = [r for r in runs.records(old.parents[1], "metrics") if "valid_loss" in r][-1]
+    assert losses[True][0] == losses[False][0] != newest["valid_loss"]
+    assert losses[True][1] != losses[False][1]
+    gone = write(tmp_path, data, tmp_path / "gone", load=str(old.with_name("global_step2")))
+    refused = runs.run("train.py", gone)
+    assert refused.returncode == 2
+    assert "global_step2, which holds no" in refused.stderr
+
+
 def test_other_data_under_the_same_name_is_refused(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:

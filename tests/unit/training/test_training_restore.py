@@ -33,6 +33,7 @@ def prepare(store: CheckpointStore, own: CheckpointStore, layout: dict[str, Any]
         own=own,
         layout=layout,
         weights_only=False,
+        optimizer=True,
         say=print,
     )
 
