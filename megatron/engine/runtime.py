@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.engine.board import NoticeBoard
+from megatron.engine.lighten import import_muon_uncompiled, keep_freed_memory
 from megatron.errors import RunError
 
 
@@ -103,6 +104,7 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         torch.cuda.set_device(local_rank)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
+        keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -119,6 +121,7 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_muon_uncompiled()
     backend = "nccl" if use_cuda else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend,
