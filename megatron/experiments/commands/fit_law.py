@@ -19,12 +19,18 @@ from typing import Any
 import numpy as np
 
 from megatron.checkpoint.files import disk_errors, replace_file
-from megatron.errors import ConfigError, RunError
-from megatron.experiments.bounds import Bounds, FloatArray, make_bounds
+from megatron.errors import ConfigError
+from megatron.experiments.bounds import Bounds
+from megatron.experiments.earlier import read_plan
+from megatron.experiments.limits import (
+    add_aim_arguments,
+    add_bound_arguments,
+    asked_bounds,
+    objective,
+)
 from megatron.experiments.runs_array import RunsArray, runs_array
 from megatron.experiments.static_bootstrap import StaticIntervals, static_intervals
 from megatron.experiments.static_law import StaticFit, fit_static_law, held_out_r2
-from megatron.experiments.study import PLAN
 from megatron.experiments.table import read_table
 from megatron.training.product import write_mixture
 
@@ -33,34 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's flags."""
     parser.add_argument("study", type=Path, metavar="STUDY", help="--out of a sweep")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: 'law' in STUDY)")
-    parser.add_argument(
-        "--floor",
-        type=limit,
-        default=0.0,
-        metavar="P",
-        help="least weight: of all domains, or of some: code=0.1,prose=0.2",
-    )
-    parser.add_argument(
-        "--ceiling", type=limit, default=1.0, metavar="P", help="greatest weight, likewise"
-    )
-    parser.add_argument(
-        "--max-epochs",
-        type=limit,
-        metavar="E",
-        help="most passes over a domain's data in the run that the mixture is for, likewise",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=float,
-        metavar="N",
-        help="of that run, for --max-epochs (default: as many as the sweep's runs)",
-    )
-    parser.add_argument(
-        "--objective",
-        type=limit,
-        metavar="WEIGHTS",
-        help="how much every measured domain counts: code=2,prose=1 (default: all alike)",
-    )
+    add_bound_arguments(parser)
+    add_aim_arguments(parser)
     parser.add_argument(
         "--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)"
     )
@@ -69,37 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def limit(text: str) -> float | dict[str, float]:
-    """Read a number, or ``name=number`` pairs with commas between.
-
-    Raises:
-        ArgumentTypeError: it is neither.
-    """
-    try:
-        if "=" not in text:
-            return float(text)
-        pairs = [pair.rpartition("=") for pair in text.split(",")]
-        return {name.strip(): float(value) for name, _, value in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number nor pairs such as code=0.1,prose=0.2"
-        ) from None
-
-
 def run(options: argparse.Namespace) -> int:
     """Fit the law and write what it says; return the exit code."""
     plan = read_plan(options.study)
     sizes: dict[str, float] = plan["domain_tokens"]
     runs = runs_array(read_table(options.study), list(sizes))
-    tokens = float(runs.tokens.max()) if options.tokens is None else options.tokens
-    bounds = make_bounds(
-        runs.domains,
-        floor=options.floor,
-        ceiling=options.ceiling,
-        max_epochs=options.max_epochs,
-        samples_per_epoch=list(sizes.values()),
-        samples=tokens,
-    )
+    bounds = asked_bounds(options, sizes, float(runs.tokens.max()))
     weights = objective(options.objective, runs.measured)
     fit = fit_static_law(runs.mixtures, runs.losses)
     # Asked for beside the runs themselves: the even mixture, which most readers compare with.
@@ -132,39 +87,6 @@ def run(options: argparse.Namespace) -> int:
     print(law_text(facts), end="")
     print(f"written: {out / 'law.json'} {out / 'law.md'} {out / 'mixture.yml'}")
     return 0
-
-
-def read_plan(study: Path) -> dict[str, Any]:
-    """Return the plan of a study that has been run.
-
-    Raises:
-        RunError: the folder holds none.
-    """
-    try:
-        plan: dict[str, Any] = json.loads((study / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{study / PLAN} cannot be read ({error}); give the folder (--out) of a sweep"
-        ) from None
-    return plan
-
-
-def objective(
-    given: float | dict[str, float] | None, measured: tuple[str, ...]
-) -> FloatArray | None:
-    """Return the weights of the measured domains in the objective, [M]; None: all alike.
-
-    Raises:
-        ConfigError: an unknown domain, or a number in place of pairs.
-    """
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        raise ConfigError(f"--objective is {given}; write pairs, such as code=2,prose=1")
-    for name in given:
-        if name not in measured:
-            raise ConfigError(f"--objective: {name} is not measured ({', '.join(measured)})")
-    return np.array([given.get(name, 0.0) for name in measured])
 
 
 def unseen_r2(runs: RunsArray) -> list[float] | None:

@@ -13,7 +13,7 @@ the next run takes beside its own files.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,16 @@ from megatron.experiments.conduct import (
 )
 from megatron.experiments.designs import dirichlet, grid, one_hot, well_spread
 from megatron.experiments.execute import Outcome
+from megatron.experiments.fixed_mixtures import (
+    add_draw_arguments,
+    add_seeds_argument,
+    how_it_ended,
+    plan_mixtures,
+)
+from megatron.experiments.limits import add_bound_arguments
 from megatron.experiments.points import PointResult, point_results, summary
-from megatron.experiments.study import Base, Study, Variant, plan_study, static_overrides
-from megatron.experiments.table import study_rows, write_table
+from megatron.experiments.study import Study
+from megatron.experiments.table import write_table
 from megatron.training.product import write_mixture
 
 DESIGNS = ("grid", "dirichlet", "spread", "one-hot")
@@ -51,36 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many (default: 8 per domain); for grid: parts that an edge has (default: 4)",
     )
-    which.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        metavar="SEED",
-        help="seeds that every mixture is trained with (default: that of the configuration)",
-    )
-    which.add_argument(
-        "--design-seed", type=int, default=0, metavar="SEED", help="of the random designs"
-    )
-    which.add_argument(
-        "--concentration",
-        type=float,
-        default=1.0,
-        metavar="A",
-        help="of the random designs: 1 is uniform on the simplex, more favours its centre",
-    )
-    which.add_argument(
-        "--floor", type=float, default=0.0, metavar="P", help="least weight of a domain"
-    )
-    which.add_argument(
-        "--ceiling", type=float, default=1.0, metavar="P", help="greatest weight of a domain"
-    )
+    add_seeds_argument(which)
+    add_draw_arguments(which)
+    add_bound_arguments(which)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the sweep; return the exit code."""
     base = base_of(options)
     points = design_points(options, tuple(base.load().trained))
-    study = plan_sweep(base, points, options.seeds, runs_dir(options), gpus=gpus_of(options, base))
+    study = plan_mixtures(
+        base, points, options.seeds, runs_dir(options), name="sweep", gpus=gpus_of(options, base)
+    )
     outcome = conduct(study, options)
     if outcome is None:
         return 0
@@ -118,74 +107,27 @@ def _design(options: argparse.Namespace, bounds: Bounds) -> FloatArray:
     )
 
 
-def plan_sweep(
-    base: Base,
-    points: Sequence[Mapping[str, float]],
-    seeds: Sequence[int] | None,
-    folder: Path,
-    *,
-    gpus: int = 0,
-    name: str = "sweep",
-) -> Study:
-    """Plan a run for every mixture and seed.
-
-    Args:
-        base: what all runs share.
-        points: mixtures, by domain.
-        seeds: of the runs; the configuration's own if None.
-        folder: of the runs' folders.
-        gpus: CUDA devices of a machine that a run starts on.
-        name: of the study.
-
-    Raises:
-        ConfigError: a seed is given twice, or the configuration is wrong.
-    """
-    config = base.load()
-    chosen = list(seeds or [config.training.seed])
-    if len(set(chosen)) != len(chosen):
-        raise ConfigError(f"--seeds {' '.join(map(str, chosen))}: give each once")
-    width = len(str(len(points) - 1))
-    variants = [
-        Variant(
-            name=f"point-{index:0{width}d}-seed-{seed}",
-            overrides=(*static_overrides(config, weights), f"seed={seed}"),
-            tags={"point": index},
-        )
-        for index, weights in enumerate(points)
-        for seed in chosen
-    ]
-    return plan_study(name, base, variants, folder, gpus=gpus)
-
-
 def write_results(study: Study, outcome: Outcome, out: Path) -> int:
     """Write table, summary and the best mixture of a sweep; return the exit code.
 
     The table holds the runs that have ended.  Those that failed are named in the summary, and
     their mixtures cannot be the best.
     """
-    done = {run.key for run in outcome.finished}
-    failed = {failure.run.key: failure.why for failure in outcome.failed}
-    finished = [run for run in study.runs if run.key in done]
-    rows = study_rows(study.name, finished)
+    ended = how_it_ended(study, outcome)
     out.mkdir(parents=True, exist_ok=True)
-    results = point_results(rows)
+    results = point_results(ended.rows)
     wanted = {int(run.tags["point"]) for run in study.runs}
-    broken = {int(run.tags["point"]) for run in study.runs if run.key in failed}
-    whole = [result for result in results if result.point in wanted - broken]
-    missing = [f"{run.name}: {failed[run.key]}" for run in study.runs if run.key in failed]
+    whole = [result for result in results if result.point in wanted - ended.broken]
     path = out / "summary.md"
     with disk_errors(path):
-        replace_file(path, summary(study, results, missing).encode())
-    written = [path, *write_table(rows, out)]
+        replace_file(path, summary(study, results, ended.failed).encode())
+    written = [path, *write_table(ended.rows, out)]
     if whole:
         written.append(_write_best(study, whole[0], out))
         best = ", ".join(f"{name} {p:.4g}" for name, p in whole[0].weights.items())
         print(f"best mixture: {best} (average held-out loss {whole[0].mean:.4f})")
     print("written: " + " ".join(map(str, written)))
-    for line in missing:
-        print(f"failed: {line}")
-    if missing:
-        print("give the same command again to try the failed runs once more")
+    ended.tell()
     return outcome.exit_code
 
 

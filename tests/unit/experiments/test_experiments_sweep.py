@@ -13,6 +13,7 @@ from megatron.errors import ConfigError
 from megatron.experiments.commands import sweep
 from megatron.experiments.conduct import conduct
 from megatron.experiments.execute import execute
+from megatron.experiments.fixed_mixtures import plan_mixtures
 from megatron.experiments.table import read_table
 
 
@@ -33,7 +34,7 @@ def options(data, out, *words):
 def planned(given):
     base = sweep.base_of(given)
     points = sweep.design_points(given, tuple(base.load().trained))
-    return sweep.plan_sweep(base, points, given.seeds, sweep.runs_dir(given))
+    return plan_mixtures(base, points, given.seeds, sweep.runs_dir(given), name="sweep")
 
 
 @pytest.mark.parametrize(

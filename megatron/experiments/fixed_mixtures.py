@@ -1,0 +1,126 @@
+"""Studies whose runs train on fixed mixtures: their flags, their plan, and how they ended."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.errors import ConfigError
+from megatron.experiments.execute import Outcome
+from megatron.experiments.study import (
+    Base,
+    PlannedRun,
+    Study,
+    Variant,
+    plan_study,
+    static_overrides,
+)
+from megatron.experiments.table import Row, study_rows
+
+
+def add_seeds_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the seeds that every mixture is trained with."""
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="seeds that every mixture is trained with (default: that of the configuration)",
+    )
+
+
+def add_draw_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add what says how mixtures are drawn at random."""
+    parser.add_argument(
+        "--design-seed", type=int, default=0, metavar="SEED", help="of the random mixtures"
+    )
+    parser.add_argument(
+        "--concentration",
+        type=float,
+        default=1.0,
+        metavar="A",
+        help="of the random mixtures: 1 is uniform on the simplex, more favours its centre",
+    )
+
+
+def plan_mixtures(
+    base: Base,
+    points: Sequence[Mapping[str, float]],
+    seeds: Sequence[int] | None,
+    folder: Path,
+    *,
+    name: str,
+    gpus: int = 0,
+) -> Study:
+    """Plan a run for every mixture and seed.
+
+    Args:
+        base: what all runs share.
+        points: mixtures, by domain.
+        seeds: of the runs; the configuration's own if None.
+        folder: of the runs' folders.
+        name: of the study.
+        gpus: CUDA devices of a machine that a run starts on.
+
+    Raises:
+        ConfigError: a seed is given twice, or the configuration is wrong.
+    """
+    config = base.load()
+    chosen = list(seeds or [config.training.seed])
+    if len(set(chosen)) != len(chosen):
+        raise ConfigError(f"--seeds {' '.join(map(str, chosen))}: give each once")
+    width = len(str(len(points) - 1))
+    variants = [
+        Variant(
+            name=f"point-{index:0{width}d}-seed-{seed}",
+            overrides=(*static_overrides(config, weights), f"seed={seed}"),
+            tags={"point": index},
+        )
+        for index, weights in enumerate(points)
+        for seed in chosen
+    ]
+    return plan_study(name, base, variants, folder, gpus=gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What the runs of a study came to.
+
+    Attributes:
+        finished: came to their end, in the study's order.
+        rows: the table of these.
+        broken: the points of which a run failed.
+        failed: each failed run with the reason.
+    """
+
+    finished: tuple[PlannedRun, ...]
+    rows: list[Row]
+    broken: frozenset[int]
+    failed: tuple[str, ...]
+
+    def tell(self) -> None:
+        """Print which runs failed, and what to do about it."""
+        for line in self.failed:
+            print(f"failed: {line}")
+        if self.failed:
+            print("give the same command again to try the failed runs once more")
+
+
+def how_it_ended(study: Study, outcome: Outcome) -> Ended:
+    """Return what the runs of a study came to.
+
+    Raises:
+        RunError: a finished run's files are missing or damaged.
+    """
+    done = {run.key for run in outcome.finished}
+    why = {failure.run.key: failure.why for failure in outcome.failed}
+    finished = tuple(run for run in study.runs if run.key in done)
+    lost = [run for run in study.runs if run.key in why]
+    return Ended(
+        finished=finished,
+        rows=study_rows(study.name, finished),
+        broken=frozenset(int(run.tags["point"]) for run in lost),
+        failed=tuple(f"{run.name}: {why[run.key]}" for run in lost),
+    )
