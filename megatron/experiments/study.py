@@ -247,7 +247,7 @@ def run_key(config: Config, fingerprints: Mapping[str, str]) -> str:
         fingerprints: of the data, by domain.
     """
     start = config.checkpoint
-    facts = {
+    facts: dict[str, object] = {
         "config": config.hash(),
         "data": dict(sorted(fingerprints.items())),
         "from": [start.load, start.finetune, start.load_universal] if start.load else None,
