@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: there is no command '{name}'{hint} (known: {known})", file=sys.stderr)
         return 2
     options = command_parser(name).parse_intermixed_args(spread_set(rest))
+    options.words = [PROGRAM, *given]
     return load_command(name).run(options)
 
 

@@ -8,7 +8,7 @@ proxy's domain weights is the next round's r, until no weight moves by more than
 Options of the method belong to the configuration: --set mixing.method=doremi mixing.eta=0.5.
 
 In --out: mixture.yml (the last round's weights), table.csv and table.parquet with the held-out
-losses of all runs, and summary.md with the weights of every round.
+losses of all runs, summary.md with the weights of every round, and report.html.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from megatron.experiments.conduct import (
     runs_dir,
 )
 from megatron.experiments.execute import Outcome
+from megatron.experiments.report import write_report
+from megatron.experiments.report.made import command_line
 from megatron.experiments.study import (
     Base,
     PlannedRun,
@@ -204,6 +206,8 @@ class _Rounds:
     def _end(self, outcome: Outcome | None) -> int:
         for failure in outcome.failed if outcome is not None else ():
             print(f"failed: {failure.run.name}: {failure.why}")
+        if outcome is not None and outcome.failed:
+            self._report({failure.run.name: failure.why for failure in outcome.failed})
         return outcome.exit_code if outcome is not None else 0
 
     def _write(self, number: int) -> None:
@@ -218,7 +222,11 @@ class _Rounds:
         with disk_errors(path):
             replace_file(path, self._summary(domains).encode())
         write_table(study_rows(METHOD, self._runs), self._out)
-        print(f"written: {self._out / MIXTURE} {path} {self._out / 'table.csv'}")
+        report = self._report({})
+        print(f"written: {self._out / MIXTURE} {path} {self._out / 'table.csv'} {report}")
+
+    def _report(self, failed: Mapping[str, str]) -> Path:
+        return write_report(self._out, command=command_line(self._options), failed=failed)
 
     def _summary(self, domains: Sequence[str]) -> str:
         lines = [

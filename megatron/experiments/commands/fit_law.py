@@ -6,7 +6,8 @@ The law is L_i(p) = c_i + exp(-A_i p) for every domain i that is measured (arXiv
 b = 1).  It is fitted to the losses at the end of the sweep's runs; the R² of runs that it was not
 fitted to, and bootstrap intervals of the best mixture and its loss, say how far to trust it.
 
-In --out: law.json (the law and how sure it is), law.md, and mixture.yml for the next run.
+In --out: law.json (the law and how sure it is), law.md, report.html, and mixture.yml for the next
+run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from megatron.experiments.limits import (
     asked_bounds,
     objective,
 )
+from megatron.experiments.report import write_report
+from megatron.experiments.report.made import command_line
 from megatron.experiments.runs_array import RunsArray, runs_array
 from megatron.experiments.static_bootstrap import StaticIntervals, static_intervals
 from megatron.experiments.static_law import StaticFit, fit_static_law, held_out_r2
@@ -85,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
         step=int(plan["runs"][0]["steps"]),
     )
     print(law_text(facts), end="")
-    print(f"written: {out / 'law.json'} {out / 'law.md'} {out / 'mixture.yml'}")
+    report = write_report(out, command=command_line(options))
+    print(f"written: {out / 'law.json'} {out / 'law.md'} {out / 'mixture.yml'} {report}")
     return 0
 
 
@@ -126,6 +130,10 @@ def law_facts(
         "objective_high": float(sure.value.high),
         "losses": best.losses.tolist(),
         "best_run": float(runs.losses.mean(axis=1).min()),
+        "fitted": [
+            {"run": name, "mixture": mixture.tolist(), "losses": losses.tolist()}
+            for name, mixture, losses in zip(runs.runs, runs.mixtures, runs.losses, strict=True)
+        ],
     }
 
 

@@ -6,8 +6,8 @@ The design says which mixtures: a grid of the simplex, draws from a Dirichlet di
 that keep apart (spread), or every domain alone (one-hot).  Each is trained with every seed.  The
 best is that with the lowest held-out loss, averaged over domains and seeds, at the end.
 
-In --out: table.csv and table.parquet with every held-out loss, summary.md, and mixture.yml, which
-the next run takes beside its own files.
+In --out: table.csv and table.parquet with every held-out loss, summary.md, report.html, and
+mixture.yml, which the next run takes beside its own files.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from megatron.experiments.fixed_mixtures import (
 )
 from megatron.experiments.limits import add_bound_arguments
 from megatron.experiments.points import PointResult, point_results, summary
+from megatron.experiments.report import write_report
+from megatron.experiments.report.made import command_line
 from megatron.experiments.study import Study
 from megatron.experiments.table import write_table
 from megatron.training.product import write_mixture
@@ -73,7 +75,12 @@ def run(options: argparse.Namespace) -> int:
     outcome = conduct(study, options)
     if outcome is None:
         return 0
-    return outcome.exit_code or 0 if outcome.stopped else write_results(study, outcome, options.out)
+    if outcome.stopped:
+        return outcome.exit_code
+    code = write_results(study, outcome, options.out)
+    why = {failure.run.name: failure.why for failure in outcome.failed}
+    print(write_report(options.out, command=command_line(options), failed=why))
+    return code
 
 
 def design_points(options: argparse.Namespace, domains: Sequence[str]) -> list[dict[str, float]]:

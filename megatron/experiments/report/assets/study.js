@@ -1,0 +1,204 @@
+// The page of a study: which charts, of which of its runs.
+
+const FEW = 24;
+const state = { axis: "steps", from: 0, log: false, who: "all", by: "mean", filter: "", all: false };
+const share = (value) => trim((100 * value).toFixed(1)) + "%";
+const matches = (name) => name.toLowerCase().includes(state.filter);
+
+function axisOptions(family) {
+  const steps = state.axis === "steps";
+  const end = Math.max(0, ...family.curves.map((run) => run[state.axis][run.steps.length - 1]));
+  return { xName: steps ? "step" : "tokens", xFormat: count, xTip: steps ? plain : count, from: state.from ? state.from * end : undefined };
+}
+
+function frameIn(grid, name, note = "") {
+  const figure = element("figure", {}, grid);
+  const caption = element("figcaption", {}, figure);
+  element("b", { text: name, title: name }, caption);
+  if (note) element("span", { text: note }, caption);
+  return element("div", { class: "chart" }, figure);
+}
+
+// What the mouse shows of an entry: its losses, then its largest weights.
+function entryRows(family, entry, color) {
+  const rows = [[color, "mean loss", known(entry.mean) ? entry.mean.toFixed(4) : "–"]];
+  family.measured.slice(0, 8).forEach((name, k) => { if (known(entry.losses[k])) rows.push([null, `loss ${name}`, entry.losses[k].toFixed(4)]); });
+  const heavy = family.domains.map((name, k) => [name, entry.weights[k] ?? 0]).sort((a, b) => b[1] - a[1]).slice(0, 8);
+  for (const [name, weight] of heavy) rows.push([null, `weight ${name}`, percent(weight)]);
+  return rows;
+}
+
+// Loss against weights: a plane for two domains, a triangle for three, a plane each for more.
+function drawMap(section, family) {
+  const grid = section.querySelector(".map"), hint = section.querySelector(".map-hint");
+  grid.replaceChildren();
+  hint.replaceChildren();
+  const K = family.domains.length;
+  if (K === 2) drawPlane(grid, family);
+  else if (K === 3) drawTriangles(grid, hint, family);
+  else drawPlanes(section, grid, family);
+}
+
+const marksOfLaw = (family) => data.law && data.law.domains.join("\n") === family.domains.join("\n") ? data.law : null;
+
+function drawPlane(grid, family) {
+  const colors = entryColors(family), law = marksOfLaw(family);
+  const views = [["mean of domains", (e) => e.mean, law?.curve_mean], ...family.measured.map((name, k) => [name, (e) => e.losses[k], law?.curve?.[law.measured.indexOf(name)]])];
+  const hosts = views.map(([name]) => frameIn(grid, name, `loss by weight of ${family.domains[0]}`));
+  views.forEach(([name, of, predicted], k) => {
+    const points = family.entries.map((e, i) => ({ name: e.name, x: e.weights[0], y: of(e), color: colors[i], rows: entryRows(family, e, colors[i]) }));
+    const lines = predicted ? [{ x: law.line, y: predicted, color: "var(--faint)" }] : [];
+    scatterChart(hosts[k], points, lines, { title: `Loss of ${name} by weight`, height: 230, xName: "", xFormat: share, yFormat: loss, xRange: [0, 1], small: true });
+  });
+}
+
+function drawTriangles(grid, hint, family) {
+  hint.append("Every point is a mixture: the nearer to a corner, the more of that domain. Colours go from the best to the worst of each triangle.");
+  const law = marksOfLaw(family);
+  if (law) hint.append(" The ring is the best mixture by the law.");
+  const views = [["mean of domains", (e) => e.mean], ...family.measured.slice(0, FEW).map((name, k) => [name, (e) => e.losses[k]])];
+  const frames = views.map(([name]) => frameIn(grid, name));
+  views.forEach(([name, of], k) => {
+    const values = family.entries.map(of), color = ramp(values);
+    const points = family.entries.map((e, i) => ({ name: e.name, w: e.weights, color: color(values[i]), size: 5, rows: entryRows(family, e, color(values[i])) })).reverse();
+    if (law) points.push({ name: "best by the law", w: law.mixture, color: "var(--ink)", size: 8, hollow: true, rows: law.domains.map((n, i) => [null, n, percent(law.mixture[i] ?? 0)]) });
+    ternaryChart(frames[k], points, family.domains, { title: `Loss of ${name} by mixture` });
+    const legend = element("span", {}, frames[k].parentNode.querySelector("figcaption"));
+    rampLegend(legend, values, "loss");
+  });
+}
+
+function drawPlanes(section, grid, family) {
+  const colors = entryColors(family);
+  const switcher = section.querySelector(".by");
+  if (!switcher.childElementCount) choice(switcher, [["mean", "mean loss"], ["own", "own loss"]], "by", () => drawMap(section, family));
+  const list = family.domains.map((name, k) => [name, k]).filter(([name]) => matches(name));
+  const taken = state.all ? list : list.slice(0, FEW);
+  const hosts = taken.map(([name]) => frameIn(grid, name, "loss by weight"));
+  const own = state.by === "own";
+  taken.forEach(([name, k], i) => {
+    const m = family.measured.indexOf(name);
+    const points = family.entries.map((e, j) => ({ name: e.name, x: e.weights[k], y: own ? e.losses[m] : e.mean, color: colors[j], rows: entryRows(family, e, colors[j]) }));
+    scatterChart(hosts[i], points, [], { title: `Loss by weight of ${name}`, height: 190, xName: "", xFormat: share, yFormat: loss, small: true });
+  });
+  showMore(section.querySelector(".map-more"), list.length, taken.length);
+}
+
+function showMore(host, matching, taken) {
+  host.replaceChildren();
+  if (taken >= matching) return;
+  host.append(`${taken} of ${matching} domains. `);
+  element("button", { type: "button", text: `show all ${matching}` }, host).onclick = () => { state.all = true; draw(); };
+}
+
+// Entries whose curves are shown.
+function chosen(family) {
+  return state.who === "best" ? family.entries.slice(0, FEW_ENTRIES).map((_, k) => k) : family.entries.map((_, k) => k);
+}
+
+function drawCurves(section, family) {
+  const colors = entryColors(family), shown = new Set(chosen(family));
+  // The best are drawn last, over the others.
+  const runs = family.curves.filter((run) => shown.has(run.entry)).sort((a, b) => b.entry - a.entry);
+  const several = new Set(runs.map((run) => run.seed)).size > 1;
+  const line = (run, y) => ({ name: family.entries[run.entry].name + (several ? `, seed ${run.seed}` : ""), color: colors[run.entry], x: run[state.axis], y, points: run.steps.length < 15 && runs.length <= 24, width: runs.length > 24 ? 1.2 : 1.75, faint: runs.length > 24 ? 0.85 : undefined });
+  const options = { ...axisOptions(family), yFormat: loss, tipFormat: (v) => v.toFixed(4), log: state.log, single: true };
+  const list = family.measured.map((name, k) => [name, k]).filter(([name]) => matches(name));
+  const taken = state.all ? list : list.slice(0, FEW);
+  const grid = section.querySelector(".curves");
+  grid.replaceChildren();
+  const hosts = taken.map(([name]) => frameIn(grid, name));
+  lineChart(section.querySelector(".curve-mean"), runs.map((run) => line(run, run.mean)), { ...options, height: 280, title: "Mean held-out loss by step" });
+  taken.forEach(([name, k], i) => lineChart(hosts[i], runs.map((run) => line(run, run.loss[k])), { ...options, small: true, height: 170, title: `Held-out loss of ${name} by step` }));
+  curveKeys(section.querySelector(".curve-keys"), family, colors);
+  showMore(section.querySelector(".curves-more"), list.length, taken.length);
+}
+
+function curveKeys(host, family, colors) {
+  host.replaceChildren();
+  if (family.entries.length <= FEW_ENTRIES) colorKeys(host, family.entries.map((entry, k) => [entry.name, colors[k]]));
+  else rampLegend(element("span", {}, host), family.entries.map((entry) => entry.mean), "mean loss at the end");
+}
+
+// Mean over the seeds of an entry, where they were measured at the same steps.
+function meanWeights(family, entry) {
+  const runs = family.curves.filter((run) => run.entry === entry && run.weights);
+  if (!runs.length) return null;
+  const [first] = runs, alike = runs.filter((run) => run.steps.join() === first.steps.join());
+  const mean = (k) => first.steps.map((_, i) => alike.reduce((all, run) => all + (run.weights[k][i] ?? 0), 0) / alike.length);
+  return { x: first[state.axis], y: family.domains.map((_, k) => mean(k)) };
+}
+
+function drawMoving(section, family) {
+  const host = section.querySelector(".moving .rivers");
+  host.replaceChildren();
+  const found = family.entries.map((entry, k) => [entry, meanWeights(family, k)]).filter(([, w]) => w).slice(0, FEW);
+  section.querySelector(".moving").hidden = !found.length;
+  const frames = found.map(([entry]) => frameIn(host, entry.name, entry.method === entry.name ? "" : entry.method));
+  const { xName, xFormat, xTip } = axisOptions(family);
+  found.forEach(([entry, w], i) => river(frames[i], w.x, bands(w.y, family.domains, dark()), { height: 220, title: `Weights of ${entry.name}`, xName, xFormat, xTip }));
+}
+
+function drawLaw() {
+  const law = data.law;
+  if (!law) return;
+  const rows = law.domains.map((name, k) => ({ name, value: law.mixture[k], low: law.low[k], high: law.high[k] }));
+  forestChart(byId("chart-optimum"), rows, { title: "Best mixture with intervals", format: percent, zero: 1 / law.domains.length });
+  const grid = byId("law-grid");
+  grid.replaceChildren();
+  const list = law.measured.map((name, k) => [name, k]).filter(([name]) => matches(name));
+  const hosts = list.map(([name]) => frameIn(grid, name, "measured by predicted"));
+  list.forEach(([name, k], i) => {
+    const points = law.runs.map((run, j) => ({ name: run, x: law.predicted[k][j], y: law.actual[k][j], color: "var(--focus)", rows: [[null, "measured", law.actual[k][j]?.toFixed(4) ?? "–"], [null, "predicted", law.predicted[k][j]?.toFixed(4) ?? "–"]] }));
+    scatterChart(hosts[i], points, [], { title: `Measured and predicted loss of ${name}`, height: 210, xName: "", xFormat: precise, yFormat: loss, diagonal: true, small: true });
+  });
+}
+
+function drawRounds() {
+  if (!data.rounds) return;
+  const { domains, weights } = data.rounds;
+  const x = weights[0].map((_, i) => i);
+  const series = domains.map((name, k) => ({ name, color: domains.length <= FEW_ENTRIES ? `var(--run-${k})` : domainColor(k, dark()), x, y: weights[k], points: true, width: 2 }));
+  colorKeys(byId("keys-rounds"), series.slice(0, FEW).map((line) => [line.name, line.color]));
+  lineChart(byId("chart-rounds"), series, { title: "Weights by round", height: 260, xName: "round", xFormat: (v) => (Number.isInteger(v) ? String(v) : ""), xTip: plain, yFormat: percent, zero: true, single: domains.length > 12 });
+}
+
+const sections = [...document.querySelectorAll("section.family")].map((section) => [section, data.families[section.dataset.family]]);
+
+function draw() {
+  drawLaw();
+  drawRounds();
+  for (const [section, family] of sections) {
+    drawMap(section, family);
+    drawCurves(section, family);
+    drawMoving(section, family);
+  }
+  root.dataset.charts = document.querySelectorAll(".chart svg").length;
+  root.dataset.lines = document.querySelectorAll(".chart svg path.line").length;
+  root.dataset.dots = document.querySelectorAll(".chart svg .dot").length;
+}
+
+function buildControls() {
+  const nav = byId("controls"), bar = element("div", {}, nav);
+  const left = element("div", { class: "runs" }, bar);
+  const most = Math.max(0, ...data.families.map((f) => Math.max(f.measured.length, f.domains.length)));
+  if (most > 8) {
+    const search = element("input", { type: "search", placeholder: "filter domains", "aria-label": "filter domains" }, left);
+    search.oninput = () => { state.filter = search.value.trim().toLowerCase(); draw(); };
+  }
+  const group = (names, key) => choice(element("span", { class: "switch" }, bar), names, key, draw);
+  if (data.families.some((f) => f.curves.length)) {
+    if (data.families.some((f) => f.entries.length > FEW_ENTRIES)) group([["all", "all runs"], ["best", `best ${FEW_ENTRIES}`]], "who");
+    group([["steps", "steps"], ["tokens", "tokens"]], "axis");
+    group([[0, "whole run"], [0.1, "from 10%"], [0.5, "from 50%"]], "from");
+    group([[false, "linear"], [true, "log loss"]], "log");
+  }
+  themeButton(bar, draw);
+  nav.hidden = false;
+}
+
+document.querySelectorAll("table.sortable").forEach(sortable);
+buildControls();
+draw();
+watchPage(draw);
+root.dataset.ready = "yes";

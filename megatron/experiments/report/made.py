@@ -1,0 +1,83 @@
+"""How a study's results came about: what a reader wants to know and the tables do not say."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.files import disk_errors, replace_file
+
+NAME = "made.json"
+LIBRARIES = ("neomix", "torch", "deepspeed", "numpy", "scipy", "scikit-learn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """How the results of a command came about.
+
+    Attributes:
+        command: its command line, a word each; empty if not known.
+        date: when it ended, in UTC.
+        versions: of Python and the libraries.
+        failed: why runs failed, by name.
+    """
+
+    command: tuple[str, ...] = ()
+    date: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+def command_line(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the words that a command was given; empty if it was not called from a shell."""
+    return tuple(getattr(options, "words", ()))
+
+
+def make_note(out: Path, command: Sequence[str], failed: Mapping[str, str]) -> None:
+    """Write ``made.json`` into a study's folder.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    now = datetime.datetime.now(tz=datetime.UTC)
+    facts = {
+        "command": list(command),
+        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": _versions(),
+        "failed": dict(failed),
+    }
+    path = out / NAME
+    with disk_errors(path):
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+
+
+def read_note(out: Path) -> Made:
+    """Return what :func:`make_note` wrote; nothing is known where it cannot be read."""
+    try:
+        found: Any = json.loads((out / NAME).read_text(encoding="utf-8"))
+        return Made(
+            command=tuple(map(str, found["command"])),
+            date=str(found["date"]),
+            versions={str(name): str(text) for name, text in found["versions"].items()},
+            failed={str(name): str(why) for name, why in found["failed"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Made()
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,126 @@
+"""A study's report, put together from the sections that its files allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron.experiments.report.curves import MOST_DOMAINS, drawn, family_data
+from megatron.experiments.report.entries import Family, families, run_ends
+from megatron.experiments.report.files import LAW, REPORT, StudyFiles, load_study
+from megatron.experiments.report.head import beside_links, head, missing, missing_section
+from megatron.experiments.report.law import law_data, law_section
+from megatron.experiments.report.made import make_note
+from megatron.experiments.report.rounds import round_sentences, rounds, rounds_data, rounds_section
+from megatron.experiments.report.tables import entries_table, sentences
+from megatron.monitor.report.shell import asset, script_json, shell, verdict, write_page
+
+OWN = "megatron.experiments.report"
+SCRIPTS = ("color.js", "scatter.js", "bars.js", "study.js")
+
+
+def write_report(
+    out: Path, *, command: Sequence[str] | None = None, failed: Mapping[str, str] | None = None
+) -> Path:
+    """Write ``report.html`` into a study's folder from the files there; return its path.
+
+    Args:
+        out: the folder (``--out``) of a command.
+        command: the command line that has just ended, noted in ``made.json`` with date and
+            versions; None: the note stays as it is.
+        failed: why runs failed in it, by name.
+
+    Raises:
+        RunError: the folder holds no study, a file of it is damaged, or the disk refuses.
+    """
+    if command is not None:
+        make_note(out, command, failed or {})
+    path = out / REPORT
+    write_page(path, page(load_study(out)))
+    return path
+
+
+def page(study: StudyFiles) -> str:
+    """Return the whole page of a study."""
+    ends = run_ends(study.rows)
+    found = families(ends)
+    gone = missing(study, ends)
+    course = rounds(study)
+    law = study.results.get(LAW)
+    sections = [
+        f'<header class="top">{head(study, ends)}{_verdict(found, course)}{beside_links(study)}'
+        "</header>",
+        '<nav id="controls" aria-label="What the charts show" hidden></nav><main>',
+        missing_section(study, gone),
+        rounds_section(course) if course else "",
+        *(_family_section(study, family, index) for index, family in enumerate(found)),
+        law_section(law) if law else "",
+        _notes(study, found),
+        '</main><noscript><p class="noscript">The charts need JavaScript; the tables do not.</p>'
+        "</noscript>",
+    ]
+    data: dict[str, Any] = {
+        "families": [family_data(family, study.rows) for family in found],
+        "law": law_data(law) if law else None,
+        "rounds": rounds_data(course) if course else None,
+    }
+    return shell(
+        f"{study.name} · study",
+        "\n".join(part for part in sections if part),
+        script_json(data),
+        [asset(name, OWN) for name in SCRIPTS],
+        asset("study.css", OWN),
+    )
+
+
+def _verdict(found: Sequence[Family], course: Sequence[Mapping[str, float]]) -> str:
+    if course:
+        return verdict(*round_sentences(course))
+    said = [sentences(family) for family in found]
+    if not said:
+        return ""
+    if len(said) == 1:
+        return verdict(*said[0])
+    return verdict([line for main, _ in said for line in main], [])
+
+
+def _family_section(study: StudyFiles, family: Family, index: int) -> str:
+    title = f": {escape(family.title)}" if family.title else ""
+    return (
+        f'<section class="family" data-family="{index}"><h2>Best first{title}</h2>'
+        f"{entries_table(study, family)}"
+        f'<h2>Loss by mixture{title} <span class="switch by"></span></h2>'
+        '<p class="hint map-hint"></p><div class="grid wide map"></div>'
+        '<p class="rest map-more"></p>'
+        f"<h2>Held-out loss by step{title} </h2>"
+        '<p class="hint">Nats per token; the mouse names a line.</p>'
+        '<figure><figcaption>Mean over domains</figcaption><div class="chart curve-mean"></div>'
+        '<div class="keys curve-keys"></div></figure><div class="grid curves"></div>'
+        '<p class="rest curves-more"></p>'
+        '<div class="moving" hidden><h2>Weights by step</h2><p class="hint">Means between two '
+        'validations, over the seeds.</p><div class="rivers"></div></div></section>'
+    )
+
+
+def _notes(study: StudyFiles, found: Sequence[Family]) -> str:
+    lines = [
+        "FLOPs are those of the training steps, with causal attention counted (half of the full "
+        "square); validations and extra tokens are not among them.",
+        "A mean loss is the plain mean over the measured domains, then over seeds. Weights are "
+        "means of the sampling probabilities over the run.",
+    ]
+    for family in found:
+        shown = len(drawn(family.entries))
+        if shown < len(family.entries):
+            lines.append(
+                f"The charts show {shown} of {len(family.entries)} mixtures: the best, and some "
+                "of the others."
+            )
+        if max(len(family.domains), len(family.measured)) > MOST_DOMAINS:
+            lines.append(f"The charts show the first {MOST_DOMAINS} domains.")
+    if study.rows:
+        lines.append("table.csv and table.parquet beside this file hold every number.")
+    items = "".join(f"<li>{escape(line)}</li>" for line in dict.fromkeys(lines))
+    return f'<section id="notes"><h2>How to read this</h2><ul>{items}</ul></section>'
