@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from megatron.config import Config
 from megatron.errors import ConfigError
+from megatron.experiments.bounds import FloatArray
 from megatron.experiments.execute import Outcome
 from megatron.experiments.study import (
     Base,
@@ -18,6 +22,9 @@ from megatron.experiments.study import (
     static_overrides,
 )
 from megatron.experiments.table import Row, study_rows
+from megatron.training.domains import open_run_domains
+
+PRIORS = ("uniform", "natural")
 
 
 def add_seeds_argument(parser: argparse._ActionsContainer) -> None:
@@ -43,6 +50,57 @@ def add_draw_arguments(parser: argparse._ActionsContainer) -> None:
         metavar="A",
         help="of the random mixtures: 1 is uniform on the simplex, more favours its centre",
     )
+    parser.add_argument(
+        "--prior",
+        choices=PRIORS,
+        default="uniform",
+        help="centre of the random mixtures: all domains alike, or by their tokens (natural)",
+    )
+
+
+def prior_of(options: argparse.Namespace, tokens: Sequence[float]) -> FloatArray | None:
+    """Return the centre of the random mixtures, [K]; None: all domains alike.
+
+    Args:
+        options: with ``--prior``.
+        tokens: training tokens that there are of each domain.
+    """
+    return np.asarray(tokens, dtype=np.float64) if options.prior == "natural" else None
+
+
+def measured_tokens(config: Config, *, all_of: bool) -> list[float]:
+    """Return the training tokens of each domain after a look whether losses can be measured.
+
+    Args:
+        config: of the study's runs.
+        all_of: every domain needs a held-out loss, not only one of them.
+
+    Raises:
+        ConfigError: no held-out losses would be measured.
+        DataError: the data cannot be opened.
+    """
+    if config.training.eval_iters == 0:
+        raise ConfigError(
+            "eval_iters is 0, so that no held-out loss is measured and mixtures cannot be "
+            "compared; set it to 1 or more"
+        )
+    domains = open_run_domains(config)
+    try:
+        parts = zip(domains.measured, domains.valid, strict=True)
+        blind = [name for name, part in parts if part is None]
+        if blind and (all_of or len(blind) == len(domains.measured)):
+            raise ConfigError(
+                f"{', '.join(blind)} has no validation data, and every mixture is judged by "
+                "held-out losses; give the domain a `valid`, or a split with a share for it"
+            )
+        return [float(count) for count in domains.token_counts]
+    finally:
+        domains.close()
+
+
+def named_points(mixtures: FloatArray, domains: Sequence[str]) -> list[dict[str, float]]:
+    """Return mixtures [N, K] by domain."""
+    return [dict(zip(domains, map(float, row), strict=True)) for row in mixtures]
 
 
 def plan_mixtures(

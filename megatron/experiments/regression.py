@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.errors import ConfigError
 from megatron.experiments.bounds import Bounds, FloatArray
@@ -22,6 +23,8 @@ from megatron.experiments.optimum import objective_weights
 from megatron.experiments.scores import rank_correlation
 from megatron.experiments.static_law import check_runs
 from megatron.mixing.reading import require
+
+IntArray = npt.NDArray[np.int64]
 
 SIMULATED: Final = 100_000
 BEST: Final = 128
@@ -157,10 +160,43 @@ def held_out_ranks(
         rest = np.setdiff1d(order, fold)
         model = fit_regression(mixtures[rest], losses[rest], regressor=regressor, seed=seed)
         predicted[fold] = model.predict(mixtures[fold])
-    columns = range(losses.shape[1])
+    return _ranks(losses, predicted, share)
+
+
+def ranks_of(
+    mixtures: FloatArray,
+    losses: FloatArray,
+    unseen: IntArray,
+    *,
+    regressor: Regressor,
+    weights: FloatArray | None = None,
+    seed: int = 0,
+) -> HeldOutRanks:
+    """Return how well the order of some mixtures is predicted by a fit to all others.
+
+    Args:
+        mixtures: [N, K].
+        losses: [N, M].
+        unseen: which mixtures are not fitted to, U indices; ``predicted`` is [U, M].
+        regressor: of which kind.
+        weights: how much each measured domain counts, [M]; equally if None.
+        seed: of the fit.
+
+    Raises:
+        ConfigError: too few runs are left to fit.
+    """
+    mixtures, losses = check_runs(mixtures, losses)
+    share = objective_weights(weights, losses.shape[1])
+    seen = np.setdiff1d(np.arange(len(losses)), unseen)
+    model = fit_regression(mixtures[seen], losses[seen], regressor=regressor, seed=seed)
+    return _ranks(losses[unseen], model.predict(mixtures[unseen]), share)
+
+
+def _ranks(actual: FloatArray, predicted: FloatArray, share: FloatArray) -> HeldOutRanks:
+    columns = range(actual.shape[1])
     return HeldOutRanks(
-        domains=np.array([rank_correlation(losses[:, i], predicted[:, i]) for i in columns]),
-        objective=rank_correlation(losses @ share, predicted @ share),
+        domains=np.array([rank_correlation(actual[:, i], predicted[:, i]) for i in columns]),
+        objective=rank_correlation(actual @ share, predicted @ share),
         predicted=predicted,
     )
 
