@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from megatron.checkpoint.files import disk_errors, replace_file
 from megatron.config import Config
-from megatron.errors import ConfigError, RunError
+from megatron.errors import ConfigError
 from megatron.experiments.conduct import (
     add_study_arguments,
     base_of,
@@ -32,6 +31,7 @@ from megatron.experiments.conduct import (
     runs_dir,
 )
 from megatron.experiments.execute import Outcome
+from megatron.experiments.found_mixture import read_mixture
 from megatron.experiments.report import write_report
 from megatron.experiments.report.made import command_line
 from megatron.experiments.study import (
@@ -111,23 +111,6 @@ def proxy_overrides(
     own.pop("reference_losses", None)
     mixing |= {**own, "method": METHOD, "reference": str(reference.folder)}
     return forget, f"mixing={json.dumps(mixing, ensure_ascii=False)}"
-
-
-def read_mixture(run: PlannedRun) -> dict[str, float]:
-    """Return the mixture that a finished run has left.
-
-    Raises:
-        RunError: there is none.
-    """
-    path = run.folder / MIXTURE
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["mixing"]["weights"]
-        return {str(name): float(weight) for name, weight in found.items()}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise RunError(
-            f"{path}, the mixture that run '{run.name}' found, cannot be read ({error}); remove "
-            f"{run.folder}, and the run is done again"
-        ) from None
 
 
 class _Rounds:

@@ -1,0 +1,1 @@
+"""The comparison of mixing methods at equal budgets, seed by seed."""
