@@ -34,7 +34,10 @@ from megatron.experiments.fixed_mixtures import (
     add_draw_arguments,
     add_seeds_argument,
     how_it_ended,
+    measured_tokens,
+    named_points,
     plan_mixtures,
+    prior_of,
 )
 from megatron.experiments.limits import add_bound_arguments
 from megatron.experiments.points import PointResult, point_results, summary
@@ -68,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the sweep; return the exit code."""
     base = base_of(options)
-    points = design_points(options, tuple(base.load().trained))
+    config = base.load()
+    tokens = measured_tokens(config, all_of=False)
+    points = design_points(options, tuple(config.trained), prior_of(options, tokens))
     study = plan_mixtures(
         base, points, options.seeds, runs_dir(options), name="sweep", gpus=gpus_of(options, base)
     )
@@ -83,18 +88,24 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def design_points(options: argparse.Namespace, domains: Sequence[str]) -> list[dict[str, float]]:
+def design_points(
+    options: argparse.Namespace, domains: Sequence[str], prior: FloatArray | None = None
+) -> list[dict[str, float]]:
     """Return the mixtures that the command line asks for, by domain.
+
+    Args:
+        options: of the command.
+        domains: that are trained on, K.
+        prior: centre of the random designs, [K]; all alike if None.
 
     Raises:
         ConfigError: a number is out of range.
     """
     bounds = make_bounds(domains, floor=options.floor, ceiling=options.ceiling)
-    mixtures = _design(options, bounds)
-    return [dict(zip(domains, map(float, row), strict=True)) for row in mixtures]
+    return named_points(_design(options, bounds, prior), domains)
 
 
-def _design(options: argparse.Namespace, bounds: Bounds) -> FloatArray:
+def _design(options: argparse.Namespace, bounds: Bounds, prior: FloatArray | None) -> FloatArray:
     if options.points is not None and options.points < 1:
         raise ConfigError(f"--points is {options.points}; give a number from 1 on")
     if options.design == "one-hot":
@@ -110,6 +121,7 @@ def _design(options: argparse.Namespace, bounds: Bounds) -> FloatArray:
             count=options.points or 8 * bounds.count,
             seed=options.design_seed,
             concentration=options.concentration,
+            prior=prior,
         )
     )
 
