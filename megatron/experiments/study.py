@@ -17,7 +17,7 @@ import megatron.mixing  # noqa: F401  (registers the methods that a configuratio
 from megatron.checkpoint.files import disk_errors, replace_file
 from megatron.config import Config, load_config, resolve_batch
 from megatron.errors import ConfigError
-from megatron.model.accounting import flops_per_token
+from megatron.model.accounting import flops_per_token, parameter_count
 from megatron.training.check import preflight
 from megatron.training.domains import OpenDomains, open_domains, start_weights
 from megatron.training.layout import run_layout
@@ -176,6 +176,8 @@ class Study:
                 "steps": run.steps,
                 "tokens": run.tokens,
                 "flops": run.flops,
+                "parameters": parameter_count(run.config.model),
+                "schedule": schedule_facts(run.config),
             }
             for run in self.runs
         ]
@@ -265,6 +267,16 @@ def ranks_of(config: Config, gpus: int) -> int:
         gpus: CUDA devices of a machine that it starts on; 0: it runs on the CPU.
     """
     return (config.launch.num_gpus or max(1, gpus)) * (config.launch.num_nodes or 1)
+
+
+def schedule_facts(config: Config) -> dict[str, str | float]:
+    """Return what decides how a run's learning rate goes, JSON-able."""
+    schedule, steps = config.schedule, config.training.train_iters
+    return {
+        "style": schedule.lr_decay_style,
+        "warmup_steps": schedule.warmup_steps(steps),
+        "decay_steps": schedule.decay_steps(steps),
+    }
 
 
 def static_overrides(config: Config, weights: Mapping[str, float]) -> tuple[str, ...]:
