@@ -22,8 +22,9 @@ REPORT = "report.html"
 TABLE = "table.csv"
 LAW = "law.json"
 LAW_FOLDER = "law"
+COMPARE = "compare.json"
 # Results that are sections of their own, by the file that holds them.
-RESULTS = (LAW, "compare.json", "regmix.json", "graph.json", "fidelity.json")
+RESULTS = (LAW, COMPARE, "regmix.json", "graph.json", "fidelity.json")
 
 
 @dataclass(frozen=True, kw_only=True)

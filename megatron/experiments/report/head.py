@@ -37,8 +37,10 @@ def tiles(study: StudyFiles, ends: Sequence[RunEnd]) -> list[tuple[str, str]]:
         done = {run.name for run in ends if run.ended}
         keys = {run["key"] for run in study.planned if run["run"] in done}
         result.append(("runs ended", f"{len(keys)} of {len(runs)}"))
-        result.append(("tokens", short(float(study.plan["tokens"]))))
-        result.append(("training FLOPs (causal attention)", f"{float(study.plan['flops']):.3g}"))
+        tokens = sum(int(run["tokens"]) for run in runs.values())
+        flops = math.fsum(float(run["flops"]) for run in runs.values())
+        result.append(("tokens", short(tokens)))
+        result.append(("training FLOPs (causal attention)", f"{flops:.3g}"))
     elif ends:
         result.append(("runs", f"{len(ends)}"))
     extra = sum(_at_ends(study, "extra_tokens").values())
@@ -51,9 +53,9 @@ def tiles(study: StudyFiles, ends: Sequence[RunEnd]) -> list[tuple[str, str]]:
     if seeds:
         more = f" and {len(seeds) - 8} more" if len(seeds) > 8 else ""
         result.append(("seeds", ", ".join(map(str, seeds[:8])) + more))
-    domains = study.plan.get("domain_tokens")
-    if domains:
-        result.append(("domains", f"{len(domains)}"))
+    domains = {tuple(run["weights"]) for run in runs.values()}
+    if len(domains) == 1:
+        result.append(("domains", f"{len(domains.pop())}"))
     return result
 
 

@@ -7,9 +7,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron.experiments.report.comparison import (
+    comparison_families,
+    comparison_sentences,
+    overview_section,
+    task_section,
+)
+from megatron.experiments.report.comparison_data import task_data
 from megatron.experiments.report.curves import MOST_DOMAINS, drawn, family_data
 from megatron.experiments.report.entries import Family, families, run_ends
-from megatron.experiments.report.files import LAW, REPORT, StudyFiles, load_study
+from megatron.experiments.report.files import COMPARE, LAW, REPORT, StudyFiles, load_study
 from megatron.experiments.report.head import beside_links, head, missing, missing_section
 from megatron.experiments.report.law import law_data, law_section
 from megatron.experiments.report.made import make_note
@@ -45,16 +52,18 @@ def write_report(
 def page(study: StudyFiles) -> str:
     """Return the whole page of a study."""
     ends = run_ends(study.rows)
-    found = families(ends)
+    contest = study.results.get(COMPARE)
+    found = comparison_families(contest, ends) if contest else families(ends)
     gone = missing(study, ends)
     course = rounds(study)
     law = study.results.get(LAW)
     sections = [
-        f'<header class="top">{head(study, ends)}{_verdict(found, course)}{beside_links(study)}'
-        "</header>",
+        f'<header class="top">{head(study, ends)}{_verdict(study, found, course)}'
+        f"{beside_links(study)}</header>",
         '<nav id="controls" aria-label="What the charts show" hidden></nav><main>',
         missing_section(study, gone),
         rounds_section(course) if course else "",
+        overview_section(contest) if contest else "",
         *(_family_section(study, family, index) for index, family in enumerate(found)),
         law_section(law) if law else "",
         _notes(study, found),
@@ -63,6 +72,7 @@ def page(study: StudyFiles) -> str:
     ]
     data: dict[str, Any] = {
         "families": [family_data(family, study.rows) for family in found],
+        "tasks": [task_data(contest, family.title) for family in found] if contest else [],
         "law": law_data(law) if law else None,
         "rounds": rounds_data(course) if course else None,
     }
@@ -75,7 +85,11 @@ def page(study: StudyFiles) -> str:
     )
 
 
-def _verdict(found: Sequence[Family], course: Sequence[Mapping[str, float]]) -> str:
+def _verdict(
+    study: StudyFiles, found: Sequence[Family], course: Sequence[Mapping[str, float]]
+) -> str:
+    if COMPARE in study.results:
+        return verdict(*comparison_sentences(study.results[COMPARE]))
     if course:
         return verdict(*round_sentences(course))
     said = [sentences(family) for family in found]
@@ -88,19 +102,24 @@ def _verdict(found: Sequence[Family], course: Sequence[Mapping[str, float]]) -> 
 
 def _family_section(study: StudyFiles, family: Family, index: int) -> str:
     title = f": {escape(family.title)}" if family.title else ""
-    return (
-        f'<section class="family" data-family="{index}"><h2>Best first{title}</h2>'
-        f"{entries_table(study, family)}"
+    contest = study.results.get(COMPARE)
+    before = (
+        task_section(study, contest, family, index)
+        if contest
+        else f"<h2>Best first{title}</h2>{entries_table(study, family)}"
         f'<h2>Loss by mixture{title} <span class="switch by"></span></h2>'
         '<p class="hint map-hint"></p><div class="grid wide map"></div>'
         '<p class="rest map-more"></p>'
-        f"<h2>Held-out loss by step{title} </h2>"
+    )
+    return (
+        f'<section class="family" data-family="{index}">{before}'
+        f"<h2>Held-out loss by step{title}</h2>"
         '<p class="hint">Nats per token; the mouse names a line.</p>'
         '<figure><figcaption>Mean over domains</figcaption><div class="chart curve-mean"></div>'
         '<div class="keys curve-keys"></div></figure><div class="grid curves"></div>'
         '<p class="rest curves-more"></p>'
-        '<div class="moving" hidden><h2>Weights by step</h2><p class="hint">Means between two '
-        'validations, over the seeds.</p><div class="rivers"></div></div></section>'
+        f'<div class="moving" hidden><h2>Weights by step{title}</h2><p class="hint">Means between '
+        'two validations, over the seeds.</p><div class="rivers"></div></div></section>'
     )
 
 

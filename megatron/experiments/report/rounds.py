@@ -51,7 +51,8 @@ def rounds_section(course: Sequence[Mapping[str, float]]) -> str:
 
 def round_sentences(course: Sequence[Mapping[str, float]]) -> tuple[list[str], list[str]]:
     """Say what was found, and whether it still moved: (main, rest)."""
-    last, number = course[-1], len(course) - 1
+    number = len(course) - 1
+    last = {name: course[-1].get(name, 0.0) for name in course[0]}
     mixture = ", ".join(f"{name} {weight:.4g}" for name, weight in list(last.items())[:8])
     more = ", …" if len(last) > 8 else ""
     if not number:

@@ -26,7 +26,7 @@ function rampLegend(host, values, name) {
   const list = values.filter(known);
   if (!list.length) return;
   const stops = [0, 0.25, 0.5, 0.75, 1].map(rampColor).join(",");
-  host.append(`${name}: ${loss(Math.min(...list))}`);
+  host.append(`${name ? name + ": " : ""}${loss(Math.min(...list))}`);
   element("span", { class: "ramp", style: `background:linear-gradient(90deg,${stops})` }, host);
   host.append(loss(Math.max(...list)));
 }

@@ -1,7 +1,7 @@
 // The page of a study: which charts, of which of its runs.
 
 const FEW = 24;
-const state = { axis: "steps", from: 0, log: false, who: "all", by: "mean", filter: "", all: false };
+const state = { axis: "steps", from: 0, log: false, who: "all", by: "mean", objective: "average", filter: "", all: false };
 const share = (value) => trim((100 * value).toFixed(1)) + "%";
 const matches = (name) => name.toLowerCase().includes(state.filter);
 
@@ -29,30 +29,31 @@ function entryRows(family, entry, color) {
 }
 
 // Loss against weights: a plane for two domains, a triangle for three, a plane each for more.
-function drawMap(section, family) {
+function drawMap(section, family, extra = []) {
   const grid = section.querySelector(".map"), hint = section.querySelector(".map-hint");
   grid.replaceChildren();
   hint.replaceChildren();
   const K = family.domains.length;
-  if (K === 2) drawPlane(grid, family);
-  else if (K === 3) drawTriangles(grid, hint, family);
-  else drawPlanes(section, grid, family);
+  if (K === 2) drawPlane(grid, family, extra);
+  else if (K === 3) drawTriangles(grid, hint, family, extra);
+  else drawPlanes(section, grid, family, extra);
 }
 
 const marksOfLaw = (family) => data.law && data.law.domains.join("\n") === family.domains.join("\n") ? data.law : null;
 
-function drawPlane(grid, family) {
+function drawPlane(grid, family, extra) {
   const colors = entryColors(family), law = marksOfLaw(family);
   const views = [["mean of domains", (e) => e.mean, law?.curve_mean], ...family.measured.map((name, k) => [name, (e) => e.losses[k], law?.curve?.[law.measured.indexOf(name)]])];
   const hosts = views.map(([name]) => frameIn(grid, name, `loss by weight of ${family.domains[0]}`));
   views.forEach(([name, of, predicted], k) => {
     const points = family.entries.map((e, i) => ({ name: e.name, x: e.weights[0], y: of(e), color: colors[i], rows: entryRows(family, e, colors[i]) }));
+    for (const e of extra) points.push({ ...e, x: e.weights[0], y: e.mean });
     const lines = predicted ? [{ x: law.line, y: predicted, color: "var(--faint)" }] : [];
     scatterChart(hosts[k], points, lines, { title: `Loss of ${name} by weight`, height: 230, xName: "", xFormat: share, yFormat: loss, xRange: [0, 1], small: true });
   });
 }
 
-function drawTriangles(grid, hint, family) {
+function drawTriangles(grid, hint, family, extra) {
   hint.append("Every point is a mixture: the nearer to a corner, the more of that domain. Colours go from the best to the worst of each triangle.");
   const law = marksOfLaw(family);
   if (law) hint.append(" The ring is the best mixture by the law.");
@@ -62,16 +63,17 @@ function drawTriangles(grid, hint, family) {
     const values = family.entries.map(of), color = ramp(values);
     const points = family.entries.map((e, i) => ({ name: e.name, w: e.weights, color: color(values[i]), size: 5, rows: entryRows(family, e, color(values[i])) })).reverse();
     if (law) points.push({ name: "best by the law", w: law.mixture, color: "var(--ink)", size: 8, hollow: true, rows: law.domains.map((n, i) => [null, n, percent(law.mixture[i] ?? 0)]) });
+    for (const e of extra) points.push({ ...e, w: e.weights });
     ternaryChart(frames[k], points, family.domains, { title: `Loss of ${name} by mixture` });
     const legend = element("span", {}, frames[k].parentNode.querySelector("figcaption"));
-    rampLegend(legend, values, "loss");
+    rampLegend(legend, values, "");
   });
 }
 
-function drawPlanes(section, grid, family) {
+function drawPlanes(section, grid, family, extra) {
   const colors = entryColors(family);
   const switcher = section.querySelector(".by");
-  if (!switcher.childElementCount) choice(switcher, [["mean", "mean loss"], ["own", "own loss"]], "by", () => drawMap(section, family));
+  if (switcher && !switcher.childElementCount) choice(switcher, [["mean", "mean loss"], ["own", "own loss"]], "by", () => drawMap(section, family));
   const list = family.domains.map((name, k) => [name, k]).filter(([name]) => matches(name));
   const taken = state.all ? list : list.slice(0, FEW);
   const hosts = taken.map(([name]) => frameIn(grid, name, "loss by weight"));
@@ -79,6 +81,7 @@ function drawPlanes(section, grid, family) {
   taken.forEach(([name, k], i) => {
     const m = family.measured.indexOf(name);
     const points = family.entries.map((e, j) => ({ name: e.name, x: e.weights[k], y: own ? e.losses[m] : e.mean, color: colors[j], rows: entryRows(family, e, colors[j]) }));
+    for (const e of extra) points.push({ ...e, x: e.weights[k], y: e.mean });
     scatterChart(hosts[i], points, [], { title: `Loss by weight of ${name}`, height: 190, xName: "", xFormat: share, yFormat: loss, small: true });
   });
   showMore(section.querySelector(".map-more"), list.length, taken.length);
@@ -97,7 +100,7 @@ function chosen(family) {
 }
 
 function drawCurves(section, family) {
-  const colors = entryColors(family), shown = new Set(chosen(family));
+  const colors = data.tasks.length ? family.entries.map((e) => methodColor(e.name)) : entryColors(family), shown = new Set(chosen(family));
   // The best are drawn last, over the others.
   const runs = family.curves.filter((run) => shown.has(run.entry)).sort((a, b) => b.entry - a.entry);
   const several = new Set(runs.map((run) => run.seed)).size > 1;
@@ -116,7 +119,7 @@ function drawCurves(section, family) {
 
 function curveKeys(host, family, colors) {
   host.replaceChildren();
-  if (family.entries.length <= FEW_ENTRIES) colorKeys(host, family.entries.map((entry, k) => [entry.name, colors[k]]));
+  if (data.tasks.length || family.entries.length <= FEW_ENTRIES) colorKeys(host, family.entries.map((entry, k) => [entry.name, colors[k]]));
   else rampLegend(element("span", {}, host), family.entries.map((entry) => entry.mean), "mean loss at the end");
 }
 
@@ -163,13 +166,46 @@ function drawRounds() {
   lineChart(byId("chart-rounds"), series, { title: "Weights by round", height: 260, xName: "round", xFormat: (v) => (Number.isInteger(v) ? String(v) : ""), xTip: plain, yFormat: percent, zero: true, single: domains.length > 12 });
 }
 
+// Colours of methods are the same in all tasks.
+const methodNames = [...new Set(data.tasks.flatMap((task) => task.methods.map((m) => m.name)))];
+const methodColor = (name) => { const k = methodNames.indexOf(name); return k < 8 ? `var(--run-${k})` : domainColor(k, dark()); };
+const KIND_COLORS = ["var(--faint)", "var(--run-6)", "var(--run-0)", "var(--run-3)", "var(--run-2)", "var(--run-1)", "var(--run-5)"];
+
+function drawTask(section, task) {
+  const compared = task.methods.filter((m) => m.differences[state.objective]);
+  const rows = compared.map((m) => {
+    const d = m.differences[state.objective], color = methodColor(m.name);
+    return {
+      name: m.name, value: d.mean, low: d.interval[0], high: d.interval[1], inner: d.bootstrap, color,
+      rows: [[color, "difference", signed(d.mean ?? NaN)], [null, "t interval", d.interval.map((v) => signed(v ?? NaN)).join(" to ")], [null, "bootstrap", d.bootstrap.map((v) => signed(v ?? NaN)).join(" to ")], [null, "p Holm", known(d.p_holm) ? precise(d.p_holm) : "–"], [null, "wins", String(d.wins)]],
+    };
+  });
+  forestChart(section.querySelector(".forest"), rows, { title: `Differences on ${task.name}`, format: signed, tickFormat: loss, zero: 0 });
+  const paid = task.methods.filter((m) => m.charges);
+  const bars = paid.map((m) => ({ name: m.name, parts: task.kinds.map((name, k) => ({ name, value: m.charges[k], color: KIND_COLORS[k] })) }));
+  stackChart(section.querySelector(".charges"), bars, { title: `Charges on ${task.name}`, format: share });
+  const used = task.kinds.map((name, k) => [name, KIND_COLORS[k], paid.some((m) => m.charges[k] > 0)]).filter(([, , any]) => any);
+  colorKeys(section.querySelector(".charge-keys"), used);
+  const names = Object.entries(task.objectives);
+  if (names.length > 1) choice(section.querySelector(".objective"), names, "objective", draw);
+  if (!task.sweep) return;
+  const family = { domains: task.domains, measured: [], entries: task.sweep.map((e) => ({ ...e, losses: [] })), curves: [] };
+  const rings = task.methods.filter((m) => known(m.means.average)).map((m) => ({
+    name: m.name, weights: task.domains.map((name) => m.weights[name] ?? 0), mean: m.means.average, color: methodColor(m.name), size: 6, hollow: true,
+    rows: [[methodColor(m.name), "average loss", m.means.average.toFixed(4)], ...task.domains.slice(0, 8).map((name) => [null, `weight ${name}`, percent(m.weights[name] ?? 0)])],
+  }));
+  drawMap(section, family, rings);
+}
+
 const sections = [...document.querySelectorAll("section.family")].map((section) => [section, data.families[section.dataset.family]]);
 
 function draw() {
   drawLaw();
   drawRounds();
   for (const [section, family] of sections) {
-    drawMap(section, family);
+    const task = data.tasks[section.dataset.family];
+    if (task) drawTask(section, task);
+    else drawMap(section, family);
     drawCurves(section, family);
     drawMoving(section, family);
   }
