@@ -62,8 +62,13 @@ def run_overrides(
         seed: of the run; None: the configuration's.
         more: the method's further settings.
     """
-    seeded = () if seed is None else (f"seed={seed}",)
-    return (*more, *mixing_overrides(config, block), f"train_iters={steps}", *seeded)
+    own = [f"train_iters={steps}"]
+    whole, decay = config.training.train_iters, config.schedule.lr_decay_iters
+    if decay is not None and steps != whole:  # given in steps, it would not follow by itself
+        own.append(f"lr_decay_iters={max(1, round(decay * steps / whole))}")
+    if seed is not None:
+        own.append(f"seed={seed}")
+    return (*more, *mixing_overrides(config, block), *own)
 
 
 def uncharged(block: Block) -> list[str]:

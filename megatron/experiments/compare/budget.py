@@ -9,7 +9,7 @@ from typing import Final
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.experiments.compare.cadence import Cadence, cadence
-from megatron.experiments.compare.study_file import Budget
+from megatron.experiments.compare.study_parts import Budget
 from megatron.experiments.flops import Charges
 from megatron.training.domains import OpenDomains
 
@@ -120,7 +120,6 @@ def pricing(config_for: Callable[[int], Config], domains: OpenDomains, gpus: int
 
 
 def plan_method(
-    where: str,
     search: Sequence[LegSpec],
     final: Priced,
     *,
@@ -134,7 +133,6 @@ def plan_method(
     Runs before the one that counts are all of one length.
 
     Args:
-        where: task and method, for errors.
         search: those runs.
         final: prices the run that counts.
         steps: of the baseline's run.
@@ -148,7 +146,7 @@ def plan_method(
     equal = rule.setting == "equal"
     allowance = budget * (share if equal else rule.extra)
     longest = steps if rule.setting == "unrestricted" else None
-    legs = _search_legs(where, search, allowance, steps, longest)
+    legs = _search_legs(search, allowance, steps, longest)
     spent = sum(leg.count * leg.charges.total for leg in legs)
     length = steps
     if equal:
@@ -157,7 +155,7 @@ def plan_method(
         )
     if length < 1:
         raise ConfigError(
-            f"{where}: a budget of {budget:.3g} FLOPs, of which {spent:.3g} go to runs before "
+            f"a budget of {budget:.3g} FLOPs, of which {spent:.3g} go to runs before "
             f"the one that counts, does not pay for one step of it; raise train_iters"
         )
     bill = final(length).charges(length)
@@ -169,7 +167,7 @@ def plan_method(
 
 
 def _search_legs(
-    where: str, search: Sequence[LegSpec], allowance: float, steps: int, longest: int | None
+    search: Sequence[LegSpec], allowance: float, steps: int, longest: int | None
 ) -> list[Leg]:
     if not search:
         return []
@@ -187,7 +185,7 @@ def _search_legs(
     length = _affordable(pays_for, start=max(1, steps), longest=longest)
     if length < 1:
         raise ConfigError(
-            f"{where}: {allowance:.3g} FLOPs do not pay for one step of each of the {count} runs "
+            f"{allowance:.3g} FLOPs do not pay for one step of each of the {count} runs "
             f"before the one that counts; raise share or train_iters, or lower points"
         )
     return [

@@ -10,11 +10,13 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from megatron.errors import RunError
+import numpy as np
+
+from megatron.errors import ConfigError, RunError
 from megatron.experiments.bounds import FloatArray, make_bounds
 from megatron.experiments.compare.blocks import Block, static, with_weights
 from megatron.experiments.compare.budget import REFERENCE
-from megatron.experiments.compare.study_file import Method, Sweep
+from megatron.experiments.compare.study_parts import Method, Sweep
 from megatron.experiments.designs import dirichlet, grid, well_spread
 from megatron.experiments.found_mixture import read_mixture
 from megatron.experiments.optimum import best_mixture
@@ -76,8 +78,22 @@ class Contestant:
     _searcher: Method = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Settle whose runs come before the one that counts."""
-        object.__setattr__(self, "_searcher", self.prior or self.method)
+        """Settle whose runs come before the one that counts, and that a fit can be made of them.
+
+        Raises:
+            ConfigError: a sweep has too few points for its fit.
+        """
+        who = self.prior or self.method
+        object.__setattr__(self, "_searcher", who)
+        if who.sweep is None:
+            return
+        points = len(sweep_points(who.sweep, self.domains, seed=0))
+        least = len(self.domains) + {"best": 1 - len(self.domains), "law": 2}.get(who.fit, 1)
+        if points < least:
+            raise ConfigError(
+                f"a sweep of {points} points is too little for fit: {who.fit} and "
+                f"{len(self.domains)} domains; raise points to {least} at least"
+            )
 
     @property
     def searcher(self) -> Method:
@@ -181,7 +197,9 @@ def fitted(ends: RunsArray, fit: str, sweep: Sweep, *, seed: int) -> dict[str, f
     """
     bounds = make_bounds(ends.domains, floor=sweep.floor, ceiling=sweep.ceiling)
     if fit == "best":
-        mixture: FloatArray = ends.mixtures[int(ends.losses.mean(axis=1).argmin())]
+        means = ends.losses.mean(axis=1)
+        finite = np.where(np.isfinite(means), means, np.inf)
+        mixture: FloatArray = ends.mixtures[int(finite.argmin())]
     elif fit == "law":
         law = fit_static_law(ends.mixtures, ends.losses).law
         mixture = best_mixture(law, bounds, seed=seed).mixture

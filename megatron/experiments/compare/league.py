@@ -20,7 +20,7 @@ from megatron.experiments.compare.budget import (
     pricing,
 )
 from megatron.experiments.compare.contestants import Contestant, Wanted
-from megatron.experiments.compare.study_file import ORACLE, Method, StudyFile, Task
+from megatron.experiments.compare.study_parts import ORACLE, Method, StudyFile, Task
 from megatron.experiments.study import (
     PLAN,
     PlannedRun,
@@ -169,11 +169,23 @@ class _Teller:
         self.budget = priced.charges(self._steps).total
 
     def entry(self, method: Method) -> Entry:
+        """Return a method's entry.
+
+        Raises:
+            ConfigError: the method does not fit the task.
+        """
+        try:
+            return self._entry(method)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{self._file.path}: task '{self._task.name}', method '{method.name}': {error}"
+            ) from None
+
+    def _entry(self, method: Method) -> Entry:
         prior = None if method.prior is None else self._file.method(method.prior)
         contestant = Contestant(method=method, prior=prior, domains=self._domains.names)
         more = _more(contestant, final=False)
         plan = plan_method(
-            f"task '{self._task.name}', method '{method.name}'",
             [
                 LegSpec(role=leg.role, count=leg.count, priced=self._priced(leg.block, more))
                 for leg in contestant.search

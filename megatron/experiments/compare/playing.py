@@ -12,7 +12,7 @@ import numpy as np
 from megatron.errors import NeomixError
 from megatron.experiments.compare.contestants import Chain, sweep_points
 from megatron.experiments.compare.league import Entry, League, StageStudy, plan_stage
-from megatron.experiments.compare.study_file import ORACLE, Task
+from megatron.experiments.compare.study_parts import ORACLE, Task
 from megatron.experiments.execute import Outcome
 from megatron.experiments.study import PlannedRun, Variant
 from megatron.experiments.table import run_rows

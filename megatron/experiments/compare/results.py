@@ -18,10 +18,17 @@ from megatron.checkpoint.files import disk_errors, replace_file
 from megatron.errors import ConfigError, RunError
 from megatron.experiments.bounds import FloatArray
 from megatron.experiments.compare.league import Entry, League, method_facts
+from megatron.experiments.compare.made import made_with
 from megatron.experiments.compare.measured import End, mean_charges, run_end
 from megatron.experiments.compare.playing import OraclePoint, Played
-from megatron.experiments.compare.study_file import ORACLE, Task
-from megatron.experiments.statistics import compare_paired, regret, seeds_needed, t_interval
+from megatron.experiments.compare.study_parts import ORACLE, Task
+from megatron.experiments.statistics import (
+    PairedDifference,
+    compare_paired,
+    regret,
+    seeds_needed,
+    t_interval,
+)
 from megatron.experiments.table import Row
 
 NAME: Final = "compare.json"
@@ -48,6 +55,7 @@ def compare_facts(league: League, played: Played, rows: Sequence[Row]) -> Facts:
     tasks = {task.name: _TaskFacts(league, played, by_key, task).facts() for task in file.tasks}
     return {
         "format": FORMAT,
+        "made": made_with(),
         "study": file.name,
         "baseline": file.baseline,
         "measure": file.measure,
@@ -125,19 +133,31 @@ class _TaskFacts:
         )
 
     def _compared(self, objective: str) -> Mapping[str, Facts]:
-        """Return the paired comparison of every method; nothing below two seeds."""
-        others = [name for name in self._names if name != self._file.baseline]
-        if len(self._seeds) < 2 or not others:
-            return {}
-        found = compare_paired(
-            {name: self._values(name, objective) for name in others},
-            self._values(self._file.baseline, objective),
-            confidence=self._file.confidence,
-        )
-        return {
-            name: {**vars(one), "seeds_needed": _needed(one.mean, one.sd)}
-            for name, one in found.items()
-        }
+        """Return the paired comparison of every method; below two seeds without any test.
+
+        The oracle is no contestant: it is compared alone, and Holm's correction knows nothing
+        of it.
+        """
+        base = self._values(self._file.baseline, objective)
+        others = [name for name in self._all if name != self._file.baseline]
+        if len(self._seeds) < 2:
+            return {
+                name: _untested(self._values(name, objective) - base)
+                for name in others
+                if self._seeds
+            }
+        found: dict[str, Facts] = {}
+        for family in ([name for name in others if name != ORACLE], [ORACLE] * (ORACLE in others)):
+            tested = compare_paired(
+                {name: self._values(name, objective) for name in family},
+                base,
+                confidence=self._file.confidence,
+            )
+            for name, one in tested.items():
+                found[name] = {**vars(one), "seeds_needed": _needed(one.mean, one.sd)}
+        if ORACLE in found:
+            found[ORACLE] |= dict.fromkeys(("p_holm", "interval_holm", "bootstrap_holm"))
+        return found
 
     def _method(self, name: str, compared: Mapping[str, Mapping[str, Facts]]) -> Facts:
         ends = [self._ends[name][seed] for seed in self._seeds]
@@ -172,7 +192,7 @@ class _TaskFacts:
             "legs": planned["legs"],
             "train_iters": entry.plan.final.steps,
             "uncharged": planned["uncharged"],
-            "over_budget": most > entry.plan.budget + step,
+            "over_budget": self._file.budget.setting == "equal" and most > entry.plan.budget + step,
         }
 
     def _end(self, end: End) -> Facts:
@@ -276,6 +296,18 @@ def _best(sweep: Sequence[OraclePoint]) -> OraclePoint:
         (point for point in sweep if len(point.by_seed) == most),
         key=lambda point: (math.isnan(point.mean), point.mean),
     )
+
+
+def _untested(values: FloatArray) -> Facts:
+    """Return a difference of one seed, of which nothing can be said but its size."""
+    known: Facts = dict.fromkeys(one.name for one in dataclasses.fields(PairedDifference))
+    return known | {
+        "count": len(values),
+        "mean": float(values.mean()),
+        "wins": int((values < 0).sum()),
+        "losses": int((values > 0).sum()),
+        "seeds_needed": None,
+    }
 
 
 def _needed(effect: float, sd: float) -> int | None:

@@ -1,16 +1,25 @@
-"""What is compared: the file of ``tools/mix.py compare``."""
+"""The file of ``tools/mix.py compare``, read strictly."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from megatron.errors import ConfigError, did_you_mean
+from megatron.errors import did_you_mean
 from megatron.experiments.compare.fields import Block, read_block
+from megatron.experiments.compare.study_parts import (
+    ORACLE,
+    SHARE,
+    Budget,
+    Method,
+    Oracle,
+    StudyFile,
+    Sweep,
+    Task,
+)
 from megatron.experiments.study import Base
 from megatron.registry import mixing_methods
 
@@ -20,165 +29,10 @@ DESIGNS: Final = ("grid", "dirichlet", "spread")
 SETTINGS: Final = ("equal", "restricted", "unrestricted")
 KINDS: Final = ("room", "control")
 MEASURES: Final = ("test", "valid")
-ORACLE: Final = "oracle"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_SHARE: Final = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What a method may spend.
-
-    Attributes:
-        setting: ``equal``: the run that counts and everything before and beside it cost what
-            the baseline's run costs.  ``restricted`` and ``unrestricted``, after the Aioli
-            paper (arXiv 2411.05735): the run that counts has the baseline's steps, and what
-            was learnt before it comes on top, within ``extra``.
-        extra: most training before the run that counts, in baseline runs; not for ``equal``.
-    """
-
-    setting: str = "equal"
-    extra: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Mixtures to try.
-
-    Attributes:
-        design: how they are chosen.
-        points: how many; for a grid, parts that an edge has.
-        floor: least weight of a domain.
-        ceiling: greatest weight of a domain.
-    """
-
-    design: str
-    points: int
-    floor: float = 0.0
-    ceiling: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Oracle:
-    """The sweep whose best mixture says what a fixed mixture could have reached.
-
-    Attributes:
-        sweep: the mixtures.
-        seeds: that choose; they differ from the test seeds.
-    """
-
-    sweep: Sweep
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A set of domains, a model and a length of training.
-
-    Attributes:
-        name: of the task.
-        base: its configuration.
-        kind: whether there is room above the baseline, as far as is known, or none.
-        seeds: paired test seeds.
-        entropies: known floors of domains' losses, nats per token.
-    """
-
-    name: str
-    base: Base
-    kind: str
-    seeds: tuple[int, ...]
-    entropies: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A contestant.
-
-    Attributes:
-        name: of the contestant.
-        mixing: the configuration's ``mixing:`` block of the method.
-        overrides: further settings of its runs, as ``key=value``.
-        stages: what is done before the run that counts.
-        share: of the budget that goes into that; see :class:`Budget`.
-        sweep: mixtures of ``stages: sweep``.
-        fit: what makes a mixture of that sweep's losses.
-        proxy_overrides: further settings of the runs before the one that counts.
-        prior: another method, whose mixture the run that counts starts from.
-    """
-
-    name: str
-    mixing: Mapping[str, Any]
-    overrides: tuple[str, ...] = ()
-    stages: str = "none"
-    share: float = _SHARE
-    sweep: Sweep | None = None
-    fit: str = "best"
-    proxy_overrides: tuple[str, ...] = ()
-    prior: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyFile:
-    """All that a study compares.
-
-    Attributes:
-        name: of the study.
-        path: of the file.
-        tasks: in their order.
-        methods: in their order, the baseline among them.
-        baseline: name of the method that all others are compared with.
-        budget: see :class:`Budget`.
-        oracle: see :class:`Oracle`; None: no regret.
-        measure: which held-out part is compared.
-        confidence: of the intervals.
-    """
-
-    name: str
-    path: Path
-    tasks: tuple[Task, ...]
-    methods: tuple[Method, ...]
-    baseline: str
-    budget: Budget
-    oracle: Oracle | None
-    measure: str
-    confidence: float
-
-    def method(self, name: str) -> Method:
-        """Return a method by its name."""
-        return next(method for method in self.methods if method.name == name)
-
-    def only(
-        self,
-        *,
-        tasks: Iterable[str] | None,
-        methods: Iterable[str] | None,
-        seeds: Iterable[int] | None,
-    ) -> StudyFile:
-        """Return the part that a command line asks for; the baseline always stays.
-
-        Raises:
-            ConfigError: an unknown name, or seeds that a task does not have.
-        """
-        kept_tasks = _chosen("--tasks", self.tasks, tasks)
-        kept = _chosen("--methods", self.methods, methods)
-        needed = {self.baseline, *(method.prior for method in kept)}
-        names = {method.name for method in kept} | {self.baseline}
-        if missing := needed - names - {None}:
-            raise ConfigError(
-                f"--methods leaves out {sorted(map(str, missing))[0]}, which another "
-                "method takes its mixture from; add it"
-            )
-        if seeds is not None:
-            wanted = tuple(seeds)
-            for task in kept_tasks:
-                if strange := [seed for seed in wanted if seed not in task.seeds]:
-                    raise ConfigError(
-                        f"--seeds {strange[0]}: task '{task.name}' has {_list(task.seeds)}"
-                    )
-            kept_tasks = tuple(replace(task, seeds=wanted) for task in kept_tasks)
-        chosen = tuple(method for method in self.methods if method.name in names)
-        return replace(self, tasks=kept_tasks, methods=chosen)
+_OURS: Final = ("train_iters", "seed", "mixing")
+"""Settings that the comparison itself makes for every run of a method."""
 
 
 def read_study_file(path: Path, overrides: Iterable[str] = ()) -> StudyFile:
@@ -212,7 +66,7 @@ def read_study_file(path: Path, overrides: Iterable[str] = ()) -> StudyFile:
         raise whole.wrong("baseline", f"is '{baseline}', which is none of the methods{hint}")
     if next(m for m in methods if m.name == baseline).stages != "none":
         raise whole.wrong("baseline", f"'{baseline}' has stages; the baseline is one plain run")
-    common = settings(whole, "set")
+    common = settings(whole, "set", refused=("seed",))
     tasks = tuple(_task(whole, name, common, tuple(overrides)) for name in _names(whole, "tasks"))
     oracle = _oracle(whole)
     for task in tasks:
@@ -235,9 +89,12 @@ def read_study_file(path: Path, overrides: Iterable[str] = ()) -> StudyFile:
     )
 
 
-def settings(block: Block, key: str) -> tuple[str, ...]:
+def settings(block: Block, key: str, *, refused: Iterable[str] = ()) -> tuple[str, ...]:
     """Return a block of settings as ``key=value`` texts."""
     given = block.block(key)
+    for name in given.content:
+        if name.split(".")[0].replace("-", "_") in refused:
+            raise given.wrong(name, "the comparison sets it for every run: leave it out")
     return tuple(f"{name}={json.dumps(value)}" for name, value in given.content.items())
 
 
@@ -264,7 +121,7 @@ def _task(whole: Block, name: str, common: tuple[str, ...], last: tuple[str, ...
         base=Base(
             files=block.texts("configs"),
             conf_dir=str(folder),
-            overrides=(*common, *settings(block, "set"), *last),
+            overrides=(*common, *settings(block, "set", refused=("seed",)), *last),
         ),
         kind=block.choice("kind", KINDS, "room"),
         seeds=seeds,
@@ -317,12 +174,12 @@ def _method(whole: Block, name: str) -> Method:
     return Method(
         name=name,
         mixing=mixing,
-        overrides=settings(block, "set"),
+        overrides=settings(block, "set", refused=_OURS),
         stages=stages,
-        share=block.number("share", _SHARE, lambda share: 0 < share < 1, "between 0 and 1"),
+        share=block.number("share", SHARE, lambda share: 0 < share < 1, "between 0 and 1"),
         sweep=_sweep(block, points, "dirichlet") if stages == "sweep" else None,
         fit=block.choice("fit", FITS, "best"),
-        proxy_overrides=settings(block, "proxy_set"),
+        proxy_overrides=settings(block, "proxy_set", refused=_OURS),
         prior=block.text("prior") if block.has("prior") else None,
     )
 
@@ -361,18 +218,3 @@ def _budget(whole: Block) -> Budget:
         return Budget()
     default = 0.5 if setting == "restricted" else 10.0
     return Budget(setting=setting, extra=block.number("extra", default, lambda e: e > 0, "above 0"))
-
-
-def _chosen(flag: str, known: tuple[Any, ...], wanted: Iterable[str] | None) -> tuple[Any, ...]:
-    if wanted is None:
-        return known
-    names = [one.name for one in known]
-    for name in (wanted := list(wanted)):
-        if name not in names:
-            hint = did_you_mean(name, names)
-            raise ConfigError(f"{flag}: there is no '{name}' in the study file{hint}")
-    return tuple(one for one in known if one.name in wanted)
-
-
-def _list(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.experiments.compare.results import Facts
-from megatron.experiments.compare.study_file import ORACLE
+from megatron.experiments.compare.study_parts import ORACLE
 
 _RULES = {
     "equal": "Every method has the FLOPs of the baseline's run, and pays from them for its "
@@ -71,19 +71,12 @@ def _overview(facts: Facts) -> list[str]:
 def _short(facts: Facts, method: Facts | None) -> str:
     if method is None:
         return ""
-    found = (method["difference"] or {}).get("average")
-    if found is not None:
-        text = f"{found['mean']:+.4f}"
-        return f"**{text}**" if found["p_holm"] < 1 - facts["confidence"] else text
-    regret = method["regret"]
-    gain = None if not method["difference_by_domain"] else _gain(method)
-    return "" if gain is None or regret is None else f"{gain:+.4f}"
-
-
-def _gain(method: Facts) -> float:
-    """Return the difference in average loss where there is no test of it (the oracle's)."""
-    means = [one["mean"] for one in method["difference_by_domain"].values()]
-    return float(sum(means) / len(means))
+    found = method["difference"].get("average")
+    if found is None:
+        return "–"
+    p = found["p_holm"]
+    text = f"{found['mean']:+.4f}"
+    return f"**{text}**" if p is not None and p < 1 - facts["confidence"] else text
 
 
 def _task(facts: Facts, task: Facts) -> list[str]:
@@ -121,7 +114,7 @@ def _differences(facts: Facts, task: Facts, objective: str) -> list[str]:
         if method["mean"] is None:
             rows.append([name, *["–"] * (len(head) - 1)])
             continue
-        found = (method["difference"] or {}).get(objective)
+        found = method["difference"].get(objective)
         regret = (method["regret"] or {}).get(objective)
         rows.append(
             [
@@ -141,8 +134,8 @@ def _tested(found: Facts | None, seeds: int) -> list[str]:
         f"{found['mean']:+.4f}",
         _interval(found["interval"]),
         _interval(found["bootstrap"]),
-        f"{found['p']:.3g}",
-        f"{found['p_holm']:.3g}",
+        _p(found["p"]),
+        _p(found["p_holm"]),
         f"{found['wins']} of {seeds}",
         "–" if found["seeds_needed"] is None else str(found["seeds_needed"]),
     ]
@@ -156,8 +149,12 @@ def _regretted(regret: Facts | None) -> list[str]:
     return [f"{regret['mean']:+.4f}", f"{recovered:.0%}" if known else "–"]
 
 
-def _interval(ends: Sequence[float]) -> str:
-    return f"{ends[0]:+.4f} to {ends[1]:+.4f}"
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}"
 
 
 def _losses(task: Facts) -> list[str]:
