@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.list:
         print("quickstart        seven domains made on this machine, without a network")
+        print("mixbench          families of domains to compare methods on, made likewise")
         for corpus in CORPORA.values():
             print(f"{corpus.name:<17} {corpus.about}")
         return 0
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source=options.source,
         limits=Limits(documents=options.max_documents, bytes=options.max_bytes),
         workers=options.workers,
+        families=tuple(options.families or ()),
     )
     prepare(request, say=lambda line: print(line, flush=True))
     return 0
@@ -56,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-documents", type=_count, help="of each domain; hub corpora only")
     parser.add_argument("--max-bytes", type=_size, help="of each domain's text: 500M, 2G")
     parser.add_argument("--workers", type=_count, default=1, help="processes that tokenise")
+    parser.add_argument(
+        "--families", nargs="+", metavar="NAME", help="mixbench only: which (default: all)"
+    )
     parser.add_argument("--list", action="store_true", help="list the corpora and stop")
     return parser
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.data.corpora import hub, quickstart
+from megatron.data.corpora import hub, mixbench, quickstart
 from megatron.data.corpora.documents import cut_documents
 from megatron.data.corpora.download import fetch, unpack
 from megatron.data.corpora.public import Corpus, Files, Hub, find
@@ -39,7 +39,7 @@ class Request:
     """What the user asked for.
 
     Attributes:
-        name: the corpus, or "quickstart".
+        name: the corpus, or "quickstart", or "mixbench".
         data_dir: folder under which every corpus has its own.
         tokenizer: the value of ``tokenizer_type``.
         vocab_file: its vocabulary; ``None``: GPT-2's is fetched.
@@ -47,6 +47,7 @@ class Request:
         source: another place to take the corpus from.
         limits: how much of each domain is wanted.
         workers: processes that tokenise.
+        families: of MixBench, which ones; empty: all.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Request:
     source: str | None = None
     limits: hub.Limits = field(default_factory=hub.Limits)
     workers: int = 1
+    families: tuple[str, ...] = ()
 
 
 def prepare(request: Request, *, say: Say = print) -> None:
@@ -69,6 +71,11 @@ def prepare(request: Request, *, say: Say = print) -> None:
     if request.name == "quickstart":
         with _alone(request.data_dir / "quickstart"):
             quickstart.prepare(request.data_dir / "quickstart", say=say)
+        return
+    if request.name == mixbench.NAME:
+        root = request.data_dir / mixbench.NAME
+        with _alone(root):
+            mixbench.prepare(root, request.families or tuple(mixbench.FAMILIES), say=say)
         return
     if request.name == "pass":  # NeoX's name for "fetch the tokenizer only"
         _tokenizer(request, say)
