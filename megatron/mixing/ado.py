@@ -142,7 +142,7 @@ class Ado(Mixer):
     ) -> None:
         super().__init__(domains=domains, weights=weights, options=options, context=context)
         count = len(self.domains)
-        self._check_targets()
+        self._objective.check_trained(self.method)
         self._unique = self._read_unique(options)
         self._ado = options
         self._mu = normalise(weights)
@@ -155,17 +155,6 @@ class Ado(Mixer):
         self._laws: list[PowerLaw] = [NOT_FOUND] * count
         self._next_fit = options.first_fit
         self._losses, self._data = self._histories()
-
-    def _check_targets(self) -> None:
-        """Refuse an objective over losses that no training batch tells."""
-        counted = self._objective.fixed
-        others = [] if counted is None else counted[len(self.domains) :].tolist()
-        names = [n for n, w in zip(self._context.targets, others, strict=False) if w > 0]
-        if names:
-            raise ConfigError(
-                f"mixing method 'ado': the objective counts {', '.join(names)}, never trained on, "
-                f"and the method reads training losses alone; use aioli, or skillit with a graph"
-            )
 
     def _read_unique(self, options: AdoOptions) -> FloatArray | None:
         """Return the samples of each domain where repetition is discounted, [K]."""

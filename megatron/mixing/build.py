@@ -11,6 +11,7 @@ import numpy.typing as npt
 from megatron.errors import ConfigError
 from megatron.mixing.ado import Ado, AdoOptions
 from megatron.mixing.aioli import Aioli, AioliOptions
+from megatron.mixing.auto import Auto, AutoOptions
 from megatron.mixing.average_of_ledger import AverageOfLedger
 from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.controller import Controller
@@ -59,6 +60,7 @@ for _mixer, _options in (
     (Exp3, Exp3Options),
     (Ema, EmaOptions),
     (Ado, AdoOptions),
+    (Auto, AutoOptions),
     (NaiveValidation, NaiveValidationOptions),
     (ValidationGap, ValidationGapOptions),
     (Doremi, DoremiOptions),

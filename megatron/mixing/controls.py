@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from megatron.errors import ConfigError
 from megatron.mixing.controller import Controller
-from megatron.mixing.decision import RunContext
+from megatron.mixing.decision import CountLosses, RunContext
 from megatron.mixing.earlier_run import validation_losses
 from megatron.mixing.grouping import Grouping, Levels, make_grouping, make_levels
 from megatron.mixing.groups import Groups
@@ -238,9 +238,25 @@ def _grouped(build: Build, site: _Site, levels: Levels, inside: FloatArray) -> C
         domains=grouping.groups,
         weights=_summed(grouping, site.weights),
         options=site.options,
-        context=replace(site.context, samples_per_epoch=sizes),
+        context=replace(
+            site.context,
+            samples_per_epoch=sizes,
+            count_losses=grouped_counts(grouping, site.context.count_losses),
+        ),
     )
     return Groups(inner, levels, inside)
+
+
+def grouped_counts(grouping: Grouping, count: CountLosses | None) -> CountLosses | None:
+    """Return what counts the text of groups: that of their domains, by the shares inside."""
+    if count is None:
+        return None
+
+    def count_groups(tokens: FloatArray) -> FloatArray:
+        losses = count(tokens[grouping.slots] * grouping.shares)
+        return np.asarray(grouping.total(losses * grouping.shares))
+
+    return count_groups
 
 
 def _summed(grouping: Grouping, weights: FloatArray) -> FloatArray:

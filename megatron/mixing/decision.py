@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from megatron.mixing.observation import FloatArray, Signal
+
+CountLosses: TypeAlias = Callable[[FloatArray], FloatArray]
+"""Takes tokens of each domain, [K], and returns nats per token, [K]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +59,8 @@ class RunContext:
         samples_per_epoch: training samples (windows) of each domain, in their order.
         vocab_size: number of token ids.
         targets: names of domains that are measured and never trained on.
+        count_losses: takes how many tokens of each domain to count, [K], and returns the loss
+            in nats per token that a table of these counts reaches on the domain, [K].
     """
 
     total_steps: int | None = None
@@ -64,3 +70,4 @@ class RunContext:
     samples_per_epoch: tuple[float, ...] | None = None
     vocab_size: int | None = None
     targets: tuple[str, ...] = ()
+    count_losses: CountLosses | None = None

@@ -131,6 +131,20 @@ class Objective:
         """How much each loss counts if all are measured, [N], sum 1; None for ``worst``."""
         return None if self.kind == "worst" else normalise(self._given)
 
+    def check_trained(self, method: str) -> None:
+        """Refuse an objective over losses that no training batch tells.
+
+        Raises:
+            ConfigError: it counts domains that are never trained on.
+        """
+        names = [name for name in self._targets if self._given[self.names.index(name)] > 0]
+        if names:
+            raise ConfigError(
+                f"mixing method '{method}': the objective counts {', '.join(names)}, never "
+                f"trained on, and the method reads training losses alone; use aioli, or skillit "
+                f"with a graph"
+            )
+
     def weights(self, losses: FloatArray) -> FloatArray:
         """Return how much each loss counts, [N]: sum 1 over the measured ones.
 

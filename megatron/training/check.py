@@ -31,6 +31,7 @@ from megatron.training.compatible import (
     layout_facts,
     model_facts,
 )
+from megatron.training.counting import counter
 from megatron.training.domains import OpenDomains, open_run_domains, start_weights
 from megatron.training.edits import find_edits
 from megatron.training.layout import layer_bounds, run_layout
@@ -149,6 +150,7 @@ def build_controller(
             samples_per_epoch=tuple(float(domain.num_windows(0)) for domain in domains.train),
             vocab_size=config.model.vocab_size,
             targets=domains.targets,
+            count_losses=counter(domains, config.model),
         ),
         **config.mixing.options,
     )

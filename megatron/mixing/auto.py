@@ -1,0 +1,219 @@
+"""The project's own rule: sample where loss still falls, and where it still can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from megatron.errors import ConfigError
+from megatron.mixing.base import Mixer, RunContext
+from megatron.mixing.migrate import Follow, newcomer
+from megatron.mixing.observation import BoolArray, FloatArray
+from megatron.mixing.options import CommonOptions, by_domain, require
+from megatron.mixing.simplex import normalise
+from megatron.mixing.trend import Trend
+from megatron.mixing.window import Window
+
+PASSED: Final = 0.02
+"""Nats below its count loss at which a domain is taken to have more to it than counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoOptions(CommonOptions):
+    """Options of ``auto``.
+
+    Raises:
+        ConfigError: a number out of its range.
+    """
+
+    count_losses: dict[str, float] | list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "the loss that a table of counts reaches on each domain: a mapping that names "
+            "every domain, or a list in their order; null = counted on the run's own training "
+            "data before the first update",
+            "unit": "nats per token",
+        },
+    )
+    count_tokens: int = field(
+        default=1_000_000,
+        metadata={
+            "help": "most tokens of a domain that are counted; never more than the run would "
+            "train on by the given weights",
+            "unit": "tokens",
+        },
+    )
+    keep: float = field(
+        default=0.15,
+        metadata={"help": "share of the given weights in the distribution"},
+    )
+    least_exponent: float = field(
+        default=0.1,
+        metadata={"help": "a domain is expected to fall at least as this power of its data"},
+    )
+    greatest_exponent: float = field(
+        default=0.5,
+        metadata={"help": "and at most as this power"},
+    )
+    memory: float = field(
+        default=3.0,
+        metadata={
+            "help": "how fast old losses fade from the slope: by this many per cent when a domain "
+            "gets one per cent of new data"
+        },
+    )
+    first_update: int = field(
+        default=10,
+        metadata={"help": "the first step after which the weights may change", "unit": "steps"},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        require("count_tokens", self.count_tokens, self.count_tokens >= 1, "at least 1")
+        require("keep", self.keep, 0 <= self.keep <= 1, "between 0 and 1")
+        least, greatest = self.least_exponent, self.greatest_exponent
+        require("least_exponent", least, 0 <= least <= greatest, "from 0 to greatest_exponent")
+        require("greatest_exponent", greatest, 0 < greatest < np.inf, "above 0")
+        require("memory", self.memory, 1 <= self.memory < np.inf, "at least 1")
+        require("first_update", self.first_update, self.first_update >= 1, "at least 1")
+
+
+class Auto(Mixer):
+    """Sampling by what a domain's loss gains per e-fold of its data, within what is possible.
+
+    With s_k the slope of domain k's training loss in the logarithm of its own tokens
+    (:class:`~megatron.mixing.trend.Trend`), L_k its level, c_k its count loss and mu the given
+    weights,
+
+        e_k = max(L_k - c_k, 0),
+        g_k = min(max(s_k, a e_k), b e_k)          (a: least_exponent, b: greatest_exponent),
+        p = (1 - keep) normalise(mu g) + keep mu.
+
+    Where a loss falls as e n^-alpha towards c, its slope is alpha e: so s_k tells alpha, and a
+    and b say what can be believed of it.  Noise has e = 0 as soon as its frequencies are learnt;
+    a plateau has e > 0 and is not taken for an end.  A domain that is more than 0.02 nats below
+    its count loss has more to it than counts can tell: such domains share alike, each with the
+    mean of their slopes.  Once all are there, p = mu: nothing is known against the given
+    weights.  Under an objective o, mu g is multiplied by o_k.
+
+    The count loss is what a table of the tokens seen after the last few predicts of unseen
+    text; it is counted once, on the domains' own training data, and costs no pass of the model.
+
+    Source: this project (``docs/mixbench.md`` has its measurements); the law is ADO's
+    (arXiv 2410.11820), with the asymptote known before and not fitted.
+    """
+
+    method = "auto"
+    has_objective = True
+    follows: ClassVar[Mapping[str, Follow]] = {
+        "trend": newcomer(0.0),
+        "count_losses": newcomer(None),
+    }
+
+    def __init__(
+        self,
+        *,
+        domains: Sequence[str],
+        weights: FloatArray,
+        options: AutoOptions,
+        context: RunContext,
+    ) -> None:
+        super().__init__(domains=domains, weights=weights, options=options, context=context)
+        self._auto = options
+        self._objective.check_trained(self.method)
+        self._told: FloatArray | None = None
+        if options.count_losses is not None:
+            where = "mixing method 'auto': count_losses"
+            self._told = by_domain(where, options.count_losses, self.domains, missing=None)
+            for name, loss in zip(self.domains, self._told, strict=True):
+                require(f"{where}: '{name}'", loss, loss >= 0, "at least 0")
+        elif context.count_losses is None:
+            raise ConfigError(
+                "mixing method 'auto': the training data are not at hand to be counted; give "
+                "count_losses (what megatron/data/count_model.py says of each domain), or a "
+                "RunContext with count_losses"
+            )
+        self._counted = self._told
+        self._trend = Trend.empty(len(self.domains))
+
+    def _update(self, step: int, window: Window) -> FloatArray | None:
+        self._trend = self._trend.add(window.mean_loss, window.token_count, self._auto.memory)
+        needed = self._given > 0
+        if step < self._auto.first_update or not self._trend.known[needed].all():
+            return None
+        gain = self._gain()
+        wanted = self._given * gain * self._factors()
+        if not np.isfinite(wanted).all() or not wanted.any():
+            return None
+        keep = self._auto.keep
+        return (1.0 - keep) * normalise(wanted) + keep * self._given
+
+    def _gain(self) -> FloatArray:
+        """Return g, [K]."""
+        slope, excess = self._trend.slope, self._excess()
+        ends = np.maximum(excess, 0.0)
+        low, high = self._auto.least_exponent * ends, self._auto.greatest_exponent * ends
+        gain = np.clip(slope, low, high)
+        passed = self._passed(excess)
+        share = self._given * passed
+        if share.any():
+            gain = np.where(passed, float(share @ np.maximum(slope, 0.0)) / share.sum(), gain)
+            if not gain.any():  # nobody learns, or the slopes are all noise
+                gain = passed.astype(np.float64)
+        return gain
+
+    def _excess(self) -> FloatArray:
+        """Return how far each domain is above its count loss, [K]; below 0 if it is below."""
+        if self._counted is None:
+            self._counted = self._count()
+        return np.where(self._trend.known, self._trend.level - self._counted, 0.0)
+
+    def _passed(self, excess: FloatArray) -> BoolArray:
+        return np.asarray(excess < -PASSED)
+
+    def _count(self) -> FloatArray:
+        """Return the count losses of the run's data, [K]."""
+        assert self._context.count_losses is not None
+        most = np.full(len(self.domains), float(self._auto.count_tokens))
+        steps, tokens = self._context.total_steps, self._context.tokens_per_step
+        if steps is not None and tokens is not None:
+            most = np.minimum(most, steps * tokens * self._given)
+        return self._context.count_losses(most)
+
+    def _factors(self) -> FloatArray:
+        """Return what the objective makes of each domain, [K]."""
+        unseen = np.full(len(self._context.targets), np.nan)
+        return self._objective.factors(np.append(self._trend.level, unseen))[: len(self.domains)]
+
+    def _estimates(self) -> dict[str, Any]:
+        shown = {
+            "level": self._by_name(self._trend.level),
+            "slope": self._by_name(self._trend.slope),
+        }
+        if self._counted is None:
+            return shown
+        counted = {"count_loss": self._by_name(self._counted)}
+        return shown | counted | {"gain": self._by_name(self._gain())}
+
+    def _save(self) -> dict[str, Any]:
+        counted = np.full(len(self.domains), np.nan) if self._counted is None else self._counted
+        return {
+            "trend": self._trend.state_dict(self._by_name),
+            "count_losses": self._by_name(counted),
+        }
+
+    def _restore(self, rule: Mapping[str, Any]) -> None:
+        self._check_rule(rule, ("trend", "count_losses"))
+        counted = self._vector(rule["count_losses"], "count_losses")
+        try:
+            trend = Trend.from_state(rule["trend"], lambda one: self._vector(one, "trend"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._damaged("trend", rule["trend"]) from error
+        self._trend = trend
+        # What a configuration says now is newer than what was counted then.
+        if self._told is None:
+            self._counted = None if np.isnan(counted).any() else counted
