@@ -114,14 +114,7 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         # What remains of attention's kernels, flash and plain, adds in a fixed order then.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
 
-    # torch renames its collectives now and then; DeepSpeed's calls of the old names would
-    # fill the console.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    import_muon_uncompiled()
+    deepspeed = load_deepspeed()
     backend = "nccl" if use_cuda else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend,
@@ -142,6 +135,22 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         host_group=host_group,
     )
+
+
+def load_deepspeed() -> Any:
+    """Import DeepSpeed for the device that DS_ACCELERATOR names; return the module.
+
+    It does not initialise anything: a process that has called it may still be forked.
+    """
+    # torch renames its collectives now and then; DeepSpeed's calls of the old names would
+    # fill the console.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_muon_uncompiled()
+    return deepspeed
 
 
 def open_board(runtime: Runtime) -> NoticeBoard | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,8 +18,9 @@ from megatron.experiments.finished import (
     recorded_step,
     write_finish,
 )
-from megatron.experiments.starting import OUTPUT, Starter, last_words
+from megatron.experiments.starting import OUTPUT, RunProcess, Starter, last_words
 from megatron.experiments.study import PlannedRun, distinct
+from megatron.experiments.warm import WarmParent
 from megatron.launch.lock import RunLock
 from megatron.launch.outcome import SAVED_CODES
 from megatron.launch.process import session_members
@@ -84,7 +84,7 @@ class _Job:
     not_before: float = 0.0
     told: bool = False
     lock: RunLock | None = None
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    process: RunProcess | None = field(default=None, repr=False)
 
 
 def execute(
@@ -140,6 +140,8 @@ class _Runner:
         self._stopping: int | None = None
         self._deadline: float | None = None
         self._pace: list[float] = []
+        self._warm: WarmParent | None = None
+        self._told_cold = False
 
     # -- the life of a study ------------------------------------------------------------
 
@@ -147,6 +149,7 @@ class _Runner:
         with caught_signals(self._arrived):
             try:
                 self._take_finished()
+                self._warm = self._starter.preload(job.run for job in self._pending)
                 while self._active or (self._pending and self._stopping is None):
                     self._obey()
                     self._collect()
@@ -177,6 +180,8 @@ class _Runner:
 
     def _fill(self) -> None:
         """Start as many runs as there are free slots, passing over those that others do."""
+        if not self._prepared():
+            return
         now = time.monotonic()
         for _ in range(len(self._pending)):
             if len(self._active) >= self._starter.jobs:
@@ -184,6 +189,15 @@ class _Runner:
             job = self._pending.popleft()
             if job.not_before > now or not self._begin(job):
                 self._pending.append(job)
+
+    def _prepared(self) -> bool:
+        """Tell whether what forks the runs has done its imports, or has failed to."""
+        if self._warm is None or not self._warm.settled():
+            return self._warm is None
+        if self._warm.trouble is not None and not self._told_cold:
+            self._say(f"every run does its own imports from here on: {self._warm.trouble}")
+            self._told_cold = True
+        return True
 
     def _begin(self, job: _Job) -> bool:
         """Start a run, or find it done; return False if another process holds it."""
@@ -211,7 +225,7 @@ class _Runner:
         job.attempts += 1
         job.began = time.monotonic()
         try:
-            job.process = self._starter.start(job.run, job.slot)
+            job.process = self._starter.start(job.run, job.slot, self._warm)
         except BaseException:
             lock.release()
             raise
@@ -312,6 +326,8 @@ class _Runner:
                 job.process.wait()
             if job.lock is not None:
                 job.lock.release()
+        if self._warm is not None:
+            self._warm.close()
 
     def _name(self, job: _Job) -> str:
         return f"[{job.number}/{self._total}] {job.run.name}"
