@@ -188,7 +188,7 @@ def test_what_the_studies_do_not_allow_is_refused(place):
         fit([short, wide], "--at-size", "5e4")
     with pytest.raises(ConfigError, match="at 200, 400 steps alone"):
         fit([short, long], "--at-steps", "9000")
-    other = sweep(place("other"), 800, mixtures=MIXTURES[:3])
+    other = sweep(place("other"), 800, mixtures=grid(free_bounds(2), parts=5))
     with pytest.raises(ConfigError, match="no number of steps in common"):
         fit([short, long, other], "--at-steps", "9000")
     large = sweep(place("large"), 200, size=5e4)
