@@ -13,7 +13,8 @@ from megatron.experiments.compare.study_parts import Budget
 from megatron.experiments.flops import Charges
 from megatron.training.domains import OpenDomains
 
-_ROUNDS: Final = 12
+_ROOM: Final = 1 + 1e-12
+"""A budget of n steps is n steps, whatever the division is rounded to."""
 
 Priced = Callable[[int], Cadence]
 """Returns the cadence of a run that is to have so many steps."""
@@ -150,9 +151,9 @@ def plan_method(
     spent = sum(leg.count * leg.charges.total for leg in legs)
     length = steps
     if equal:
-        length = _affordable(
-            lambda n: final(n).affordable(budget - spent), start=steps, longest=None
-        )
+        # Without anything but training it could be so long.
+        most = int((budget - spent) * _ROOM / final(steps).step_flops)
+        length = _affordable(lambda n: final(n).affordable(budget - spent), most)
     if length < 1:
         raise ConfigError(
             f"a budget of {budget:.3g} FLOPs, of which {spent:.3g} go to runs before "
@@ -178,11 +179,13 @@ def _search_legs(
         while low < high:
             middle = (low + high + 1) // 2
             cost = sum(count * plan.charges(middle).total for count, plan in plans)
-            low, high = (middle, high) if cost <= allowance * (1 + 1e-12) else (low, middle - 1)
+            low, high = (middle, high) if cost <= allowance * _ROOM else (low, middle - 1)
         return low
 
     count = sum(spec.count for spec in search)
-    length = _affordable(pays_for, start=max(1, steps), longest=longest)
+    a_step = sum(spec.count * spec.priced(steps).step_flops for spec in search)
+    most = int(allowance * _ROOM / a_step)
+    length = _affordable(pays_for, most if longest is None else min(most, longest))
     if length < 1:
         raise ConfigError(
             f"{allowance:.3g} FLOPs do not pay for one step of each of the {count} runs "
@@ -199,20 +202,14 @@ def _search_legs(
     ]
 
 
-def _affordable(pays_for: Callable[[int], int], *, start: int, longest: int | None) -> int:
+def _affordable(pays_for: Callable[[int], int], most: int) -> int:
     """Return the length that pays for itself: a run of n steps may have another timetable.
 
     Args:
         pays_for: the most steps, up to n, that are paid for if a run is to have n.
-        start: the first guess.
-        longest: the greatest length; None: what is paid for.
+        most: the greatest length.
     """
-    n = start if longest is None else min(start, longest)
-    while longest is None and pays_for(n) == n and pays_for(2 * n) > n:
-        n *= 2
-    for _ in range(_ROUNDS):
-        less = pays_for(n)
-        if less == n or less < 1:
-            return less
+    n = most
+    while n >= 1 and (less := pays_for(n)) != n:
         n = less
     return n

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from megatron.config import Config, resolve_batch
-from megatron.experiments.flops import Charges, Spent, charge, spent_by_ledger
+from megatron.experiments.flops import Charges, Spent, charge, spent_by_ledger, training_flops
 from megatron.experiments.study import ranks_of
 from megatron.mixing.base import Observation, Signal
 from megatron.mixing.controller import Controller
@@ -50,6 +50,11 @@ class Cadence:
     def steps(self) -> int:
         """N."""
         return len(self.reviewed) - 1
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of training for one step."""
+        return training_flops(self.config.model, self.tokens)
 
     def spent(self, steps: int) -> Spent:
         """Return what the first steps spend."""

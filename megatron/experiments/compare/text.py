@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.experiments.compare.results import Facts
 from megatron.experiments.compare.study_parts import ORACLE
+from megatron.experiments.compare.task_facts import Facts
 
 _RULES = {
     "equal": "Every method has the FLOPs of the baseline's run, and pays from them for its "
