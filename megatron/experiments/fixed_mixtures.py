@@ -150,13 +150,18 @@ class Ended:
         finished: came to their end, in the study's order.
         rows: the table of these.
         broken: the points of which a run failed.
-        failed: each failed run with the reason.
+        why: why runs failed, by name.
     """
 
     finished: tuple[PlannedRun, ...]
     rows: list[Row]
     broken: frozenset[int]
-    failed: tuple[str, ...]
+    why: Mapping[str, str]
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """A line for every failed run."""
+        return tuple(f"{name}: {why}" for name, why in self.why.items())
 
     def tell(self) -> None:
         """Print which runs failed, and what to do about it."""
@@ -180,5 +185,5 @@ def how_it_ended(study: Study, outcome: Outcome) -> Ended:
         finished=finished,
         rows=study_rows(study.name, finished),
         broken=frozenset(int(run.tags["point"]) for run in lost),
-        failed=tuple(f"{run.name}: {why[run.key]}" for run in lost),
+        why={run.name: why[run.key] for run in lost},
     )

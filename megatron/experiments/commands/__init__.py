@@ -19,7 +19,16 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: Final[tuple[str, ...]] = ("sweep", "fit-law", "doremi", "compare", "fidelity", "report")
+COMMANDS: Final[tuple[str, ...]] = (
+    "sweep",
+    "fit-law",
+    "regmix",
+    "skillit-graph",
+    "doremi",
+    "compare",
+    "fidelity",
+    "report",
+)
 """Names of the subcommands; the module has the name with ``_`` for ``-``."""
 
 
