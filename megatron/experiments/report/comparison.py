@@ -236,7 +236,14 @@ def _regret(regret: Facts | None) -> str:
     if regret is None:
         return "<td></td><td></td>"
     mean, recovered = value(regret["mean"]), value(regret["recovered"])
-    return cell(mean, signed(mean)) + cell(recovered, f"{recovered:.0%}")
+    return cell(mean, signed(mean)) + cell(recovered, _percent(recovered))
+
+
+def _percent(part: float) -> str:
+    """Return a share in whole percent; no minus before a zero."""
+    return (
+        f"{part + 0.0:.0%}".replace("-0%", "0%").replace("-", "−") if math.isfinite(part) else "–"
+    )
 
 
 def _loss_table(study: StudyFiles, task: Facts, family: Family) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron.experiments.table import Row
+from megatron.experiments.children import CHILD
+from megatron.experiments.table import Row, tag
 
 _SEED = re.compile(r"[-_/ ]*\bseed[-_ ]?\d+")
 
@@ -106,10 +107,13 @@ class Family:
 
 
 def run_ends(rows: Sequence[Row]) -> list[RunEnd]:
-    """Return the ends of all runs of a table, in its order."""
+    """Return the ends of all runs of a table, in its order; children of other runs are left out.
+
+    A child ends where its parent's next steps do: its losses are of no budget of its own.
+    """
     by_run: dict[str, list[Row]] = {}
     for row in rows:
-        if row["split"] == "valid":
+        if row["split"] == "valid" and tag(row, "role") != CHILD:
             by_run.setdefault(row["run"], []).append(row)
     return [_run_end(mine) for mine in by_run.values()]
 

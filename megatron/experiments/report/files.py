@@ -23,8 +23,11 @@ TABLE = "table.csv"
 LAW = "law.json"
 LAW_FOLDER = "law"
 COMPARE = "compare.json"
+REGMIX = "regmix.json"
+GRAPH = "graph.json"
+FIDELITY = "fidelity.json"
 # Results that are sections of their own, by the file that holds them.
-RESULTS = (LAW, COMPARE, "regmix.json", "graph.json", "fidelity.json")
+RESULTS = (LAW, COMPARE, REGMIX, GRAPH, FIDELITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,11 @@ class StudyFiles:
     def name(self) -> str:
         """The study's name."""
         known = self.plan.get("study") or next((row["study"] for row in self.rows), "")
-        return str(known or ("fit-law" if LAW in self.results else self.out.resolve().name))
+        return str(known or self._named_by_results() or self.out.resolve().name)
+
+    def _named_by_results(self) -> str:
+        names = {LAW: "fit-law", REGMIX: "regmix"}
+        return next((name for file, name in names.items() if file in self.results), "")
 
     def link(self, run: str) -> str | None:
         """Return where a run's own report, or else its folder, lies; None if it does not."""

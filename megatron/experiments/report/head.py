@@ -34,7 +34,7 @@ def tiles(study: StudyFiles, ends: Sequence[RunEnd]) -> list[tuple[str, str]]:
     result = []
     runs = {run["key"]: run for run in study.planned}
     if runs:
-        done = {run.name for run in ends if run.ended}
+        done = _ended(study)
         keys = {run["key"] for run in study.planned if run["run"] in done}
         result.append(("runs ended", f"{len(keys)} of {len(runs)}"))
         tokens = sum(int(run["tokens"]) for run in runs.values())
@@ -59,14 +59,19 @@ def tiles(study: StudyFiles, ends: Sequence[RunEnd]) -> list[tuple[str, str]]:
     return result
 
 
+def _ended(study: StudyFiles) -> set[str]:
+    """Return the names of the runs with a held-out loss at their end."""
+    return {row["run"] for row in study.rows if row["last"]}
+
+
 def _at_ends(study: StudyFiles, column: str) -> dict[str, float]:
     """Return a column at the ends of runs, each folder once."""
     return {row["key"]: float(row[column]) for row in study.rows if row["last"]}
 
 
-def missing(study: StudyFiles, ends: Sequence[RunEnd]) -> dict[str, str]:
+def missing(study: StudyFiles) -> dict[str, str]:
     """Return the runs that have no result, with the reason; in the plan's order."""
-    done = {run.name for run in ends if run.ended}
+    done = _ended(study)
     found = {name: why for name, why in study.made.failed.items() if name not in done}
     for run in study.planned:
         if run["run"] not in done and run["run"] not in found:

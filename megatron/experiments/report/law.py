@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron.experiments.bounds import FloatArray
+from megatron.experiments.carried import carried_text
 from megatron.experiments.report.curves import MOST_DOMAINS
 from megatron.experiments.static_law import StaticLaw
 from megatron.monitor.report.payload import number, numbers
@@ -36,8 +37,14 @@ def law_section(facts: Mapping[str, Any]) -> str:
         "<figure><figcaption>Best mixture <span>weight with its interval; │ even</span>"
         '</figcaption><div class="chart" id="chart-optimum"></div></figure></div>'
         f"<h3>Measured against predicted</h3>{_fit_table(facts)}"
-        '<div class="grid" id="law-grid"></div></section>'
+        f'<div class="grid" id="law-grid"></div>{_carried(facts)}</section>'
     )
+
+
+def _carried(facts: Mapping[str, Any]) -> str:
+    """Return how the losses were carried to other steps or sizes; nothing if they were not."""
+    told = [line for line in carried_text(facts.get("carried")) if line]
+    return "".join(f'<p class="hint">{escape(line)}</p>' for line in told)
 
 
 def _mixture_table(facts: Mapping[str, Any], sure: str) -> str:
@@ -99,7 +106,8 @@ def law_data(facts: Mapping[str, Any]) -> dict[str, Any]:
     actual = _rows([run["losses"] for run in fitted], len(facts["measured"]))
     mixtures = _rows([run["mixture"] for run in fitted], len(facts["domains"]))
     predicted = law.predict(mixtures)
-    two = len(facts["domains"]) == 2
+    # A law of other steps or sizes does not go through the runs' own losses.
+    two = len(facts["domains"]) == 2 and not facts.get("carried")
     line = np.linspace(0.0, 1.0, _LINE)
     curve = law.predict(np.stack([line, 1.0 - line], axis=1)) if two else None
     return {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron.experiments.report import nearness, regression
 from megatron.experiments.report.comparison import (
     comparison_families,
     comparison_sentences,
@@ -16,15 +17,52 @@ from megatron.experiments.report.comparison import (
 from megatron.experiments.report.comparison_data import task_data
 from megatron.experiments.report.curves import MOST_DOMAINS, drawn, family_data
 from megatron.experiments.report.entries import Family, families, run_ends
-from megatron.experiments.report.files import COMPARE, LAW, REPORT, StudyFiles, load_study
+from megatron.experiments.report.figures import Figure
+from megatron.experiments.report.files import (
+    COMPARE,
+    FIDELITY,
+    GRAPH,
+    LAW,
+    REGMIX,
+    REPORT,
+    StudyFiles,
+    load_study,
+)
+from megatron.experiments.report.graph import graph_section, graph_sentences
 from megatron.experiments.report.head import beside_links, head, missing, missing_section
 from megatron.experiments.report.law import law_data, law_section
 from megatron.experiments.report.made import make_note
+from megatron.experiments.report.nearness import (
+    fidelity_figures,
+    fidelity_section,
+    fidelity_sentences,
+)
+from megatron.experiments.report.regression import (
+    regression_figures,
+    regression_section,
+    regression_sentences,
+)
 from megatron.experiments.report.rounds import round_sentences, rounds, rounds_data, rounds_section
 from megatron.experiments.report.tables import entries_table, sentences
 from megatron.monitor.report.shell import asset, script_json, shell, verdict, write_page
 
 OWN = "megatron.experiments.report"
+# Results whose sections need nothing but their own file; those that a reader wants first are
+# above the runs.
+SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    REGMIX: regression_section,
+    GRAPH: graph_section,
+    FIDELITY: fidelity_section,
+}
+SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], tuple[list[str], list[str]]]] = {
+    REGMIX: regression_sentences,
+    GRAPH: graph_sentences,
+    FIDELITY: fidelity_sentences,
+}
+FIGURES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], list[Figure]]]] = {
+    REGMIX: (regression.NAME, regression_figures),
+    FIDELITY: (nearness.NAME, fidelity_figures),
+}
 SCRIPTS = ("color.js", "scatter.js", "bars.js", "study.js")
 
 
@@ -54,7 +92,7 @@ def page(study: StudyFiles) -> str:
     ends = run_ends(study.rows)
     contest = study.results.get(COMPARE)
     found = comparison_families(contest, ends) if contest else families(ends)
-    gone = missing(study, ends)
+    gone = missing(study)
     course = rounds(study)
     law = study.results.get(LAW)
     sections = [
@@ -64,6 +102,7 @@ def page(study: StudyFiles) -> str:
         missing_section(study, gone),
         rounds_section(course) if course else "",
         overview_section(contest) if contest else "",
+        *(make(study.results[name]) for name, make in SECTIONS.items() if name in study.results),
         *(_family_section(study, family, index) for index, family in enumerate(found)),
         law_section(law) if law else "",
         _notes(study, found),
@@ -74,6 +113,11 @@ def page(study: StudyFiles) -> str:
         "families": [family_data(family, study.rows) for family in found],
         "tasks": [task_data(contest, family.title) for family in found] if contest else [],
         "law": law_data(law) if law else None,
+        "figures": {
+            host: figures(study.results[name])
+            for name, (host, figures) in FIGURES.items()
+            if name in study.results
+        },
         "rounds": rounds_data(course) if course else None,
     }
     return shell(
@@ -92,6 +136,9 @@ def _verdict(
         return verdict(*comparison_sentences(study.results[COMPARE]))
     if course:
         return verdict(*round_sentences(course))
+    for name, said_of in SENTENCES.items():
+        if name in study.results:
+            return verdict(*said_of(study.results[name]))
     said = [sentences(family) for family in found]
     if not said:
         return ""

@@ -157,6 +157,22 @@ function drawLaw() {
   });
 }
 
+// Figures that the page's data describes one by one.
+const DRAWN = {
+  scatter: (host, f) => scatterChart(host, f.points.filter((p) => known(p.x) && known(p.y)).map((p) => ({ ...p, color: "var(--focus)", rows: [[null, f.axes[0], p.x.toFixed(4)], [null, f.axes[1], p.y.toFixed(4)]] })), [], { title: f.title, height: 230, xName: "", xFormat: precise, yFormat: loss, diagonal: true, small: true }),
+  intervals: (host, f) => forestChart(host, f.rows, { title: f.title, format: percent, zero: f.zero }),
+  lines: (host, f) => lineChart(host, f.series.map((s, k) => ({ ...s, color: f.series.length <= FEW_ENTRIES ? `var(--run-${k})` : domainColor(k, dark()), points: true })), { title: f.title, height: 230, xName: "step", xFormat: count, xTip: plain, yFormat: loss, single: true }),
+};
+
+function drawFigures() {
+  for (const grid of document.querySelectorAll(".figures")) {
+    grid.replaceChildren();
+    const list = data.figures[grid.dataset.figures] ?? [];
+    const hosts = list.map((f) => frameIn(grid, f.title, f.note));
+    list.forEach((f, i) => DRAWN[f.kind](hosts[i], f));
+  }
+}
+
 function drawRounds() {
   if (!data.rounds) return;
   const { domains, weights } = data.rounds;
@@ -202,6 +218,7 @@ const sections = [...document.querySelectorAll("section.family")].map((section) 
 function draw() {
   drawLaw();
   drawRounds();
+  drawFigures();
   for (const [section, family] of sections) {
     const task = data.tasks[section.dataset.family];
     if (task) drawTask(section, task);
