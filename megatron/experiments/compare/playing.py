@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,8 @@ class OraclePoint:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
-        return float(np.mean(list(self.by_seed.values())))
+        """Over seeds; NaN if every run failed."""
+        return float(np.mean(list(self.by_seed.values()))) if self.by_seed else math.nan
 
 
 @dataclass(kw_only=True)
@@ -233,4 +234,4 @@ class _Player:
 def average_loss(run: PlannedRun, split: str) -> float:
     """Return the plain mean over domains of a run's held-out losses at its end; NaN: none."""
     losses = [row["loss"] for row in run_rows("", run) if row["last"] and row["split"] == split]
-    return float(np.mean(losses)) if losses else float("nan")
+    return float(np.mean(losses)) if losses else math.nan

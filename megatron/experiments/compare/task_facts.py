@@ -69,7 +69,7 @@ class TaskFacts:
             "steps": config.training.train_iters,
             "budget": league.budgets[task.name],
             "seeds": self._seeds,
-            "left_out": {str(seed): why for seed, why in self._left_out.items()},
+            "left_out": {str(seed): why for seed, why in sorted(self._left_out.items())},
             "objectives": objectives,
             "methods": {name: self._method(name, compared) for name in self._all},
             "oracle": self._oracle(),
@@ -242,7 +242,7 @@ class TaskFacts:
 
     def _oracle(self) -> Facts | None:
         sweep = self._played.sweeps.get(self._task.name)
-        if not sweep:
+        if ORACLE not in self._all or not sweep:
             return None
         return {
             "seeds": list(self._file.oracle.seeds) if self._file.oracle else [],
