@@ -8,8 +8,8 @@ trains for fewer steps, so that every method spends the FLOPs of the baseline's 
 gives all methods the same initial weights and the same samples of every domain in the same order.
 docs/experiments.md describes the file, the charges and the results.
 
-In --out: compare.json with everything that was found, summary.md, table.csv and table.parquet with
-the held-out losses of all runs, plan.json.
+In --out: compare.json with everything that was found, summary.md, report.html, table.csv and
+table.parquet with the held-out losses of all runs, plan.json.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from megatron.experiments.compare.text import compare_text
 from megatron.experiments.conduct import add_run_arguments, conduct, gpus_of, runs_dir
 from megatron.experiments.execute import Outcome
 from megatron.experiments.finished import read_finish
+from megatron.experiments.report import write_report
+from megatron.experiments.report.made import command_line
 from megatron.experiments.table import study_rows, write_table
 
 
@@ -67,7 +69,10 @@ def run(options: argparse.Namespace) -> int:
         print(total_line(league))
     if played.halted:
         return played.exit_code
-    return write_results(league, played, options.out)
+    code = write_results(league, played, options.out)
+    failed = dict(line.split(": ", 1) for line in played.failed)
+    print(write_report(options.out, command=command_line(options), failed=failed))
+    return code
 
 
 def write_results(league: League, played: Played, out: Path) -> int:

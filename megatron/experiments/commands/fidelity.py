@@ -7,7 +7,7 @@ children start, one mostly on each domain and some others; the linear dynamic la
 losses is the true A* of that point (Aioli, arXiv 2411.05735, section 4).  Its fidelity is half
 the cosine and half the rank correlation of its column sums and those of the method's own A.
 
-In --out: fidelity.json (every A), summary.md, and the table of all runs.
+In --out: fidelity.json (every A), summary.md, report.html, and the table of all runs.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from megatron.experiments.conduct import (
 )
 from megatron.experiments.execute import Outcome
 from megatron.experiments.fidelity import PointFidelity, facts, point_fidelity, text
+from megatron.experiments.report import write_report
+from megatron.experiments.report.made import command_line
 from megatron.experiments.study import Base, PlannedRun, Study, Variant, plan_study
 from megatron.experiments.table import study_rows, write_table
 from megatron.registry import mixing_methods
@@ -234,7 +236,9 @@ def _write(points: Sequence[_Point], outcome: Outcome, options: argparse.Namespa
             replace_file(path, content.encode())
     tables = write_table(rows, out)
     print(summary, end="")
-    written = [out / "fidelity.json", out / "summary.md", *tables]
+    why = {failure.run.name: failure.why for failure in outcome.failed}
+    report = write_report(out, command=command_line(options), failed=why)
+    written = [out / "fidelity.json", out / "summary.md", *tables, report]
     print("written: " + " ".join(map(str, written)))
     for line in missing:
         print(f"failed: {line}")

@@ -98,7 +98,7 @@ def _curve(
     most: int,
     moves: bool,
 ) -> dict[str, Any]:
-    steps = _thin(sorted(course), most)
+    steps = thin(sorted(course), most)
     at = [next(iter(course[step].values())) for step in steps]
 
     def losses(step: int) -> list[float]:
@@ -150,7 +150,7 @@ def _moves(course: dict[int, dict[str, Row]]) -> bool:
     )
 
 
-def _thin(steps: list[int], most: int) -> list[int]:
+def thin(steps: list[int], most: int) -> list[int]:
     """Return at most so many of the steps, the first and the last among them."""
     if len(steps) <= most:
         return steps

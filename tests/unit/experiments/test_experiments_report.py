@@ -25,6 +25,7 @@ from megatron.experiments.report.curves import (
     drawn,
     family_data,
     points_each,
+    thin,
 )
 from megatron.experiments.report.entries import families, run_ends
 from megatron.experiments.report.files import beside, load_study
@@ -206,24 +207,36 @@ def test_a_folder_without_a_study_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-def test_the_page_stays_small(tmp_path):
-    names = [f"domain-{index}" for index in range(61)]
-    runs = sweep_runs(names, 210)
-    rows = write_study(tmp_path, runs)
+def test_many_runs_are_thinned_out(tmp_path):
+    rows = write_study(tmp_path, sweep_runs(("a", "b"), MOST_RUNS + 50))
     (family,) = families(run_ends(rows))
     shown = drawn(family.entries)
     assert len(shown) <= MOST_RUNS
     assert shown[:50] == list(family.entries[:50])
     assert shown[-1] == family.entries[-1]
+    page, data = opened(write_report(tmp_path))
+    assert len(data["families"][0]["curves"]) == len(shown)
+    assert f"{len(shown)} of {MOST_RUNS + 50} mixtures" in "".join(page.text)
+
+
+def test_many_domains_are_thinned_out(tmp_path):
+    names = [f"domain-{index}" for index in range(61)]
+    rows = write_study(tmp_path, sweep_runs(names, 8))
+    (family,) = families(run_ends(rows))
     data = family_data(family, rows)
     assert len(data["domains"]) == 60
     numbers = sum(len(curve["steps"]) * (len(curve["loss"]) + 3) for curve in data["curves"])
     assert numbers < 1.5 * MOST_NUMBERS
+    page, _ = opened(write_report(tmp_path))
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+    assert "table.csv has all" in "".join(page.text)
+
+
+def test_long_curves_are_thinned_out():
     assert points_each(1) == 200
     assert points_each(10**6) == 6
-    page, _ = opened(write_report(tmp_path))
-    assert (tmp_path / "report.html").stat().st_size < 3_000_000
-    assert "table.csv has all" in "".join(page.text)
+    assert thin(list(range(1000)), 5) == [0, 250, 500, 749, 999]
+    assert thin([1, 2, 3], 5) == [1, 2, 3]
 
 
 def test_weights_that_move_are_drawn_between_validations(tmp_path):
