@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from support import runs, studies
+from support import kills, runs, studies
 
 from megatron.config import load_config
 from megatron.experiments.table import read_table
@@ -44,40 +39,10 @@ def test_a_killed_sweep_goes_on_without_repeating_a_finished_run(folder):
     assert "3 runs, 46.1k tokens" in shown.stdout
     assert not (folder / "runs").exists()
 
-    with (folder / "killed.out").open("wb") as output:
-        killed = subprocess.Popen(
-            [sys.executable, str(runs.ROOT / "tools" / "mix.py"), *words(folder)],
-            env=runs.environment(),
-            stdout=output,
-            stderr=output,
-        )
-        deadline = time.monotonic() + 240
-        while not _in_the_second(folder) and time.monotonic() < deadline:
-            assert killed.poll() is None, (folder / "killed.out").read_text()
-            time.sleep(0.02)
-        family = list(runs.family(killed.pid))
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-    assert _in_the_second(folder)
-    while runs.alive(family):
-        time.sleep(0.02)
-    done = _finished(folder)
-    assert len(done) == 1
-    before = {name: _stamp(folder / "runs" / name) for name in done}
-
-    again = runs.tool("mix.py", *words(folder))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "1 of 3 runs are finished already" in again.stdout
-    assert again.stdout.count(" started in ") == 2
-    assert {name: _stamp(folder / "runs" / name) for name in done} == before
+    shown = kills.go_on(folder, *words(folder))
+    assert "1 of 3 runs are finished already" in shown
     assert set(steps(folder).values()) == {120}
-    told = [path.read_text() for path in (folder / "runs").glob("*/runner/output.log")]
-    assert sum("/checkpoints/global_step" in text for text in told) == 1  # went on, not anew
     _check_results(folder)
-
-    third = runs.tool("mix.py", *words(folder))
-    assert third.returncode == 0, third.stderr
-    assert " started in " not in third.stdout
 
 
 def _check_results(folder: Path) -> None:
@@ -97,21 +62,3 @@ def _check_results(folder: Path) -> None:
     assert {name: domain.weight for name, domain in taken.domains.items()} == pytest.approx(weights)
     assert f"| {best.split('-')[1]} |" in (folder / "out" / "summary.md").read_text()
     assert (folder / "out" / "table.parquet").stat().st_size > 0
-
-
-def _finished(folder: Path) -> list[str]:
-    return [path.parents[1].name for path in (folder / "runs").glob("*/runner/finished.json")]
-
-
-def _in_the_second(folder: Path) -> bool:
-    """Whether one run is finished and the next has a checkpoint."""
-    running = [
-        path
-        for path in (folder / "runs").glob("*")
-        if path.name not in _finished(folder) and (path / "checkpoints" / "latest").exists()
-    ]
-    return len(_finished(folder)) == 1 and len(running) == 1
-
-
-def _stamp(run: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
