@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from megatron.errors import ConfigError, RunError
+from megatron.errors import ConfigError
 from megatron.experiments.bounds import FloatArray, make_bounds
 from megatron.experiments.compare.blocks import Block, static, with_weights
 from megatron.experiments.compare.budget import REFERENCE
@@ -22,9 +22,10 @@ from megatron.experiments.found_mixture import read_mixture
 from megatron.experiments.optimum import best_mixture
 from megatron.experiments.regression import Regressor, best_simulated, fit_regression
 from megatron.experiments.runs_array import RunsArray, runs_array
+from megatron.experiments.skill_graph import Negative, skill_graph
 from megatron.experiments.static_law import fit_static_law
 from megatron.experiments.study import PlannedRun
-from megatron.experiments.table import Row, study_rows
+from megatron.experiments.table import study_rows
 
 FINAL: Final = "final"
 PROXY: Final = "proxy"
@@ -154,7 +155,10 @@ class Contestant:
                 Wanted(role=ONE_HOT, number=number, block=static(_alone(self.domains, name)))
                 for number, name in enumerate(self.domains)
             ]
-            return skill_graph(study_rows("", runs), self.domains, [run.name for run in runs])
+            by_domain = {
+                (seed, name): run.name for name, run in zip(self.domains, runs, strict=True)
+            }
+            return skill_graph(study_rows("", runs), by_domain, Negative.KEEP).named()
         if who.sweep is not None:
             points = sweep_points(who.sweep, self.domains, seed=seed)
             runs = yield [
@@ -208,35 +212,6 @@ def fitted(ends: RunsArray, fit: str, sweep: Sweep, *, seed: int) -> dict[str, f
         regression = fit_regression(ends.mixtures, ends.losses, regressor=kind, seed=seed)
         mixture = best_simulated(regression, bounds, seed=seed).mixture
     return dict(zip(ends.domains, map(float, mixture), strict=True))
-
-
-def skill_graph(
-    rows: list[Row], domains: tuple[str, ...], runs: list[str]
-) -> dict[str, dict[str, float]]:
-    """Return how much training on each domain alone lowers each loss, as a share of it.
-
-    Skill-It (arXiv 2307.14430): by row what is trained on, by value what is measured.
-
-    Args:
-        rows: of the runs' table.
-        domains: the one that each run trains on.
-        runs: their names, in that order.
-
-    Raises:
-        RunError: a run has no held-out losses before its first step and at its end.
-    """
-    graph: dict[str, dict[str, float]] = {}
-    for domain, run in zip(domains, runs, strict=True):
-        mine = [row for row in rows if row["run"] == run and row["split"] == "valid"]
-        before = {row["domain"]: row["loss"] for row in mine if row["step"] == 0}
-        after = {row["domain"]: row["loss"] for row in mine if row["last"]}
-        if not before or before.keys() != after.keys():
-            raise RunError(
-                f"run '{run}' lacks held-out losses before its first step or at its end; give "
-                "every domain validation data, and eval_iters above 0"
-            )
-        graph[domain] = {name: (before[name] - after[name]) / before[name] for name in before}
-    return graph
 
 
 def _alone(domains: tuple[str, ...], name: str) -> dict[str, float]:
