@@ -130,8 +130,9 @@ def child_variants(
 ) -> list[Variant]:
     """Return the children of one point of a run.
 
-    They read their data in an order that the parent does not have, the same for all children
-    of the point, and start with the parent's optimizer at the learning rate of its next step.
+    They have a seed that the parent does not have, the same for all children of the point, so
+    that they do not begin with the samples that it began with (their held-out windows are
+    others, too), and start with its optimizer at the learning rate of its next step.
 
     Args:
         parent: keeps a checkpoint of ``step``.
