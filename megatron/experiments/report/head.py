@@ -25,7 +25,8 @@ def head(study: StudyFiles, ends: Sequence[RunEnd]) -> str:
     lines.append(f" · {escape(versions)}</p>" if versions else "</p>")
     if made.command:
         lines.append(f'<pre class="command">{escape(shlex.join(made.command))}</pre>')
-    lines.append(figures(tiles(study, ends)))
+    found = tiles(study, ends)
+    lines.append(figures(found) if found else "")
     return "".join(lines)
 
 

@@ -66,7 +66,7 @@ def fidelity_sentences(facts: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     said = ", ".join(f"{name} {value:.3f}" for value, name in sorted(known, reverse=True))
     without = [str(name) for name, one in facts["methods"].items() if one["fidelity"] is None]
     rest = [f"No estimate: {', '.join(without)}."] if without else []
-    return [f"Mean fidelity: {said}."], [*rest, "1 is the measured order and size, 0 unrelated."]
+    return [f"Mean fidelity: {said}."], [*rest, "1 is the measured direction, 0 unrelated."]
 
 
 def _cell(value: float | None) -> str:

@@ -171,12 +171,17 @@ def _family_section(study: StudyFiles, family: Family, index: int) -> str:
 
 
 def _notes(study: StudyFiles, found: Sequence[Family]) -> str:
-    lines = [
-        "FLOPs are those of the training steps, with causal attention counted (half of the full "
-        "square); validations and extra tokens are not among them.",
-        "A mean loss is the plain mean over the measured domains, then over seeds. Weights are "
-        "means of the sampling probabilities over the run.",
-    ]
+    lines = []
+    if study.planned:
+        lines.append(
+            "FLOPs are those of the training steps, with causal attention counted (half of the "
+            "full square); validations and extra tokens are not among them."
+        )
+    if found:
+        lines.append(
+            "A mean loss is the plain mean over the measured domains, then over seeds. Weights "
+            "are means of the sampling probabilities over the run."
+        )
     for family in found:
         shown = len(drawn(family.entries))
         if shown < len(family.entries):
@@ -189,4 +194,6 @@ def _notes(study: StudyFiles, found: Sequence[Family]) -> str:
     if study.rows:
         lines.append("table.csv and table.parquet beside this file hold every number.")
     items = "".join(f"<li>{escape(line)}</li>" for line in dict.fromkeys(lines))
+    if not items:
+        return ""
     return f'<section id="notes"><h2>How to read this</h2><ul>{items}</ul></section>'

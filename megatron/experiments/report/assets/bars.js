@@ -30,7 +30,7 @@ function forestChart(host, rows, options) {
   const x = scale(low, high, left + 8, width - 14);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": options.title }, host);
   const base = rows.length * ROW + 8;
-  const list = ticks(low, high, Math.max(2, Math.floor((width - left) / 90)));
+  const list = ticks(low, high, Math.max(2, Math.floor((width - left) / 64)));
   const labels = tickLabels(list, options.tickFormat ?? options.format);
   list.forEach((value, i) => {
     shape("line", { class: "gridline", x1: x(value), x2: x(value), y1: 4, y2: base }, svg);
@@ -62,7 +62,7 @@ function stackChart(host, rows, options) {
   const left = nameRoom(rows, width), base = rows.length * ROW + 8;
   const x = scale(0, most * 1.02, left + 8, width - 14);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": options.title }, host);
-  for (const value of ticks(0, most, Math.max(2, Math.floor((width - left) / 90)))) {
+  for (const value of ticks(0, most, Math.max(2, Math.floor((width - left) / 64)))) {
     shape("line", { class: "gridline", x1: x(value), x2: x(value), y1: 4, y2: base }, svg);
     shape("text", { x: x(value), y: base + 16, "text-anchor": "middle", text: options.format(value) }, svg);
   }

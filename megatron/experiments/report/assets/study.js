@@ -146,7 +146,7 @@ function drawLaw() {
   const law = data.law;
   if (!law) return;
   const rows = law.domains.map((name, k) => ({ name, value: law.mixture[k], low: law.low[k], high: law.high[k] }));
-  forestChart(byId("chart-optimum"), rows, { title: "Best mixture with intervals", format: percent, zero: 1 / law.domains.length });
+  forestChart(byId("chart-optimum"), rows, { title: "Best mixture with intervals", format: percent, tickFormat: share, zero: 1 / law.domains.length });
   const grid = byId("law-grid");
   grid.replaceChildren();
   const list = law.measured.map((name, k) => [name, k]).filter(([name]) => matches(name));
@@ -157,11 +157,13 @@ function drawLaw() {
   });
 }
 
+const lineColor = (figure, k) => (figure.series.length <= FEW_ENTRIES ? `var(--run-${k})` : domainColor(k, dark()));
+
 // Figures that the page's data describes one by one.
 const DRAWN = {
   scatter: (host, f) => scatterChart(host, f.points.filter((p) => known(p.x) && known(p.y)).map((p) => ({ ...p, color: "var(--focus)", rows: [[null, f.axes[0], p.x.toFixed(4)], [null, f.axes[1], p.y.toFixed(4)]] })), [], { title: f.title, height: 230, xName: "", xFormat: precise, yFormat: loss, diagonal: true, small: true }),
-  intervals: (host, f) => forestChart(host, f.rows, { title: f.title, format: percent, zero: f.zero }),
-  lines: (host, f) => lineChart(host, f.series.map((s, k) => ({ ...s, color: f.series.length <= FEW_ENTRIES ? `var(--run-${k})` : domainColor(k, dark()), points: true })), { title: f.title, height: 230, xName: "step", xFormat: count, xTip: plain, yFormat: loss, single: true }),
+  intervals: (host, f) => forestChart(host, f.rows, { title: f.title, format: percent, tickFormat: share, zero: f.zero }),
+  lines: (host, f) => lineChart(host, f.series.map((s, k) => ({ ...s, color: lineColor(f, k), points: true })), { title: f.title, height: 230, xName: "step", xFormat: count, xTip: plain, yFormat: loss, single: true }),
 };
 
 function drawFigures() {
@@ -169,7 +171,10 @@ function drawFigures() {
     grid.replaceChildren();
     const list = data.figures[grid.dataset.figures] ?? [];
     const hosts = list.map((f) => frameIn(grid, f.title, f.note));
-    list.forEach((f, i) => DRAWN[f.kind](hosts[i], f));
+    list.forEach((f, i) => {
+      DRAWN[f.kind](hosts[i], f);
+      if (f.kind === "lines") colorKeys(element("div", { class: "keys" }, hosts[i].parentNode), f.series.slice(0, FEW).map((s, k) => [s.name, lineColor(f, k)]));
+    });
   }
 }
 

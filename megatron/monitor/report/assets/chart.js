@@ -124,6 +124,8 @@ function hover(svg, series, { x, y, x0, x1, frame, width, height, options }) {
   const line = shape("line", { class: "cursor", y1: frame.top, y2: height - frame.bottom }, cursor);
   const dots = series.map((s) => shape("circle", { r: 3, fill: s.color, stroke: "var(--card)" }, cursor));
   const lines = svg.querySelectorAll("path.line");
+  // A chart of single points answers everywhere.
+  const slack = (x1 - x0) * (series.every((s) => s.x.length === 1) ? 1 : 0.02);
   shape("rect", { x: frame.left, y: 0, width: width - frame.left, height, fill: "transparent" }, svg);
   const move = (event) => {
     const box = svg.getBoundingClientRect();
@@ -136,7 +138,7 @@ function hover(svg, series, { x, y, x0, x1, frame, width, height, options }) {
     lines.forEach((path, k) => path.classList.toggle("chosen", k === chosen));
     series.forEach((s, k) => {
       const i = nearest(s.x, at);
-      const show = (chosen === null || k === chosen) && known(s.y[i]) && at >= s.x[0] - (x1 - x0) * 0.02 && at <= s.x[s.x.length - 1] + (x1 - x0) * 0.02;
+      const show = (chosen === null || k === chosen) && known(s.y[i]) && at >= s.x[0] - slack && at <= s.x[s.x.length - 1] + slack;
       dots[k].setAttribute("visibility", show ? "inherit" : "hidden");
       if (!show) return;
       if (where === null || Math.abs(s.x[i] - at) < Math.abs(where - at)) where = s.x[i];
