@@ -178,6 +178,14 @@ def test_wrong_options_are_refused(study, words, match):
         regmix.run(parse("--study", study, *words))
 
 
+def test_every_flag_of_new_runs_is_refused_with_a_study(data):
+    asked = vars(parse("--study", data))
+    assert {name: asked[name] for name in regmix._OF_RUNS} == regmix._OF_RUNS
+    searching = {"study", "out", "design_seed", "concentration", "prior", "floor", "ceiling"}
+    searching |= {"max_epochs", "tokens", "objective", "regressor", "held_out", "simulated", "best"}
+    assert asked.keys() == regmix._OF_RUNS.keys() | searching
+
+
 def test_a_folder_without_a_study_is_refused(tmp_path):
     with pytest.raises(RunError, match="give the folder"):
         regmix.run(parse("--study", tmp_path))
