@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron.checkpoint.files import disk_errors, replace_file
 from megatron.config import Config
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, did_you_mean
 from megatron.experiments.children import (
     PARENT,
     check_kept,
@@ -153,6 +153,12 @@ def method_base(base: Base, method: str | None) -> tuple[str | None, Base, tuple
     if method is None:
         return None, base, ()
     if method not in mixing_methods:
+        file = Path(base.conf_dir or ".") / f"{method}.yml"
+        if not ("/" in method or "." in method or file.exists()):
+            hint = did_you_mean(method, sorted(mixing_methods))
+            raise ConfigError(
+                f"--methods: '{method}' is neither a method nor a configuration file{hint}"
+            )
         return Path(method).stem, replace(base, files=(*base.files, method)), ()
     return method, base, named_method(base.load(), method)
 

@@ -337,3 +337,5 @@ def test_a_method_is_named_or_a_file(tmp_path):
     label, own, overrides = method_base(base, str(file))
     assert (label, overrides) == ("mine", ())
     assert own == Base(files=(*base.files, str(file)))
+    with pytest.raises(ConfigError, match=r"'aiolli' is neither .* did you mean 'aioli'"):
+        method_base(base, "aiolli")
