@@ -62,3 +62,7 @@ def _check_results(folder: Path) -> None:
     assert {name: domain.weight for name, domain in taken.domains.items()} == pytest.approx(weights)
     assert f"| {best.split('-')[1]} |" in (folder / "out" / "summary.md").read_text()
     assert (folder / "out" / "table.parquet").stat().st_size > 0
+    page = (folder / "out" / "report.html").read_text()
+    assert "mix.py sweep" in page
+    assert f"{mean[best]:.4f}" in page
+    assert page.count('<a href="./../runs/') == 3

@@ -21,6 +21,7 @@ def head(study: StudyFiles, ends: Sequence[RunEnd]) -> str:
         f'<p class="made">{escape(str(study.out.resolve()))}',
     ]
     lines.append(f" · {escape(made.date)}" if made.date else "")
+    lines.append(f" · {escape(made.machine)}" if made.machine else "")
     versions = ", ".join(f"{name} {text}" for name, text in made.versions.items())
     lines.append(f" · {escape(versions)}</p>" if versions else "</p>")
     if made.command:

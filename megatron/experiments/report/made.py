@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.experiments.compare.made import made_with
+from megatron.experiments.results import write_text
 
 NAME = "made.json"
-LIBRARIES = ("neomix", "torch", "deepspeed", "numpy", "scipy", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +24,14 @@ class Made:
         command: its command line, a word each; empty if not known.
         date: when it ended, in UTC.
         versions: of Python and the libraries.
+        machine: that the command ran on; runs may have run elsewhere.
         failed: why runs failed, by name.
     """
 
     command: tuple[str, ...] = ()
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -46,17 +46,16 @@ def make_note(out: Path, command: Sequence[str], failed: Mapping[str, str]) -> N
     Raises:
         RunError: the disk refuses.
     """
+    found = made_with()
     now = datetime.datetime.now(tz=datetime.UTC)
     facts = {
         "command": list(command),
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": _versions(),
+        "versions": found["versions"],
+        "machine": found["machine"],
         "failed": dict(failed),
     }
-    path = out / NAME
-    with disk_errors(path):
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+    write_text(out / NAME, json.dumps(facts, indent=1, ensure_ascii=False))
 
 
 def read_note(out: Path) -> Made:
@@ -67,17 +66,8 @@ def read_note(out: Path) -> Made:
             command=tuple(map(str, found["command"])),
             date=str(found["date"]),
             versions={str(name): str(text) for name, text in found["versions"].items()},
+            machine=str(found["machine"]),
             failed={str(name): str(why) for name, why in found["failed"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Made()
-
-
-def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

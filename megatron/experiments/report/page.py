@@ -160,7 +160,7 @@ def _family_section(study: StudyFiles, family: Family, index: int) -> str:
     )
     return (
         f'<section class="family" data-family="{index}">{before}'
-        f"<h2>Held-out loss by step{title}</h2>"
+        f'<h2>Held-out loss by step{title} <span class="switch curve-what"></span></h2>'
         '<p class="hint">Nats per token; the mouse names a line.</p>'
         '<figure><figcaption>Mean over domains</figcaption><div class="chart curve-mean"></div>'
         '<div class="keys curve-keys"></div></figure><div class="grid curves"></div>'

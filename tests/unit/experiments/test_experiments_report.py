@@ -136,6 +136,7 @@ def test_the_head_says_what_it_took_and_what_failed(sweep):
     assert "tools/mix.py sweep 'a b'" in text
     assert "point-12-seed-1: exit code 1 <oops>" in text
     assert "numpy " in text
+    assert " cores" in text
     assert "UTC" in text
     study = load_study(out)
     told = dict(tiles(study, run_ends(study.rows)))

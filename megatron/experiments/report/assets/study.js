@@ -1,7 +1,7 @@
 // The page of a study: which charts, of which of its runs.
 
 const FEW = 24;
-const state = { axis: "steps", from: 0, log: false, who: "all", by: "mean", objective: "average", filter: "", all: false };
+const state = { axis: "steps", from: 0, log: false, who: "all", curves: "loss", by: "mean", objective: "average", filter: "", all: false };
 const share = (value) => trim((100 * value).toFixed(1)) + "%";
 const matches = (name) => name.toLowerCase().includes(state.filter);
 
@@ -99,20 +99,42 @@ function chosen(family) {
   return state.who === "best" ? family.entries.slice(0, FEW_ENTRIES).map((_, k) => k) : family.entries.map((_, k) => k);
 }
 
+// The entry that curves are compared with: the baseline of a comparison, else the best.
+function baseIndex(family) {
+  const baseline = data.tasks[0]?.baseline;
+  return Math.max(0, family.entries.findIndex((entry) => entry.name === baseline));
+}
+
+// Its run of the same seed, or its first.
+function partner(family, run) {
+  const base = family.curves.filter((other) => other.entry === baseIndex(family));
+  return base.find((other) => other.seed === run.seed) ?? base[0];
+}
+
+// Values less the other run's at the same steps.
+function difference(run, other, pick) {
+  const own = pick(run), base = other ? pick(other) : [];
+  const at = new Map((other?.steps ?? []).map((step, i) => [step, base[i]]));
+  return own.map((value, i) => (known(value) && known(at.get(run.steps[i])) ? value - at.get(run.steps[i]) : null));
+}
+
 function drawCurves(section, family) {
   const colors = data.tasks.length ? family.entries.map((e) => methodColor(e.name)) : entryColors(family), shown = new Set(chosen(family));
   // The best are drawn last, over the others.
   const runs = family.curves.filter((run) => shown.has(run.entry)).sort((a, b) => b.entry - a.entry);
   const several = new Set(runs.map((run) => run.seed)).size > 1;
   const line = (run, y) => ({ name: family.entries[run.entry].name + (several ? `, seed ${run.seed}` : ""), color: colors[run.entry], x: run[state.axis], y, points: run.steps.length < 15 && runs.length <= 24, width: runs.length > 24 ? 1.2 : 1.75, faint: runs.length > 24 ? 0.85 : undefined });
-  const options = { ...axisOptions(family), yFormat: loss, tipFormat: (v) => v.toFixed(4), log: state.log, single: true };
+  const apart = state.curves === "difference";
+  const options = { ...axisOptions(family), yFormat: loss, tipFormat: apart ? signed : (v) => v.toFixed(4), log: state.log && !apart, single: true, marks: apart ? [{ y: 0, name: "equal", dash: "4 3" }] : [] };
+  const of = (run, pick) => (apart ? difference(run, partner(family, run), pick) : pick(run));
+  choice(section.querySelector(".curve-what"), [["loss", "loss"], ["difference", `difference to ${family.entries[baseIndex(family)]?.name ?? "the best"}`]], "curves", draw);
   const list = family.measured.map((name, k) => [name, k]).filter(([name]) => matches(name));
   const taken = state.all ? list : list.slice(0, FEW);
   const grid = section.querySelector(".curves");
   grid.replaceChildren();
   const hosts = taken.map(([name]) => frameIn(grid, name));
-  lineChart(section.querySelector(".curve-mean"), runs.map((run) => line(run, run.mean)), { ...options, height: 280, title: "Mean held-out loss by step" });
-  taken.forEach(([name, k], i) => lineChart(hosts[i], runs.map((run) => line(run, run.loss[k])), { ...options, small: true, height: 170, title: `Held-out loss of ${name} by step` }));
+  lineChart(section.querySelector(".curve-mean"), runs.map((run) => line(run, of(run, (r) => r.mean))), { ...options, height: 280, title: "Mean held-out loss by step" });
+  taken.forEach(([name, k], i) => lineChart(hosts[i], runs.map((run) => line(run, of(run, (r) => r.loss[k]))), { ...options, small: true, height: 170, title: `Held-out loss of ${name} by step` }));
   curveKeys(section.querySelector(".curve-keys"), family, colors);
   showMore(section.querySelector(".curves-more"), list.length, taken.length);
 }
