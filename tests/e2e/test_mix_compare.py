@@ -89,7 +89,7 @@ def test_a_killed_comparison_goes_on_and_compares_like_with_like(folder):
     shown = runs.tool("mix.py", *words(folder), "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "t, doremi: 1 reference of " in shown.stdout
-    assert "at most 10 runs" in shown.stdout
+    assert "all stages: at most 10 runs" in shown.stdout
     assert not (folder / "runs").exists()
 
     done = kill_among_proxies(folder)

@@ -18,17 +18,20 @@ import argparse
 from pathlib import Path
 
 from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.experiments.compare.contestants import sweep_points
 from megatron.experiments.compare.league import League, StageStudy, form_league, write_plan
 from megatron.experiments.compare.playing import Played, play
 from megatron.experiments.compare.results import compare_facts, write_compare
 from megatron.experiments.compare.study_file import read_study_file
 from megatron.experiments.compare.text import compare_text
 from megatron.experiments.conduct import add_run_arguments, conduct, gpus_of, runs_dir
+from megatron.experiments.estimate import estimate
 from megatron.experiments.execute import Outcome
 from megatron.experiments.finished import read_finish
 from megatron.experiments.report import write_report
 from megatron.experiments.report.made import command_line
 from megatron.experiments.table import study_rows, write_table
+from megatron.monitor.throughput import duration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +64,16 @@ def run(options: argparse.Namespace) -> int:
     for line in plan_lines(league):
         print(line)
 
+    rate: float | None = options.rate
+
     def carried(study: StageStudy) -> Outcome | None:
+        nonlocal rate
+        rate = rate or estimate(study, jobs=options.jobs).rate
         return conduct(study, options)
 
     played = play(league, runs_dir(options), carried, gpus=gpus)
     if options.dry_run:
-        print(total_line(league))
+        print(total_line(league, jobs=options.jobs, rate=rate))
     if played.halted:
         return played.exit_code
     code = write_results(league, played, options.out)
@@ -109,11 +116,24 @@ def plan_lines(league: League) -> list[str]:
     return lines
 
 
-def total_line(league: League) -> str:
-    """Return what the whole study takes, with the stages that cannot be planned yet."""
+def total_line(league: League, *, jobs: int, rate: float | None) -> str:
+    """Return what all stages take together, those that cannot be planned yet included.
+
+    Args:
+        league: who takes part.
+        jobs: runs at a time.
+        rate: FLOPs a second of one run; None: not known.
+    """
     runs, flops = 0, 0.0
     for entry in league.entries:
         legs = (*entry.plan.search, entry.plan.final)
         runs += len(entry.task.seeds) * sum(leg.count for leg in legs)
         flops += len(entry.task.seeds) * entry.plan.charges.total
-    return f"all stages but the oracle's: at most {runs} runs, {flops:.3g} FLOPs with all charges"
+    oracle = league.file.oracle
+    for task in league.file.tasks if oracle is not None else ():
+        assert oracle is not None
+        points = len(sweep_points(oracle.sweep, league.domains[task.name], seed=0))
+        more = points * len(oracle.seeds) + len(task.seeds)
+        runs, flops = runs + more, flops + more * league.budgets[task.name]
+    time = "" if rate is None else f"; about {duration(flops / rate / jobs)}, {jobs} at once"
+    return f"all stages: at most {runs} runs, {flops:.3g} FLOPs with all charges{time}"

@@ -10,7 +10,15 @@ from megatron.config import Config
 
 _KEPT: Final = ("lag", "unit", "draw", "on_exhausted", "validation_samples")
 _DIGITS: Final = 12
-GIVEN: Final = ("reference", "reference_losses", "targets", "targets_from", "ledger", "graph")
+GIVEN: Final = (
+    "reference",
+    "reference_losses",
+    "targets",
+    "targets_from",
+    "ledger",
+    "graph",
+    "count_losses",
+)
 """Options whose value somebody had to find out before, for which nobody is charged here."""
 
 Block = Mapping[str, Any]

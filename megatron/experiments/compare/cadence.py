@@ -15,8 +15,9 @@ import numpy as np
 from megatron.config import Config, resolve_batch
 from megatron.experiments.flops import Charges, Spent, charge, spent_by_ledger, training_flops
 from megatron.experiments.study import ranks_of
-from megatron.mixing.base import Observation, Signal
+from megatron.mixing.base import Mixer, Observation, Signal
 from megatron.mixing.controller import Controller
+from megatron.registry import mixing_methods
 from megatron.training.check import build_controller
 from megatron.training.domains import OpenDomains, start_weights
 from megatron.training.layout import run_layout
@@ -121,7 +122,7 @@ def reviewed_tokens(
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the tokens of report validations that steer a run, after each step [N + 1].
 
-    A report costs a method nothing, unless its guardrail acts on it.
+    A report costs a method nothing, unless it or its guardrail acts on it.
 
     Args:
         config: of the run.
@@ -130,11 +131,18 @@ def reviewed_tokens(
     """
     training = config.training
     counts = np.zeros(training.train_iters + 1, dtype=np.int64)
-    if config.mixing.options.get("guardrail") is not None:
+    if acts_on_reports(config):
         counts[:: training.eval_interval] = 1
         counts[-1] = 1
     windows = _windows(domains, training.validation_samples(total))
     return np.cumsum(counts) * windows * config.model.context_length
+
+
+def acts_on_reports(config: Config) -> bool:
+    """Tell whether a run's method, or its guardrail, reads the report validations."""
+    build: Any = mixing_methods[config.mixing.method].build
+    own = getattr(build, "review", Mixer.review) is not Mixer.review
+    return own or config.mixing.options.get("guardrail") is not None
 
 
 def _windows(domains: OpenDomains, samples: int) -> int:

@@ -6,6 +6,7 @@ ended.  Its last yield is the run that counts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -25,7 +26,9 @@ from megatron.experiments.runs_array import RunsArray, runs_array
 from megatron.experiments.skill_graph import Negative, skill_graph
 from megatron.experiments.static_law import fit_static_law
 from megatron.experiments.study import PlannedRun
-from megatron.experiments.table import study_rows
+from megatron.experiments.table import run_rows, study_rows
+from megatron.mixing.base import Mixer
+from megatron.registry import mixing_methods
 
 FINAL: Final = "final"
 PROXY: Final = "proxy"
@@ -149,7 +152,7 @@ class Contestant:
             return read_mixture(proxy)
         if who.stages == "proxy":
             (proxy,) = yield [Wanted(role=PROXY, block=who.mixing)]
-            return read_mixture(proxy)
+            return found_by(proxy)
         if who.stages == "skillit":
             runs = yield [
                 Wanted(role=ONE_HOT, number=number, block=static(_alone(self.domains, name)))
@@ -171,6 +174,18 @@ class Contestant:
 
 
 Chain = Generator[list[Wanted], list[PlannedRun], None]
+
+
+def found_by(proxy: PlannedRun) -> dict[str, float]:
+    """Return the mixture that a proxy speaks for.
+
+    It is what its method leaves (``doge``), else the mean of what drew its steps.
+    """
+    build: Any = mixing_methods[proxy.method].build
+    if getattr(build, "result", Mixer.result) is not Mixer.result:
+        return read_mixture(proxy)
+    last = next(row for row in run_rows("", proxy) if row["last"])
+    return {name: float(weight) for name, weight in json.loads(last["weights"]).items()}
 
 
 def sweep_points(sweep: Sweep, domains: tuple[str, ...], *, seed: int) -> list[dict[str, float]]:

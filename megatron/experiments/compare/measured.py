@@ -13,7 +13,7 @@ import numpy as np
 from megatron.config import resolve_batch
 from megatron.errors import RunError
 from megatron.experiments.compare.budget import whole_bill
-from megatron.experiments.compare.cadence import reviewed_tokens
+from megatron.experiments.compare.cadence import acts_on_reports, reviewed_tokens
 from megatron.experiments.flops import Charges, charge, spent_by_ledger
 from megatron.experiments.study import PlannedRun
 from megatron.experiments.table import Row
@@ -127,7 +127,7 @@ def run_charges(run: PlannedRun, rows: Sequence[Row]) -> Charges:
 
 def _reviewed(run: PlannedRun) -> int:
     """Return the tokens of report validations that steered a run."""
-    if run.config.mixing.options.get("guardrail") is None:
+    if not acts_on_reports(run.config):
         return 0
     total = resolve_batch(run.config.batch, run_layout(run.config, run.ranks).data_size)[2]
     domains = open_run_domains(run.config)

@@ -170,6 +170,10 @@ def _method(whole: Block, name: str) -> Method:
         raise block.wrong("mixing.method", f"is {chosen!r}, no mixing method{hint}")
     if stages in ("doremi", "skillit") and chosen != stages:
         raise block.wrong("mixing.method", f"is '{chosen}', and stages '{stages}' need '{stages}'")
+    found = {"doremi": ("reference", "reference_losses"), "skillit": ("graph",)}.get(stages, ())
+    for key in found:
+        if mixing.get(key) is not None:
+            raise block.wrong(f"mixing.{key}", f"stages '{stages}' makes it: leave it out")
     points = block.whole("points", 8, 1) if stages == "sweep" else 0
     return Method(
         name=name,

@@ -100,6 +100,15 @@ WRONG = {
         {"methods": {**compared.UNIFORM, "d": {"stages": "doremi", "mixing": {"method": "doge"}}}},
         "stages 'doremi' need 'doremi'",
     ),
+    "reference": (
+        {
+            "methods": {
+                **compared.UNIFORM,
+                "d": {"stages": "doremi", "mixing": {"method": "doremi", "reference": "runs/r"}},
+            }
+        },
+        "methods.d.mixing.reference: stages 'doremi' makes it",
+    ),
     "share": (
         {"methods": {**compared.UNIFORM, "s": {"stages": "sweep", "share": 1.5}}},
         "methods.s.share: is 1.5; it must be between 0 and 1",

@@ -305,3 +305,60 @@ def test_an_oracle_whose_points_fail_is_none(tmp_path):
     assert facts["tasks"]["t"]["methods"]["odm"]["regret"] is None
     assert facts["tasks"]["t"]["seeds"] == [1, 2]
     assert compare_text(facts)
+
+
+def test_a_proxy_of_an_online_method_speaks_by_what_drew_it(tmp_path):
+    methods = {**compared.UNIFORM, "o": {"stages": "proxy", "mixing": {"method": "odm"}}}
+    settled = compared.league(tmp_path, {"seeds": [1], "methods": methods})
+    outcome, _ = played(settled, tmp_path, Pretender(losses_of_any))
+    (_, proxy), (_, final) = outcome.chains["t", "o", 1]
+    assert (proxy.method, final.method) == ("odm", "static")
+    assert final.weights == pytest.approx(dict(proxy.weights))
+
+
+def losses_of_any(run):
+    """Return losses that hang on nothing."""
+    return {"walk": 2.0, "drift": 3.0, "noise": 4.0}
+
+
+def test_where_no_seed_is_left_nothing_is_compared(tmp_path):
+    settled = compared.league(tmp_path, {**SMALL, "seeds": [1, 2]})
+    pretender = Pretender(losses, fails=("t-uniform-seed-1", "t-uniform-seed-2"))
+    outcome, rows = played(settled, tmp_path, pretender)
+    facts = compare_facts(settled, outcome, rows)
+    assert facts["tasks"]["t"]["seeds"] == []
+    assert facts["tasks"]["t"]["methods"]["odm"]["mean"] is None
+    assert "| odm | – |" in compare_text(facts)
+    write_compare(facts, tmp_path)
+
+
+def test_tasks_have_their_own_domains_seeds_and_budgets(tmp_path):
+    content = {
+        "methods": {name: METHODS[name] for name in ("uniform", "odm")},
+        "tasks": {
+            "t": {"configs": "base.yml", "seeds": [1, 2]},
+            "u": {
+                "configs": "base.yml",
+                "kind": "control",
+                "seeds": [3, 4, 5],
+                "set": {"train_iters": 30, "mixing.validation_samples": 4},
+            },
+        },
+    }
+    settled = compared.league(tmp_path, content)
+    assert settled.budgets["t"] == pytest.approx(2 * settled.budgets["u"])
+    outcome, rows = played(settled, tmp_path, Pretender(losses))
+    facts = compare_facts(settled, outcome, rows)
+    assert [task["seeds"] for task in facts["tasks"].values()] == [[1, 2], [3, 4, 5]]
+    assert facts["tasks"]["u"]["methods"]["odm"]["train_iters"] == 30
+    assert "| method | t (room) | u (control) |" in compare_text(facts)
+
+
+def test_two_baselines_are_not_needed_where_a_method_is_its_twin(tmp_path):
+    twin = {**compared.UNIFORM, "twin": compared.UNIFORM["uniform"]}
+    settled = compared.league(tmp_path, {"seeds": [1, 2], "methods": twin})
+    outcome, rows = played(settled, tmp_path, Pretender(losses_of_any))
+    assert outcome.finals["t", "twin", 1].key == outcome.finals["t", "uniform", 1].key
+    facts = compare_facts(settled, outcome, rows)
+    found = facts["tasks"]["t"]["methods"]["twin"]["difference"]["average"]
+    assert (found["mean"], found["p"], found["seeds_needed"]) == (0.0, 1.0, None)
