@@ -15,7 +15,7 @@ import numpy as np
 from megatron.config import Config, resolve_batch
 from megatron.experiments.flops import Charges, Spent, charge, spent_by_ledger, training_flops
 from megatron.experiments.study import ranks_of
-from megatron.mixing.base import Mixer, Observation, Signal
+from megatron.mixing.base import Decision, Mixer, Observation, Signal
 from megatron.mixing.controller import Controller
 from megatron.registry import mixing_methods
 from megatron.training.check import build_controller
@@ -104,7 +104,7 @@ def cadence(config: Config, domains: OpenDomains, *, gpus: int) -> Cadence:
     )
     steps = config.training.train_iters
     extra = {kind: np.zeros(steps + 1, dtype=np.int64) for kind in KINDS}
-    driver = _Driver(mixer, len(domains.targets), total)
+    driver = _Driver(mixer, len(domains.targets), total, config.mixing.lag)
     for step in range(1, steps + 1):
         for kind, more in driver.step(step, costs, tokens).items():
             extra[kind][step] = more
@@ -158,27 +158,35 @@ def _runs_reference(config: Config, mixer: Controller) -> bool:
 class _Driver:
     """Answers a controller as a training loop would, with the same loss for everything."""
 
-    def __init__(self, mixer: Controller, targets: int, samples: int) -> None:
+    def __init__(self, mixer: Controller, targets: int, samples: int, lag: int) -> None:
         self._mixer = mixer
+        self._lag = lag
+        self._ahead: tuple[Decision, bool] | None = None
         self._targets = targets
         self._samples = samples
         self._seen = np.zeros(len(mixer.domains))
 
     def step(self, step: int, costs: TokenCosts, tokens: int) -> dict[str, int]:
-        decision = self._mixer.decide(step)
-        validated = decision.validate
-        if validated:
-            self._mixer.observe(self._validation(step - 1))
-            decision = self._mixer.decide(step)
-        counts = decision.sampling_weights * self._samples
+        decision, validated = self._ahead or self._decide(step)
+        weights = decision.sampling_weights
+        counts = weights * self._samples
         self._seen = self._seen + counts
-        asked = decision.measure
         fields = self._fields(counts, tokens / self._samples)
-        if asked:
-            self._mixer.foresee(self._trained(step, decision.sampling_weights, fields))
-        priced = costs.price(decision, trained=tokens, validated=validated, foreseen=asked)
-        self._mixer.observe(self._trained(step, decision.sampling_weights, fields))
-        return priced
+        trained = Observation(step, sampling_weights=weights, **fields)
+        if decision.measure:
+            self._mixer.foresee(trained)
+        # With a lag, the next step is decided before this one is observed.
+        self._ahead = self._decide(step + 1) if self._lag else None
+        self._mixer.observe(trained)
+        return costs.price(decision, trained=tokens, validated=validated, foreseen=decision.measure)
+
+    def _decide(self, step: int) -> tuple[Decision, bool]:
+        """Return a step's decision, and whether there was a validation for it."""
+        decision = self._mixer.decide(step)
+        if not decision.validate:
+            return decision, False
+        self._mixer.observe(self._validation(step - 1))
+        return self._mixer.decide(step), True
 
     def _validation(self, step: int) -> Observation:
         count = len(self._mixer.domains)
@@ -205,8 +213,3 @@ class _Driver:
             "samples_seen": self._seen,
             "learning_rate": 1e-3,
         }
-
-    def _trained(
-        self, step: int, weights: np.ndarray[Any, Any], fields: Mapping[str, Any]
-    ) -> Observation:
-        return Observation(step, sampling_weights=weights, **fields)
