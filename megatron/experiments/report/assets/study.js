@@ -268,7 +268,7 @@ function buildControls() {
   }
   const group = (names, key) => choice(element("span", { class: "switch" }, bar), names, key, draw);
   if (data.families.some((f) => f.curves.length)) {
-    if (data.families.some((f) => f.entries.length > FEW_ENTRIES)) group([["all", "all runs"], ["best", `best ${FEW_ENTRIES}`]], "who");
+    if (!data.tasks.length && data.families.some((f) => f.entries.length > FEW_ENTRIES)) group([["all", "all runs"], ["best", `best ${FEW_ENTRIES}`]], "who");
     group([["steps", "steps"], ["tokens", "tokens"]], "axis");
     group([[0, "whole run"], [0.1, "from 10%"], [0.5, "from 50%"]], "from");
     group([[false, "linear"], [true, "log loss"]], "log");
