@@ -97,7 +97,7 @@ class Auto(Mixer):
     and b say what can be believed of it.  Noise has e = 0 as soon as its frequencies are learnt;
     a plateau has e > 0 and is not taken for an end.  A domain that is more than 0.02 nats below
     its count loss has more to it than counts can tell: such domains share alike, each with the
-    mean of their slopes.  Once all are there, p = mu: nothing is known against the given
+    mean of their slopes (by mu; a rise counts as 0).  Once all are there, p = mu: nothing is known against the given
     weights.  Under an objective o, mu g is multiplied by o_k.
 
     The count loss is what a table of the tokens seen after the last few predicts of unseen
@@ -142,7 +142,7 @@ class Auto(Mixer):
 
     def _update(self, step: int, window: Window) -> FloatArray | None:
         self._trend = self._trend.add(window.mean_loss, window.token_count, self._auto.memory)
-        needed = self._given > 0
+        needed = self._initial > 0  # a ceiling of 0 keeps a domain from ever being seen
         if step < self._auto.first_update or not self._trend.known[needed].all():
             return None
         gain = self._gain()
@@ -182,7 +182,13 @@ class Auto(Mixer):
         steps, tokens = self._context.total_steps, self._context.tokens_per_step
         if steps is not None and tokens is not None:
             most = np.minimum(most, steps * tokens * self._given)
-        return self._context.count_losses(most)
+        losses = np.asarray(self._context.count_losses(most), dtype=np.float64)
+        if losses.shape != most.shape or not (np.isfinite(losses) & (losses >= 0)).all():
+            raise ConfigError(
+                f"mixing method 'auto': the context's count_losses returned {losses.tolist()}; it "
+                f"must return a finite loss of at least 0 for each of {', '.join(self.domains)}"
+            )
+        return losses
 
     def _factors(self) -> FloatArray:
         """Return what the objective makes of each domain, [K]."""

@@ -34,6 +34,8 @@ def build_any(method: str, *, domains: list[str], of: int | None = None, **argum
         arguments |= {"lp_rounds": 1, "lp_steps": 1, "update_every": every}
     elif method in ("dynamic_loading", "velocitune"):
         arguments.setdefault("targets", [1.0] * units)
+    elif method == "auto":
+        arguments.setdefault("count_losses", [0.5] * units)
     elif method == "doremi":
         arguments.setdefault("reference", "runs/reference")
         arguments.setdefault("context", RunContext(vocab_size=100))

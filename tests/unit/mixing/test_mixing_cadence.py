@@ -57,6 +57,7 @@ def drive(config: Config) -> tuple[list[int], list[bool]]:
         draws_per_step=total,
         samples_per_epoch=(1e4,) * len(names),
         vocab_size=4096,
+        count_losses=np.zeros_like,
     )
     mixer = build_mixer(
         config.mixing.method,

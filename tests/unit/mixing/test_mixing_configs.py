@@ -49,7 +49,9 @@ def test_every_method_has_one():
 def test_it_builds(file, tmp_path):
     mixing = products(block(file), tmp_path)
     options = {name: value for name, value in mixing.items() if name not in SHARED}
-    context = RunContext(total_steps=100, tokens_per_step=1000, vocab_size=100)
+    context = RunContext(
+        total_steps=100, tokens_per_step=1000, vocab_size=100, count_losses=np.zeros_like
+    )
     mixer = build_mixer(mixing["method"], domains=["a", "b"], context=context, **options)
     assert mixer.decide(1).sampling_weights.tolist() == [0.5, 0.5]
 
@@ -82,7 +84,7 @@ def steps_that_change(mixing):
     if mixing["method"] in ("dynamic_loading", "velocitune"):
         del options["targets_from"]
         options["targets"] = [1.0] * len(names)
-    context = RunContext(vocab_size=100)
+    context = RunContext(vocab_size=100, count_losses=np.zeros_like)
     mixer = build_mixer(mixing["method"], domains=names, context=context, **options)
     changes, before, probing = [], None, []
     for step in range(1, QUICKSTART_STEPS + 1):
@@ -112,6 +114,7 @@ def steps_that_change(mixing):
     [
         "ado",
         "aioli",
+        "auto",
         "doge",
         "doremi",
         "dynamic_loading",

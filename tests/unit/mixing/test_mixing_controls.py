@@ -78,8 +78,8 @@ class TestShadow:
 def test_a_shadow_learns_what_a_controller_with_the_same_draws_does(method):
     """Estimates rest on what drew, so they do not depend on who is in control."""
     run = RunContext(vocab_size=100)
-    shadow = build_mixer(method, domains=NAMES, weights=GIVEN, context=run, shadow=True)
-    other = build_mixer(method, domains=NAMES, weights=GIVEN, context=run)
+    shadow = build_any(method, domains=NAMES, weights=GIVEN, context=run, shadow=True)
+    other = build_any(method, domains=NAMES, weights=GIVEN, context=run)
     for step in range(1, 12):
         seen = Observation(
             step,

@@ -21,6 +21,7 @@ ledger = pathlib.Path(tempfile.mkdtemp()) / "mixture.jsonl"
 ledger.write_text(json.dumps({"step": 1, "probability": {"code": 0.5, "prose": 0.5}}) + "\\n")
 needed = {
     "ado": {"first_fit": 2},
+    "auto": {"count_losses": [1.0, 0.5]},
     "dynamic_loading": {"targets": [1.0, 2.0]},
     "velocitune": {"targets": [1.0, 2.0]},
     "doremi": {"reference": "runs/reference", "context": RunContext(vocab_size=100)},

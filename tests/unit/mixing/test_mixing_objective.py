@@ -19,7 +19,7 @@ from megatron.mixing.worlds import target_world
 from megatron.registry import mixing_methods
 
 NAMES = ["a", "b", "c"]
-WITH = ["ado", "aioli", "skillit"]
+WITH = ["ado", "aioli", "auto", "skillit"]
 PROBES = {"update_every": 7, "lp_rounds": 1, "lp_steps": 2, "eta": 1.5, "one_hot_factor": 0.6}
 nan = math.nan
 
@@ -134,7 +134,8 @@ def test_methods_without_the_notion_refuse_one(method):
     if kind.has_objective:
         assert method in {*WITH, "doge"}
         return
-    with pytest.raises(ConfigError, match=r"no notion of one.*use one of ado, aioli, .*skillit"):
+    message = r"no notion of one.*use one of ado, aioli, auto, .*skillit"
+    with pytest.raises(ConfigError, match=message):
         build_any(method, domains=NAMES, objective="worst")
 
 
