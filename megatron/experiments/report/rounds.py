@@ -14,12 +14,11 @@ from megatron.monitor.report.shell import cell
 
 def rounds(study: StudyFiles) -> list[Mapping[str, float]]:
     """Return the mixtures by round, the first reference's first; empty if there are no rounds."""
-    references = [
-        run["weights"]
-        for run in sorted(study.planned, key=lambda run: int(run.get("tags", {}).get("round", 0)))
-        if run.get("tags", {}).get("role") == "reference"
-    ]
-    proxies = [run for run in study.planned if run.get("tags", {}).get("role") == "proxy"]
+    # References and proxies of other studies have no rounds.
+    staged = [run for run in study.planned if "round" in run["tags"]]
+    staged.sort(key=lambda run: int(run["tags"]["round"]))
+    references = [run["weights"] for run in staged if run["tags"].get("role") == "reference"]
+    proxies = [run for run in staged if run["tags"].get("role") == "proxy"]
     if not references:
         return []
     found = len(proxies) >= len(references) and bool(study.mixture)

@@ -393,6 +393,12 @@ def test_regmix_graph_and_fidelity_have_sections(tmp_path):
     assert f"{EVIL} helps a the most: 25.0%" in "".join(page.text)
 
 
+def test_other_references_make_no_rounds(tmp_path):
+    tags = {"task": "M2", "contestant": "doremi", "role": "reference", "number": 0}
+    write_study(tmp_path, [MadeRun(name="one", weights={"a": 0.5, "b": 0.5}, tags=tags)])
+    assert opened(write_report(tmp_path))[1]["rounds"] is None
+
+
 def test_children_are_not_ranked_with_their_parents(tmp_path):
     runs = [
         MadeRun(name="odm-seed-1", weights={"a": 0.5, "b": 0.5}, tags={"role": "parent"}),
