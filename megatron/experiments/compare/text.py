@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,17 +56,34 @@ def _overview(facts: Facts) -> list[str]:
     """Return methods against tasks; differences whose corrected p is small are bold."""
     others = [name for name in facts["methods"] if name != facts["baseline"]]
     oracle = any(task["oracle"] for task in facts["tasks"].values())
+    tasks = facts["tasks"]
+    head = ["method", *(f"{name} ({task['kind']})" for name, task in tasks.items())]
     rows = [
-        [name, *(_short(facts, task["methods"].get(name)) for task in facts["tasks"].values())]
+        [name, *(_short(facts, task["methods"].get(name)) for task in tasks.values())]
         for name in (*others, *([ORACLE] if oracle else []))
     ]
-    head = ["method", *(f"{name} ({task['kind']})" for name, task in facts["tasks"].items())]
+    if len(tasks) > 1:
+        head += ["mean of room", "worst control"]
+        rows = [[*row, *_across(facts, row[0])] for row in rows]
     return [
         "Difference in average loss; bold where the corrected p is below "
         f"{1 - facts['confidence']:.2g}.",
         "",
         *table(head, rows),
     ]
+
+
+def _across(facts: Facts, name: str) -> list[str]:
+    """Return a method's mean difference where there is room, and its greatest where none is."""
+    found: dict[str, list[float]] = {"room": [], "control": []}
+    for task in facts["tasks"].values():
+        difference = task["methods"].get(name, {}).get("difference", {}).get("average")
+        found[task["kind"]].append(math.nan if difference is None else difference["mean"])
+    room, control = found["room"], found["control"]
+    across = [sum(room) / len(room) if room else math.nan, max(control, default=math.nan)]
+    if any(map(math.isnan, control)):
+        across[1] = math.nan
+    return ["–" if math.isnan(value) else f"{value:+.4f}" for value in across]
 
 
 def _short(facts: Facts, method: Facts | None) -> str:

@@ -51,8 +51,8 @@ def _difference(found: Facts | None) -> dict[str, Any] | None:
         return None
     return {
         "mean": number(value(found["mean"])),
-        "interval": [number(value(end)) for end in found["interval"]],
-        "bootstrap": [number(value(end)) for end in found["bootstrap"]],
+        "interval": [number(value(end)) for end in found["interval"] or (None, None)],
+        "bootstrap": [number(value(end)) for end in found["bootstrap"] or (None, None)],
         "p_holm": number(value(found["p_holm"]), 3),
         "wins": found["wins"],
     }

@@ -11,9 +11,11 @@ from support import compared
 from support.compared import Pretender, played
 
 from megatron.errors import RunError
+from megatron.experiments.commands.compare import write_results
 from megatron.experiments.compare.results import compare_facts, load_compare, write_compare
 from megatron.experiments.compare.text import compare_text
 from megatron.experiments.flops import training_flops
+from megatron.experiments.report import write_report
 from megatron.experiments.table import tag
 
 stats = pytest.importorskip("scipy.stats")
@@ -288,6 +290,10 @@ def test_one_seed_has_a_difference_and_no_test(tmp_path):
     assert (found["count"], found["wins"], found["p"], found["interval"]) == (1, 1, None, None)
     assert found["mean"] == pytest.approx(-0.2 + 0.02 * (math.sin(34) - math.sin(35)))
     assert "there is no test" in compare_text(facts)
+    out = tmp_path / "out"
+    assert write_results(settled, outcome, out) == 0
+    assert write_report(out).stat().st_size > 0
+    assert (out / "summary.md").read_text() == compare_text(facts)
 
 
 def test_an_oracle_whose_points_fail_is_none(tmp_path):
@@ -329,7 +335,8 @@ def test_where_no_seed_is_left_nothing_is_compared(tmp_path):
     assert facts["tasks"]["t"]["seeds"] == []
     assert facts["tasks"]["t"]["methods"]["odm"]["mean"] is None
     assert "| odm | – |" in compare_text(facts)
-    write_compare(facts, tmp_path)
+    assert write_results(settled, outcome, tmp_path / "out") == 1
+    assert write_report(tmp_path / "out").stat().st_size > 0
 
 
 def test_tasks_have_their_own_domains_seeds_and_budgets(tmp_path):
@@ -351,7 +358,12 @@ def test_tasks_have_their_own_domains_seeds_and_budgets(tmp_path):
     facts = compare_facts(settled, outcome, rows)
     assert [task["seeds"] for task in facts["tasks"].values()] == [[1, 2], [3, 4, 5]]
     assert facts["tasks"]["u"]["methods"]["odm"]["train_iters"] == 30
-    assert "| method | t (room) | u (control) |" in compare_text(facts)
+    text = compare_text(facts)
+    assert "| method | t (room) | u (control) | mean of room | worst control |" in text
+    shown = [facts["tasks"][name]["methods"]["odm"]["difference"]["average"] for name in "tu"]
+    cells = [f"{one['mean']:+.4f}" for one in shown]
+    line = next(line for line in text.splitlines() if line.startswith("| odm |"))
+    assert [cell.strip("* ") for cell in line.split("|")[2:6]] == [*cells, *cells]
 
 
 def test_two_baselines_are_not_needed_where_a_method_is_its_twin(tmp_path):
