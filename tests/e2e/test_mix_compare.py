@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 METHODS = {
     **compared.UNIFORM,
     "aioli": {"mixing": {"method": "aioli", "lp_rounds": 1, "lp_steps": 2, "update_every": 20}},
+    "naive": {"mixing": {"method": "naive_validation", "update_every": 30, "lag": 1}},
     "doremi": {"stages": "doremi", "mixing": {"method": "doremi", "weights": "uniform"}},
 }
 SEEDS = (1, 2)
@@ -89,17 +90,17 @@ def test_a_killed_comparison_goes_on_and_compares_like_with_like(folder):
     shown = runs.tool("mix.py", *words(folder), "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "t, doremi: 1 reference of " in shown.stdout
-    assert "all stages: at most 10 runs" in shown.stdout
+    assert "all stages: at most 12 runs" in shown.stdout
     assert not (folder / "runs").exists()
 
     done = kill_among_proxies(folder)
-    assert len(done) >= 6  # uniform, aioli and the references, of two seeds
+    assert len(done) >= 8  # uniform, aioli, naive and the references, of two seeds
     assert not (folder / "out" / "compare.json").exists()
     before = {name: kills.stamp(folder / "runs" / name) for name in done}
     again = runs.tool("mix.py", *words(folder))
     assert again.returncode == 0, again.stdout + again.stderr
     assert {name: kills.stamp(folder / "runs" / name) for name in done} == before
-    assert again.stdout.count(" started in ") == 10 - len(done)
+    assert again.stdout.count(" started in ") == 12 - len(done)
     told = [path.read_text() for path in (folder / "runs").glob("*/runner/output.log")]
     assert any("/checkpoints/global_step" in text for text in told)  # went on, not anew
 
@@ -127,6 +128,7 @@ def _check_budgets(facts: dict[str, Any]) -> None:
         assert not method["over_budget"]
     aioli, doremi = facts["methods"]["aioli"], facts["methods"]["doremi"]
     assert aioli["spent"]["validation"] > 0
+    assert facts["methods"]["naive"]["spent"]["validation"] > 0
     assert aioli["train_iters"] < 240
     assert doremi["spent"]["proxies"] == pytest.approx(4 / 3 * doremi["spent"]["references"])
 
@@ -139,7 +141,7 @@ def _check_pairs(folder: Path) -> None:
         for row in rows
         if tag(row, "role") == "final"
     }
-    assert len(keys) == 6
+    assert len(keys) == 8
     firsts = {}
     for seed in SEEDS:
         orders = {}
@@ -149,7 +151,7 @@ def _check_pairs(folder: Path) -> None:
             start = next(one["valid_loss"] for one in records if one["step"] == 0)
             assert firsts.setdefault(seed, start) == start
             orders[method] = _order(folder / "runs" / key)
-        for method in ("aioli", "doremi"):
+        for method in ("aioli", "naive", "doremi"):
             for domain in ("walk", "noise"):
                 ours, theirs = orders[method][domain], orders["uniform"][domain]
                 both = min(len(ours), len(theirs))

@@ -294,6 +294,15 @@ def test_one_seed_has_a_difference_and_no_test(tmp_path):
     assert write_results(settled, outcome, out) == 0
     assert write_report(out).stat().st_size > 0
     assert (out / "summary.md").read_text() == compare_text(facts)
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["budgets"]["t"] == pytest.approx(settled.budgets["t"])
+    assert {run["run"] for run in plan["runs"]} == {run.name for run in outcome.runs}
+    (doremi,) = [one for one in plan["methods"] if one["method"] == "doremi"]
+    assert [(leg["role"], leg["steps"]) for leg in doremi["legs"]] == [
+        ("reference", 12),
+        ("proxy", 12),
+        ("final", 32),
+    ]
 
 
 def test_an_oracle_whose_points_fail_is_none(tmp_path):
