@@ -97,8 +97,8 @@ class Auto(Mixer):
     and b say what can be believed of it.  Noise has e = 0 as soon as its frequencies are learnt;
     a plateau has e > 0 and is not taken for an end.  A domain that is more than 0.02 nats below
     its count loss has more to it than counts can tell: such domains share alike, each with the
-    mean of their slopes (by mu; a rise counts as 0).  Once all are there, p = mu: nothing is known against the given
-    weights.  Under an objective o, mu g is multiplied by o_k.
+    mean of their slopes (by mu; a rise counts as 0).  Once all are there, p = mu: nothing is
+    known against the given weights.  Under an objective o, mu g is multiplied by o_k.
 
     The count loss is what a table of the tokens seen after the last few predicts of unseen
     text; it is counted once, on the domains' own training data, and costs no pass of the model.
@@ -130,7 +130,7 @@ class Auto(Mixer):
             where = "mixing method 'auto': count_losses"
             self._told = by_domain(where, options.count_losses, self.domains, missing=None)
             for name, loss in zip(self.domains, self._told, strict=True):
-                require(f"{where}: '{name}'", loss, loss >= 0, "at least 0")
+                require(f"{where}: '{name}'", float(loss), loss >= 0, "at least 0")
         elif context.count_losses is None:
             raise ConfigError(
                 "mixing method 'auto': the training data are not at hand to be counted; give "
