@@ -55,7 +55,7 @@ class AutoOptions(CommonOptions):
         metadata={"help": "a domain is expected to fall at least as this power of its data"},
     )
     greatest_exponent: float = field(
-        default=0.5,
+        default=2.0,
         metadata={"help": "and at most as this power"},
     )
     memory: float = field(
@@ -83,22 +83,29 @@ class AutoOptions(CommonOptions):
 
 
 class Auto(Mixer):
-    """Sampling by what a domain's loss gains per e-fold of its data, within what is possible.
+    """Sampling by what more data of a domain will gain at the end of the run, as far as is known.
 
     With s_k the slope of domain k's training loss in the logarithm of its own tokens
     (:class:`~megatron.mixing.trend.Trend`), L_k its level, c_k its count loss and mu the given
     weights,
 
         e_k = max(L_k - c_k, 0),
-        g_k = min(max(s_k, a e_k), b e_k)          (a: least_exponent, b: greatest_exponent),
+        alpha_k = s_k / e_k, brought into [a, b]   (a: least_exponent, b: greatest_exponent),
+        g_k = alpha_k e_k exp(-alpha_k h),   h = ln(steps of the run / steps done),
         p = (1 - keep) normalise(mu g) + keep mu.
 
-    Where a loss falls as e n^-alpha towards c, its slope is alpha e: so s_k tells alpha, and a
-    and b say what can be believed of it.  Noise has e = 0 as soon as its frequencies are learnt;
-    a plateau has e > 0 and is not taken for an end.  A domain that is more than 0.02 nats below
-    its count loss has more to it than counts can tell: such domains share alike, each with the
-    mean of their slopes (by mu; a rise counts as 0).  Once all are there, p = mu: nothing is
-    known against the given weights.  Under an objective o, mu g is multiplied by o_k.
+    Where a loss falls towards c as e n^-alpha, its slope is alpha e: so s_k tells alpha, and a
+    and b say what can be believed of it.  g_k is what the slope will be at the end of the run
+    if the shares stay: a domain that will be learnt by then anyway gets less early on, and one
+    that is far from its end more.  At equal slopes at the end no sample would be better spent
+    elsewhere.  Noise has e = 0 as soon as its frequencies are learnt; a plateau has e > 0 and
+    is not taken for an end.
+
+    A domain that is more than 0.02 nats below its count loss has more to it than counts can
+    tell: such domains share alike, each with the mean of their slopes (by mu; a rise counts as
+    0), carried to the end as if alpha were a.  Once all are there, p = mu: nothing is known
+    against the given weights.  Under an objective o, mu g is multiplied by o_k.  Where the
+    length of the run is not known, it is taken to be half done.
 
     The count loss is what a table of the tokens seen after the last few predicts of unseen
     text; it is counted once, on the domains' own training data, and costs no pass of the model.
@@ -145,26 +152,34 @@ class Auto(Mixer):
         needed = self._initial > 0  # a ceiling of 0 keeps a domain from ever being seen
         if step < self._auto.first_update or not self._trend.known[needed].all():
             return None
-        gain = self._gain()
+        gain = self._gain(step)
         wanted = self._given * gain * self._factors()
         if not np.isfinite(wanted).all() or not wanted.any():
             return None
         keep = self._auto.keep
         return (1.0 - keep) * normalise(wanted) + keep * self._given
 
-    def _gain(self) -> FloatArray:
-        """Return g, [K]."""
+    def _gain(self, step: int) -> FloatArray:
+        """Return g after ``step``, [K]."""
         slope, excess = self._trend.slope, self._excess()
-        ends = np.maximum(excess, 0.0)
-        low, high = self._auto.least_exponent * ends, self._auto.greatest_exponent * ends
-        gain = np.clip(slope, low, high)
+        ends, ahead = np.maximum(excess, 0.0), self._ahead(step)
+        low, high = self._auto.least_exponent, self._auto.greatest_exponent
+        now = np.clip(slope, low * ends, high * ends)
+        exponent = np.where(ends > 0, now / np.where(ends > 0, ends, 1.0), 0.0)
+        gain = now * np.exp(-exponent * ahead)
         passed = self._passed(excess)
         share = self._given * passed
         if share.any():
-            gain = np.where(passed, float(share @ np.maximum(slope, 0.0)) / share.sum(), gain)
+            pooled = float(share @ np.maximum(slope, 0.0)) / float(share.sum())
+            gain = np.where(passed, pooled * np.exp(-low * ahead), gain)
             if not gain.any():  # nobody learns, or the slopes are all noise
                 gain = passed.astype(np.float64)
         return gain
+
+    def _ahead(self, step: int) -> float:
+        """Return h: the e-folds that each domain's data will still grow by, if shares stay."""
+        total = self._context.total_steps
+        return float(np.log(max(1.0, total / max(1, step)) if total is not None else 2.0))
 
     def _excess(self) -> FloatArray:
         """Return how far each domain is above its count loss, [K]; below 0 if it is below."""
@@ -203,7 +218,7 @@ class Auto(Mixer):
         if self._counted is None:
             return shown
         counted = {"count_loss": self._by_name(self._counted)}
-        return shown | counted | {"gain": self._by_name(self._gain())}
+        return shown | counted | {"gain": self._by_name(self._gain(self._step))}
 
     def _save(self) -> dict[str, Any]:
         counted = np.full(len(self.domains), np.nan) if self._counted is None else self._counted
