@@ -1,4 +1,4 @@
-# Targets: install quickstart test test-all check bench.
+# Targets: install quickstart test test-all check bench bench-mix.
 #
 # `make install` needs python3 (3.11 or newer) with pip, and nothing else: no compiler, no GPU.
 # Variables: PYTHON, VENV, VENV_ARGS (for `python -m venv`), PIP_ARGS (for every `pip install`),
@@ -23,7 +23,7 @@ RUN_DIR := runs/quickstart$(subst $(empty) $(empty),,$(addprefix -,$(strip $(LAY
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check bench
+.PHONY: help install quickstart test test-all check bench bench-mix
 
 help:
 	@echo "make install     make $(VENV) with everything needed to train"
@@ -32,6 +32,7 @@ help:
 	@echo "make test        the tests of a few minutes; make test-all: all of them"
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make bench       the benchmarks of benchmarks/"
+	@echo "make bench-mix   MixBench, the small tier: methods compared, in under an hour"
 
 # A stamp per state of the environment: done once, and again when what it was made from changes.
 $(VENV)/.stamp-python:
@@ -75,6 +76,13 @@ check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every method at equal FLOPs on small families of domains; what was run is not run again.
+bench-mix: $(VENV)/.stamp-dev
+	$(BIN)/python prepare_data.py mixbench --families m2 l2 m3 r3 l3 t3
+	CUDA_VISIBLE_DEVICES= $(BIN)/python tools/mix.py compare configs/mixbench/small.yml \
+	  --jobs 2 --out runs/mixbench/small
+	@echo "report: $(CURDIR)/runs/mixbench/small/report.html"
 
 bench: $(VENV)/.stamp-dev
 	@for script in benchmarks/*.py; do \

@@ -42,6 +42,7 @@ def compare_facts(league: League, played: Played, rows: Sequence[Row]) -> Facts:
         "format": FORMAT,
         "made": made_with(),
         "study": file.name,
+        "label": file.label,
         "baseline": file.baseline,
         "measure": file.measure,
         "confidence": file.confidence,

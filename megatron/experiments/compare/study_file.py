@@ -48,6 +48,7 @@ def read_study_file(path: Path, overrides: Iterable[str] = ()) -> StudyFile:
     whole = read_block(path)
     whole.only(
         "name",
+        "label",
         "tasks",
         "seeds",
         "set",
@@ -78,6 +79,7 @@ def read_study_file(path: Path, overrides: Iterable[str] = ()) -> StudyFile:
             )
     return StudyFile(
         name=whole.text("name", path.stem),
+        label=whole.text("label") if whole.has("label") else "",
         path=path,
         tasks=tasks,
         methods=methods,

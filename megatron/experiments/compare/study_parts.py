@@ -115,6 +115,7 @@ class StudyFile:
         path: of the file.
         tasks: in their order.
         methods: in their order, the baseline among them.
+        label: a sentence that stands over its results.
         donors: methods that do not take part, and whose mixture another one starts from.
         baseline: name of the method that all others are compared with.
         budget: see :class:`Budget`.
@@ -132,6 +133,7 @@ class StudyFile:
     oracle: Oracle | None
     measure: str
     confidence: float
+    label: str = ""
     donors: tuple[Method, ...] = ()
 
     def method(self, name: str) -> Method:

@@ -27,6 +27,7 @@ def compare_text(facts: Facts) -> str:
     lines = [
         f"# {facts['study']}",
         "",
+        *([f"**{facts['label']}**", ""] if facts["label"] else []),
         _RULES[facts["budget"]["setting"]].format(**facts["budget"]),
         f"FLOPs are those of matrices and causal attention. Losses are {facts['measure']} losses "
         f"at the end of a run, nats per token, a plain mean over domains; differences are to "
@@ -40,7 +41,13 @@ def compare_text(facts: Facts) -> str:
         lines += ["", f"## {name} ({task['kind']})", "", *_task(facts, task)]
     if facts["failed"]:
         lines += ["", "## Failed runs", "", *(f"- {line}" for line in facts["failed"])]
+    lines += ["", "## Made with", "", *_made(facts["made"])]
     return "\n".join(lines) + "\n"
+
+
+def _made(made: Facts) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return [f"- `{made['command']}`", f"- {made['date']}, {made['machine']}", f"- {versions}"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
