@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from megatron.launch import wire
+from megatron.launch.devices import detect_devices
 from megatron.launch.process import die_with_parent
 
 # What a run on the CPU imports in any case, part of it late: torch's optimizers load the module
@@ -67,9 +68,7 @@ def serve(descriptor: int) -> None:
 
 def _preload() -> str | None:
     """Import everything; return why this process must not be forked, if so."""
-    import torch
-
-    if torch.cuda.is_available():
+    if detect_devices(os.environ).cuda:
         return "there are CUDA devices"
     os.environ["DS_ACCELERATOR"] = "cpu"
     from megatron.engine.runtime import load_deepspeed
@@ -164,7 +163,6 @@ class _Forker:
             for handle in self._runs:
                 os.close(handle)
             os.chdir(orders["cwd"])
-            _forget_randomness()
             os.write(begin, b"\0")
             os.close(begin)
             sys.argv = list(orders["start"])
@@ -178,13 +176,6 @@ class _Forker:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-
-
-def _forget_randomness() -> None:
-    """Seed anew what a fresh process seeds from the system; ``random`` does so by itself."""
-    import numpy as np
-
-    np.random.seed()  # nothing here draws from it, but a library may
 
 
 def _code_of(leaving: SystemExit) -> int:
