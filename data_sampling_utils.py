@@ -11,6 +11,7 @@ for step in range(1, steps + 1):
 
 from __future__ import annotations
 
+from megatron.data.count_model import CountLoss, count_loss
 from megatron.mixing import (
     Controller,
     Decision,
@@ -34,6 +35,7 @@ from megatron.mixing.weights import (
 
 __all__ = [
     "Controller",
+    "CountLoss",
     "Decision",
     "Mixer",
     "Observation",
@@ -43,6 +45,7 @@ __all__ = [
     "Signal",
     "available_methods",
     "build_mixer",
+    "count_loss",
     "document_weights",
     "natural_weights",
     "nopack_weights",

@@ -11,12 +11,15 @@ which is what makes a mixture worth deciding:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from data_sampling_utils import count_loss
+
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 VOCABULARY = 48
 NAMES = ("cycle", "walk", "sum", "noise")
@@ -35,6 +38,22 @@ def split(
     """Return the windows to train on, and the last ``held_out`` of each domain apart from them."""
     train = {name: windows[:-held_out] for name, windows in domains.items()}
     return train, {name: windows[-held_out:] for name, windows in domains.items()}
+
+
+def counter(train: Mapping[str, IntArray]) -> Callable[[FloatArray], FloatArray]:
+    """Return what tells a controller, when it asks, what counts can predict of each domain.
+
+    ``auto`` is the method that asks: with the tokens to count of each domain, once.
+    """
+
+    def count(tokens: FloatArray) -> FloatArray:
+        losses = []
+        for windows, wanted in zip(train.values(), tokens, strict=True):
+            some = windows[: max(2, int(wanted) // windows.shape[1])]
+            losses.append(count_loss(some, VOCABULARY).loss)
+        return np.array(losses)
+
+    return count
 
 
 def _cycle(random: np.random.Generator, windows: int, length: int) -> IntArray:

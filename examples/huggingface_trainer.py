@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_sampling_utils import Decision, Mixer, Observation, RunContext, Signal, build_mixer
 from examples.drawing import Draw
-from examples.generated_data import VOCABULARY, make_domains, split
+from examples.generated_data import VOCABULARY, counter, make_domains, split
 from megatron.errors import ConfigError, run_command
 
 FloatArray = npt.NDArray[np.float64]
@@ -465,6 +465,7 @@ def build_trainer(options: argparse.Namespace) -> MixtureTrainer:
             tokens_per_step=samples * 23,
             samples_per_epoch=tuple(float(len(part)) for part in train.values()),
             vocab_size=VOCABULARY,
+            count_losses=counter(train),
         ),
         **dict(options.option),
     )

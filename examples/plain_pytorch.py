@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_sampling_utils import Decision, Observation, RunContext, Signal, build_mixer
 from examples.drawing import Draw
-from examples.generated_data import VOCABULARY, IntArray, make_domains, split
+from examples.generated_data import VOCABULARY, IntArray, counter, make_domains, split
 from megatron.errors import ConfigError, run_command
 
 FloatArray = npt.NDArray[np.float64]
@@ -181,6 +181,7 @@ class Run:
                 tokens_per_step=arguments.batch * (LENGTH - 1),
                 samples_per_epoch=tuple(float(len(part)) for part in self.train),
                 vocab_size=VOCABULARY,
+                count_losses=counter(train),
             ),
             **arguments.option,
         )

@@ -24,6 +24,8 @@ NOISE: Final = 1.0
 MIXTURE: Final = "its mixture)"
 """Ends the label of a run that trains on the mixture which a proxy run came to."""
 VOCABULARY: Final = 50_000
+COUNTED: Final = 0.05
+"""How far above a law's asymptote the loss of counts is taken to be, nats per token."""
 AVERAGED: Final = "aioli"
 """The run whose ledger ``replay`` and ``average_of_ledger`` read."""
 
@@ -107,12 +109,20 @@ def methods(
         "doge (all, its mixture)": ("doge", {"target": "all"}),
         "ado": ("ado", {"first_fit": fits, "fit_every": fits}),
         "ado (own counts)": ("ado", {"first_fit": fits, "fit_every": fits, "count": "own"}),
+        "auto (asymptotes)": ("auto", {"count_losses": _ends(world)}),
         "aioli": ("aioli", {**probes, "eta": 0.5}),
         "aioli (ema)": ("aioli", {**probes, "eta": 5.0, "ema": 0.1}),
         "aioli (diagonal)": ("aioli", {**probes, "eta": 0.5, "diagonal": True}),
         "replay (of aioli)": ("replay", {"ledger": ledger}),
         "average_of_ledger (of aioli)": ("average_of_ledger", {"ledger": ledger}),
     }
+
+
+def _ends(world: World) -> list[float]:
+    """Return what stands for the losses of counts: a little above the asymptotes, 0 without any."""
+    if not isinstance(world, PowerWorld):
+        return [0.0] * len(world.domains)
+    return [float(loss) + COUNTED for loss in world.epsilon[: len(world.domains)]]
 
 
 def _relative(world: World) -> Any:

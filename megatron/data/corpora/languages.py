@@ -64,7 +64,11 @@ class Markov:
         return float(self._occurrence(table) @ each)
 
     def _occurrence(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return how often each context occurs, [contexts], by power iteration."""
+        """Return how often each context occurs, [contexts], by power iteration.
+
+        Raises:
+            ValueError: contexts hardly mix, so that a text shows the ones that it began in.
+        """
         contexts = len(table)
         share = np.full(contexts, 1.0 / contexts)
         if self.order == 0:
@@ -75,8 +79,8 @@ class Markov:
             settled = bool(np.abs(flow - share).max() < 1e-15)
             share = flow
             if settled:
-                break
-        return share
+                return share
+        raise ValueError(f"{self} stays among some of its contexts: give it more concentration")
 
     def write(self, documents: int, length: int, seed: int) -> Tokens:
         """Return [documents, length] tokens; contexts settle before the text begins."""

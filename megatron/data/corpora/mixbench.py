@@ -207,7 +207,7 @@ def _is_done(folder: Path) -> bool:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(facts.get("version") == VERSION)
+    return isinstance(facts, dict) and facts.get("version") == VERSION
 
 
 def _write(path: Path, text: str) -> None:

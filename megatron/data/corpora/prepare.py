@@ -68,6 +68,11 @@ def prepare(request: Request, *, say: Say = print) -> None:
         DataError: the corpus is unknown, cannot be fetched, or does not fit what was begun.
         RunError: another process is preparing the same corpus.
     """
+    if request.families and request.name != mixbench.NAME:
+        raise DataError(
+            f"--families chooses families of {mixbench.NAME}, and '{request.name}' has none; leave "
+            f"it out, or prepare {mixbench.NAME}"
+        )
     if request.name == "quickstart":
         with _alone(request.data_dir / "quickstart"):
             quickstart.prepare(request.data_dir / "quickstart", say=say)

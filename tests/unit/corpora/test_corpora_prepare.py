@@ -249,5 +249,5 @@ def test_the_list_names_every_corpus():
         text=True,
         check=True,
     ).stdout
-    for name in ("quickstart", "slimpajama", "fineweb", "the_stack", "enwik8"):
+    for name in ("quickstart", "mixbench", "slimpajama", "fineweb", "the_stack", "enwik8"):
         assert f"\n{name} " in f"\n{shown}"
