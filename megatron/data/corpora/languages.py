@@ -75,7 +75,9 @@ class Markov:
             return share
         for _ in range(_POWER_STEPS):
             # Context (a, b, …) followed by s becomes (b, …, s).
-            flow = (share[:, None] * table).reshape(self.symbols, -1).sum(axis=0)
+            flow: NDArray[np.float64] = (
+                (share[:, None] * table).reshape(self.symbols, -1).sum(axis=0)
+            )
             settled = bool(np.abs(flow - share).max() < 1e-15)
             share = flow
             if settled:
