@@ -81,8 +81,8 @@ def _refined(seen: Hashes, unseen: Hashes, order: int, shorter: FloatArray) -> F
     pair = _mixed(context, token)
     contexts, totals = np.unique(context, return_counts=True)
     pairs, first, counts = np.unique(pair, return_index=True, return_counts=True)
-    # Of each context: how many different tokens follow it.
-    followers = np.bincount(np.searchsorted(contexts, context[first]), minlength=len(contexts))
+    # Of each context, in the same order: how many different tokens follow it.
+    _, followers = np.unique(context[first], return_counts=True)
     discount = _discount(counts)
     wanted, next_token = _contexts(unseen, order)
     at, known = _find(contexts, wanted)

@@ -7,7 +7,10 @@ from support.isolated import run_isolated
 CODE = """
 import json, sys, tempfile
 from pathlib import Path
-from data_sampling_utils import Observation, RunContext, available_methods, build_mixer
+import numpy as np
+from data_sampling_utils import (
+    Observation, RunContext, available_methods, build_mixer, count_loss
+)
 
 names, steps, folder = ["a", "b", "c"], 8, Path(tempfile.mkdtemp())
 shares = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -17,14 +20,23 @@ losses = {"step": steps, "valid_loss": {"a": 1.0, "b": 2.0, "c": 3.0}}
 (folder / "metrics.jsonl").write_text(json.dumps(losses) + "\\n")
 needed = {
     "aioli": {"lp_rounds": 1, "lp_steps": 1, "update_every": 5},
+    "auto": {"first_update": 2},
     "doremi": {"reference": "runs/reference"},
     "dynamic_loading": {"targets_from": str(folder)},
     "velocitune": {"targets_from": str(folder)},
     "replay": {"ledger": str(folder)},
     "average_of_ledger": {"ledger": str(folder)},
 }
+def count(tokens):
+    assert tokens.tolist() == [256.0] * 3
+    return [count_loss(text(seed), 50).loss for seed in range(3)]
+
+def text(seed):
+    return np.random.default_rng(seed).integers(0, 2 + 20 * seed, (12, 32))
+
 context = RunContext(
-    total_steps=steps, tokens_per_step=96, samples_per_step=12, draws_per_step=12, vocab_size=50
+    total_steps=steps, tokens_per_step=96, samples_per_step=12, draws_per_step=12, vocab_size=50,
+    count_losses=count,
 )
 
 def train(mixer, first, last):
