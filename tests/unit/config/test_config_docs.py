@@ -17,7 +17,11 @@ from megatron.model.accounting import parameter_count
 from megatron.registry import mixing_methods
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = sorted(ROOT.glob("configs/**/*.yml"))
+CONFIGS = sorted(
+    path
+    for path in ROOT.glob("configs/**/*.yml")
+    if "\ntasks:" not in path.read_text()  # a study of many runs, whose keys are its own
+)
 MODELS = sorted(ROOT.glob("configs/models/*.yml"))
 
 
