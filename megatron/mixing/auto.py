@@ -104,7 +104,8 @@ class Auto(Mixer):
     A domain that is more than 0.02 nats below its count loss has more to it than counts can
     tell: such domains share alike, each with the mean of their slopes (by mu; a rise counts as
     0), carried to the end as if alpha were a.  Once all are there, p = mu: nothing is known
-    against the given weights.  Under an objective o, mu g is multiplied by o_k.  Where the
+    against the given weights.  Nor is anything known of a domain that has not been seen yet: it
+    has the mean g of the others.  Under an objective o, mu g is multiplied by o_k.  Where the
     length of the run is not known, it is taken to be half done.
 
     The count loss is what a table of the tokens seen after the last few predicts of unseen
@@ -149,11 +150,13 @@ class Auto(Mixer):
 
     def _update(self, step: int, window: Window) -> FloatArray | None:
         self._trend = self._trend.add(window.mean_loss, window.token_count, self._auto.memory)
-        needed = self._initial > 0  # a ceiling of 0 keeps a domain from ever being seen
-        if step < self._auto.first_update or not self._trend.known[needed].all():
+        known = self._trend.known
+        seen = np.where(known, self._given, 0.0)
+        if step < self._auto.first_update or not seen.any():
             return None
-        gain = self._gain(step)
-        wanted = self._given * gain * self._factors()
+        gain = self._gain(step) * self._factors()
+        # Of what has not been seen nothing is known: it keeps its part of the given weights.
+        wanted = self._given * np.where(known, gain, float(seen @ gain) / float(seen.sum()))
         if not np.isfinite(wanted).all() or not wanted.any():
             return None
         keep = self._auto.keep

@@ -168,7 +168,8 @@ def estimates(mixer):
         for key, value in shown.items()
         if isinstance(value, dict)
         and value.keys() == set(mixer.domains)
-        and key not in ("weights", "domain_weights")  # of sum 1: they move with the others'
+        # Of sum 1, or carried to the end of the run and pooled: they move with step and others.
+        and key not in ("weights", "domain_weights", "gain")
     }
 
 
