@@ -36,6 +36,12 @@ def add_study_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
         help="configuration files that all runs begin with, merged; '.yml' may be left out",
     )
     parser.add_argument("-d", "--conf_dir", metavar="DIR", help="folder of those files")
+    add_set_argument(parser)
+    add_run_arguments(parser, out=out)
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set``, which changes keys of all runs."""
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -44,7 +50,6 @@ def add_study_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
         dest="overrides",
         help="set a key of all runs (several may follow, or repeat the flag)",
     )
-    add_run_arguments(parser, out=out)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -50,10 +45,6 @@ def words(folder: Path) -> list[str]:
     return ["compare", str(folder / "study.yml"), "--out", str(folder / "out"), "--jobs", "2"]
 
 
-def finished(folder: Path) -> set[str]:
-    return {path.parents[1].name for path in (folder / "runs").glob("*/runner/finished.json")}
-
-
 def proxies(folder: Path) -> list[Path]:
     """Return the folders of proxies that have a checkpoint and are not finished."""
     return [
@@ -61,29 +52,8 @@ def proxies(folder: Path) -> list[Path]:
         for request in (folder / "runs").glob("*/runner/request.yml")
         if "method: doremi" in request.read_text()
         and (request.parents[1] / "checkpoints" / "latest").exists()
-        and request.parents[1].name not in finished(folder)
+        and request.parents[1].name not in kills.finished(folder)
     ]
-
-
-def kill_among_proxies(folder: Path) -> set[str]:
-    """Kill the command while a proxy runs; return the runs that were finished."""
-    with (folder / "killed.out").open("wb") as output:
-        killed = subprocess.Popen(
-            [sys.executable, str(runs.ROOT / "tools" / "mix.py"), *words(folder)],
-            env=runs.environment(),
-            stdout=output,
-            stderr=output,
-        )
-        deadline = time.monotonic() + 300
-        while not proxies(folder) and time.monotonic() < deadline:
-            assert killed.poll() is None, (folder / "killed.out").read_text()
-            time.sleep(0.01)
-        family = list(runs.family(killed.pid))
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-    while runs.alive(family):
-        time.sleep(0.02)
-    return finished(folder)
 
 
 def test_a_killed_comparison_goes_on_and_compares_like_with_like(folder):
@@ -93,7 +63,8 @@ def test_a_killed_comparison_goes_on_and_compares_like_with_like(folder):
     assert "all stages: at most 12 runs" in shown.stdout
     assert not (folder / "runs").exists()
 
-    done = kill_among_proxies(folder)
+    kills.kill_once(folder, lambda: bool(proxies(folder)), *words(folder))
+    done = kills.finished(folder)
     assert len(done) >= 8  # uniform, aioli, naive and the references, of two seeds
     assert not (folder / "out" / "compare.json").exists()
     before = {name: kills.stamp(folder / "runs" / name) for name in done}

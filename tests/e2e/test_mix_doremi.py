@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from support import runs, studies
+from support import kills, runs, studies
 
 from megatron.data.writer import TokenWriter
 from megatron.experiments.table import read_table, tag
@@ -62,22 +57,7 @@ def proxy(folder: Path) -> Path | None:
 def test_noise_gets_less_than_its_share_and_a_killed_chain_goes_on(folder):
     out = folder / "out"
     words = ["doremi", str(folder / "base.yml"), "--out", str(out), "--baseline", "given"]
-    with (folder / "killed.out").open("wb") as output:
-        killed = subprocess.Popen(
-            [sys.executable, str(runs.ROOT / "tools" / "mix.py"), *words],
-            env=runs.environment(),
-            stdout=output,
-            stderr=output,
-        )
-        deadline = time.monotonic() + 240
-        while proxy(folder) is None and time.monotonic() < deadline:
-            assert killed.poll() is None, (folder / "killed.out").read_text()
-            time.sleep(0.02)
-        family = list(runs.family(killed.pid))
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-    while runs.alive(family):
-        time.sleep(0.02)
+    kills.kill_once(folder, lambda: proxy(folder) is not None, *words)
     assert not out.joinpath("mixture.yml").exists()
 
     again = runs.tool("mix.py", *words)

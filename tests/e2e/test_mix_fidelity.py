@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import runs, studies
+from support import kills, runs, studies
 
 from megatron.checkpoint.bundle import read_bundle
 from megatron.experiments.table import Row, read_table, tag
@@ -49,29 +44,14 @@ def test_a_killed_comparison_goes_on_from_its_cache(folder: Path) -> None:
     assert "14 runs" in shown.stdout  # two methods, two points each, three children a point
     assert not (folder / "runs").exists()
 
-    with (folder / "killed.out").open("wb") as output:
-        killed = subprocess.Popen(
-            [sys.executable, str(runs.ROOT / "tools" / "mix.py"), *words(folder)],
-            env=runs.environment(),
-            stdout=output,
-            stderr=output,
-        )
-        deadline = time.monotonic() + 240
-        while len(finished(folder)) < 3 and time.monotonic() < deadline:
-            assert killed.poll() is None, (folder / "killed.out").read_text()
-            time.sleep(0.02)
-        family = list(runs.family(killed.pid))
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-    while runs.alive(family):
-        time.sleep(0.02)
-    before = {name: stamp(folder / "runs" / name) for name in finished(folder)}
+    kills.kill_once(folder, lambda: len(kills.finished(folder)) >= 3, *words(folder))
+    before = {name: kills.stamp(folder / "runs" / name) for name in kills.finished(folder)}
     assert 3 <= len(before) < 14
 
     again = runs.tool("mix.py", *words(folder))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert {name: stamp(folder / "runs" / name) for name in before} == before
-    assert len(finished(folder)) == 14
+    assert {name: kills.stamp(folder / "runs" / name) for name in before} == before
+    assert len(kills.finished(folder)) == 14
     check_results(folder)
 
     third = runs.tool("mix.py", *words(folder))
@@ -131,11 +111,3 @@ def average(rows: list[Row], *, step: int, **tags: Any) -> float:
 
 def plan(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "out" / "plan.json").read_text())["runs"]
-
-
-def finished(folder: Path) -> list[str]:
-    return [path.parents[1].name for path in (folder / "runs").glob("*/runner/finished.json")]
-
-
-def stamp(run: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}

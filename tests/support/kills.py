@@ -7,9 +7,37 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from support import runs
+
+
+def kill_once(folder: Path, ready: Callable[[], bool], *words: str) -> None:
+    """Kill ``tools/mix.py`` with these words as soon as ``ready``; wait until its ranks are gone.
+
+    Args:
+        folder: where its output goes.
+        ready: asked again and again.
+        words: of the command.
+    """
+    with (folder / "killed.out").open("wb") as output:
+        killed = subprocess.Popen(
+            [sys.executable, str(runs.ROOT / "tools" / "mix.py"), *words],
+            env=runs.environment(),
+            stdout=output,
+            stderr=output,
+        )
+        deadline = time.monotonic() + 300
+        while not ready() and time.monotonic() < deadline:
+            assert killed.poll() is None, (folder / "killed.out").read_text()
+            time.sleep(0.02)
+        family = list(runs.family(killed.pid))
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+    assert ready()
+    while runs.alive(family):
+        time.sleep(0.02)
 
 
 def kill_in_the_second_run(folder: Path, *words: str) -> str:
@@ -22,24 +50,8 @@ def kill_in_the_second_run(folder: Path, *words: str) -> str:
     Returns:
         Name of the folder of the run that is finished.
     """
-    with (folder / "killed.out").open("wb") as output:
-        killed = subprocess.Popen(
-            [sys.executable, str(runs.ROOT / "tools" / "mix.py"), *words],
-            env=runs.environment(),
-            stdout=output,
-            stderr=output,
-        )
-        deadline = time.monotonic() + 240
-        while not _in_the_second(folder) and time.monotonic() < deadline:
-            assert killed.poll() is None, (folder / "killed.out").read_text()
-            time.sleep(0.02)
-        family = list(runs.family(killed.pid))
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-    assert _in_the_second(folder)
-    while runs.alive(family):
-        time.sleep(0.02)
-    (done,) = _finished(folder)
+    kill_once(folder, lambda: _in_the_second(folder), *words)
+    (done,) = finished(folder)
     return done
 
 
@@ -69,16 +81,17 @@ def stamp(run: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
-def _finished(folder: Path) -> list[str]:
+def finished(folder: Path) -> list[str]:
+    """Return the names of the runs' folders that are finished."""
     return [path.parents[1].name for path in (folder / "runs").glob("*/runner/finished.json")]
 
 
 def _in_the_second(folder: Path) -> bool:
     """Whether one run is finished and the next has a checkpoint."""
-    finished = _finished(folder)
+    done = finished(folder)
     running = [
         path
         for path in (folder / "runs").glob("*")
-        if path.name not in finished and (path / "checkpoints" / "latest").exists()
+        if path.name not in done and (path / "checkpoints" / "latest").exists()
     ]
-    return len(finished) == 1 and len(running) == 1
+    return len(done) == 1 and len(running) == 1

@@ -24,7 +24,13 @@ from megatron.experiments.compare.playing import Played, play
 from megatron.experiments.compare.results import compare_facts, write_compare
 from megatron.experiments.compare.study_file import read_study_file
 from megatron.experiments.compare.text import compare_text
-from megatron.experiments.conduct import add_run_arguments, conduct, gpus_of, runs_dir
+from megatron.experiments.conduct import (
+    add_run_arguments,
+    add_set_argument,
+    conduct,
+    gpus_of,
+    runs_dir,
+)
 from megatron.experiments.estimate import estimate
 from megatron.experiments.execute import Outcome
 from megatron.experiments.finished import read_finish
@@ -37,14 +43,7 @@ from megatron.monitor.throughput import duration
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's flags."""
     parser.add_argument("study", type=Path, metavar="STUDY", help="the study file")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="set a key of all runs (several may follow, or repeat the flag)",
-    )
+    add_set_argument(parser)
     add_run_arguments(parser, out="runs/studies/compare")
     which = parser.add_argument_group("which part of the study")
     which.add_argument("--tasks", nargs="+", metavar="NAME", help="only these tasks")
