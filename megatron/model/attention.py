@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
 
 from megatron.errors import ConfigError
 from megatron.model.init import initializer
+from megatron.model.kv_cache import CachingModule
+from megatron.model.masking import Masking
 from megatron.model.rotary import Rotary
 from megatron.model.spec import ModelSpec, head_size, kv_heads
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -15,7 +18,7 @@ from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(CachingModule):
     """Multi-head attention of GPT-NeoX; grouped-query attention (Ainslie et al. 2023).
 
     ``query_key_value`` gives, as GPT-NeoX's does, ``[heads, 3, head_size]`` where every head
@@ -42,6 +45,7 @@ class SelfAttention(nn.Module):
         _check(spec, ranks)
         self.layer = layer
         self.rotary = rotary
+        self.masking = Masking()
         self.dropout = dropout
         self.dropout_rate = spec.attention_dropout
         self.head_size = head_size(spec)
@@ -70,39 +74,61 @@ class SelfAttention(nn.Module):
 
         Where the sequence is divided, ``x`` and the result are this rank's part of it.
         """
-        query, key, value = self._heads(self.query_key_value(x))
-        attended = self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        fused = self.query_key_value(x)
+        slots = None if self.cache is None else self.cache.slots(fused.device)
+        query, key, value = self._heads(fused, slots)
+        if self.cache is not None:
+            key, value = self.cache.extend(self.layer, key, value)
+        mask = self.masking(query.transpose(1, 2), key.shape[1], slots=slots)
+        attended = self._attend(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask
+        )
         batch, length = query.shape[0], query.shape[1]
         projected: torch.Tensor = self.dense(
             attended.transpose(1, 2).reshape(batch, length, self.heads * self.head_size)
         )
         return projected
 
-    def _heads(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _heads(
+        self, fused: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split the projection and rotate: three ``[B, S, heads, head_size]``."""
         batch, length, size = fused.shape[0], fused.shape[1], self.head_size
         if self.heads == self.kv_heads:
             by_head = fused.view(batch, length, self.heads, 3, size)
-            query, key = self._rotate(by_head[..., :2, :]).unbind(dim=3)
+            query, key = self._rotate(by_head[..., :2, :], positions).unbind(dim=3)
             return query, key, by_head[..., 2, :]
         turned = self.heads + self.kv_heads
         stacked = fused.view(batch, length, turned + self.kv_heads, size)
-        both = self._rotate(stacked[:, :, :turned])
+        both = self._rotate(stacked[:, :, :turned], positions)
         return both[:, :, : self.heads], both[:, :, self.heads :], stacked[:, :, turned:]
 
-    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.rotary is None else self.rotary.rotate(x)
+    def _rotate(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        if self.rotary is None:
+            return x
+        longest = x.shape[1] if self.cache is None else self.cache.length
+        return self.rotary.rotate(x, positions, longest=longest)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        shared = self.heads != self.kv_heads
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        attend = partial(
+            F.scaled_dot_product_attention,
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.heads != self.kv_heads,
+        )
         if not self.training or self.dropout_rate == 0.0:
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=shared
-            )
+            return attend()
         with self.dropout.masks(query.device, self.layer, "attention", split=True):
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=shared, dropout_p=self.dropout_rate
-            )
+            return attend(dropout_p=self.dropout_rate)
 
 
 def build_rotary(spec: ModelSpec) -> Rotary | None:

@@ -29,12 +29,24 @@ class Rotary:
         self.base = base
         self._tables: dict[torch.device, _Table] = {}
 
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate ``[B, S, …heads, head_size]`` by its position along dimension 1."""
+    def rotate(
+        self, x: torch.Tensor, positions: torch.Tensor | None = None, *, longest: int = 0
+    ) -> torch.Tensor:
+        """Rotate ``[B, S, …heads, head_size]`` by its position.
+
+        Args:
+            x: what is rotated.
+            positions: int64 ``[B, S]``; None = the place along dimension 1.
+            longest: a bound of ``positions``, which are all below it.
+        """
         if self.dimensions == 0:
             return x
-        cos, sin = self.table(x.shape[1], x.device)
-        shape = (x.shape[1], *(1,) * (x.dim() - 3), self.dimensions // 2)
+        if positions is None:
+            cos, sin = self.table(x.shape[1], x.device)
+            shape = (x.shape[1], *(1,) * (x.dim() - 3), self.dimensions // 2)
+        else:
+            cos, sin = (part[positions] for part in self.table(longest, x.device))
+            shape = (*positions.shape, *(1,) * (x.dim() - 3), self.dimensions // 2)
         rotated: torch.Tensor = apply(_Rotate, x, cos.view(shape), sin.view(shape))
         return rotated
 
