@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.config import Config
@@ -29,6 +30,56 @@ LAUNCH_MODULES = (("torch", "torch"), ("deepspeed", "deepspeed"))
 
 # GPT-NeoX's own flags that are other spellings of configuration keys.
 KEY_FLAGS = ("hostfile", "wandb_group", "wandb_team", "wandb_run_name")
+
+# Flags of evaluate.py and generate.py, which are keys, too: (flags, key, what argparse is told).
+USING_FLAGS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
+    (("--iteration",), "iteration", {"type": int, "metavar": "N", "help": "which checkpoint"}),
+    (
+        ("--eval_tasks",),
+        "eval_tasks",
+        {"nargs": "+", "metavar": "TASK", "help": "tasks of lm-eval; * and ? match any name"},
+    ),
+    (
+        ("--eval_results_prefix",),
+        "eval_results_prefix",
+        {"metavar": "PATH", "help": "beginning of the path of evaluate.py's results"},
+    ),
+    (
+        ("--eval_include_path",),
+        "eval_include_path",
+        {"nargs": "+", "metavar": "DIR", "help": "folders with task files of your own"},
+    ),
+    (
+        ("--eval_num_fewshot",),
+        "eval_num_fewshot",
+        {"type": int, "metavar": "N", "help": "examples before every question"},
+    ),
+    (
+        ("--eval_limit",),
+        "eval_limit",
+        {"type": float, "metavar": "N", "help": "questions per task, or a share of them"},
+    ),
+    (
+        ("--eval_perplexity",),
+        "eval_perplexity",
+        {"choices": ("valid", "test"), "help": "also measure every domain's loss on this split"},
+    ),
+    (
+        ("--all-checkpoints",),
+        "eval_all_checkpoints",
+        {"action": "store_true", "help": "evaluate every checkpoint of the run, as a table"},
+    ),
+    (
+        ("-i", "--sample_input_file"),
+        "sample_input_file",
+        {"metavar": "FILE", "help": "prompts for generate.py"},
+    ),
+    (
+        ("-o", "--sample_output_file"),
+        "sample_output_file",
+        {"metavar": "FILE", "help": "where generate.py writes"},
+    ),
+)
 
 # The flags of --sbatch: (flag, metavar, help).
 SBATCH_FLAGS = (
@@ -109,6 +160,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--wandb_group", metavar="NAME", help="key wandb_group")
     parser.add_argument("--wandb_team", metavar="NAME", help="key wandb_team")
     parser.add_argument("--wandb_run_name", metavar="NAME", help="key wandb_run_name")
+    using = parser.add_argument_group("for evaluate.py and generate.py (keys of the configuration)")
+    for flags, key, options in USING_FLAGS:
+        using.add_argument(*flags, dest=key, **options)
     return parser
 
 
@@ -124,6 +178,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for key in KEY_FLAGS:
         if getattr(arguments, key) is not None:
             arguments.overrides.append(f"{key}={getattr(arguments, key)}")
+    for _, key, _ in USING_FLAGS:
+        value = getattr(arguments, key)
+        if value is not None and value is not False:
+            arguments.overrides.append(f"{key}={json.dumps(value)}")  # JSON is YAML
     return arguments
 
 

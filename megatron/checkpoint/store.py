@@ -389,10 +389,15 @@ def store_in(folder: str | Path) -> CheckpointStore:
     return CheckpointStore(inner) if inner.is_dir() and not store.steps() else store
 
 
-def named_step(folder: str | Path) -> int | None:
-    """Return the step of the one checkpoint that a folder is; None if it is not named as one."""
+def named_step(folder: str | Path, wanted: int | None = None) -> int | None:
+    """Return the step of the one checkpoint that a folder is.
+
+    Args:
+        folder: a checkpoint, or a folder of them.
+        wanted: what holds where the folder is not named as one checkpoint.
+    """
     try:
         step, kind = parse_tag(Path(folder).absolute().name)
     except CheckpointError:
-        return None
-    return None if kind else step
+        return wanted
+    return wanted if kind else step

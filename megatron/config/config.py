@@ -11,6 +11,7 @@ from pydantic import Field
 from megatron.config.base import Group
 from megatron.config.batch import BatchConfig
 from megatron.config.data import DEFAULT_SPLIT, DataConfig, DomainConfig, Domains, Split
+from megatron.config.evaluation import EvaluationConfig, GenerationConfig
 from megatron.config.mixing import MixingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimisation import (
@@ -34,6 +35,8 @@ FLAT_GROUPS: dict[str, type[Group]] = {
     "tokenizer": TokenizerConfig,
     "parallel": ParallelConfig,
     "launch": LaunchConfig,
+    "evaluation": EvaluationConfig,
+    "generation": GenerationConfig,
 }
 
 
@@ -64,6 +67,8 @@ class Config(Group):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """`deepspeed_extra_args`: merged last into DeepSpeed's own configuration."""
     ignored: tuple[str, ...] = ()
@@ -116,7 +121,8 @@ class Config(Group):
         Places, logging, launch and checkpoint cadence are left out: moving a run or logging
         more does not make it another run.
         """
-        left_out = dict.fromkeys(("launch", "logging", "checkpoint", "ignored"), True)
+        unrelated = ("launch", "logging", "checkpoint", "evaluation", "generation", "ignored")
+        left_out = dict.fromkeys(unrelated, True)
         kept = self.model_dump(
             mode="json", exclude={**left_out, "training": {"state_check_interval"}}
         )

@@ -199,10 +199,6 @@ REFUSED: dict[str, Refusal] = {
     "scale_by_reward_loss_diff": _REWARDS,
     "validation_based_reward": _REWARDS,
     # checkpoints
-    "iteration": Refusal(
-        instead="a run goes on from its newest checkpoint; point load at a folder that holds "
-        "only the one you want"
-    ),
     "no_load_optim": Refusal(instead="finetune: true takes the weights alone and starts at step 0"),
     "s3_path": Refusal(instead="checkpoints are not sent to S3; copy the folder in save"),
     "save_iters": Refusal(instead="use save_interval and extra_save_iters"),
@@ -215,8 +211,6 @@ _LAUNCHER = "set by the launcher"
 _DERIVED = "worked out from the other keys"
 _UNUSED = "GPT-NeoX itself does not use it"
 _MONITOR = "metrics.jsonl and report.html hold what is recorded"
-_GENERATION = "belongs to generation, not to training"
-_EVALUATION = "belongs to evaluation by tasks, not to training"
 _PREFERENCE = "belongs to preference training"
 _MUP_DETAIL = "belongs to µP"
 
@@ -331,20 +325,6 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "comms_logger",
     ),
     "optimizers are handed to DeepSpeed as objects": ("zero_allow_untested_optimizer",),
-    _GENERATION: (
-        "text_gen_type",
-        "temperature",
-        "top_p",
-        "top_k",
-        "return_logits",
-        "maximum_tokens",
-        "prompt_end",
-        "sample_input_file",
-        "sample_output_file",
-        "num_samples",
-        "recompute",
-    ),
-    _EVALUATION: ("eval_results_prefix", "eval_tasks", "eval_num_fewshot"),
     _PREFERENCE: (
         "dpo_fp32",
         "dpo_reference_free",

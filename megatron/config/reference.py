@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ _TITLES = {
     "tokenizer": "Tokenizer",
     "parallel": "Layout",
     "launch": "Launch",
+    "evaluation": "Evaluation by tasks",
+    "generation": "Generation",
 }
 _INTRODUCTION = """\
 # Configuration reference
@@ -198,6 +201,8 @@ def _default(value: Any) -> str:
         return "not set"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, str) and not (value and value.isprintable()):
+        return f"`{json.dumps(value)}`"
     return f"`{value}`"
 
 

@@ -126,6 +126,9 @@ class CheckpointConfig(Group):
     load: Text | None = None
     """Folder of checkpoints, or of a run, whose newest the run starts from when `save` holds none
     yet; or the folder of one checkpoint. Default: `save`."""
+    iteration: NonNegativeInt | None = None
+    """Which checkpoint is used: by `evaluate.py` and `generate.py`, and of `load` by a run that
+    starts there. Default: the newest."""
     save_interval: Count | None = None
     """Save every so many steps (GPT-NeoX: `checkpoint_factor`). The last step is always saved."""
     checkpoint_scale: Literal["linear", "log"] = "linear"

@@ -237,11 +237,14 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
     own, load = CheckpointStore(config.checkpoint.save_dir), config.checkpoint.load
     resumes = bool(own.steps())
     store = own if resumes or load is None else store_in(load)
-    only = None if resumes or load is None else named_step(load)
+    only = None
+    if load is not None and not resumes:
+        only = named_step(load, config.checkpoint.iteration)
     if not (steps := [step for step in store.steps() if only in (None, step)]):
         if load is not None:
             raise CheckpointError(
-                f"load names {load}, which holds no checkpoint; correct it, or leave it out to "
+                f"load names {load}, which holds no checkpoint"
+                f"{'' if only is None else f' of step {only}'}; correct it, or leave it out to "
                 "start from new weights"
             )
         return

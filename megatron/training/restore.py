@@ -155,10 +155,12 @@ def find_source(
     load = config.checkpoint.load
     if found is None and load is not None:
         store, weights_only = store_in(load), config.checkpoint.finetune
-        found = find_checkpoint(runtime, store, say, only=named_step(load))
+        only = named_step(load, config.checkpoint.iteration)
+        found = find_checkpoint(runtime, store, say, only=only)
         if found is None:
             raise CheckpointError(
-                f"load names {load}, which holds no valid checkpoint; correct it, or leave it out "
+                f"load names {load}, which holds no valid checkpoint"
+                f"{'' if only is None else f' of step {only}'}; correct it, or leave it out "
                 "to start from new weights"
             )
         check_form(found[1], found[0], load_universal=config.checkpoint.load_universal)

@@ -320,7 +320,7 @@ wandb_group: "no"
 comet_tags: [a, "1"]
 comet_others: {a: {b: [1, x, null, 1.5]}}
 deepspeed_extra_args: {zero_optimization: {stage: 0}, comms_logger: {enabled: false}}
-text_gen_type: unconditional
+detect_nvlink_pairs: true
 vocab_file: v
 merge_file: m
 tensorboard_dir: tb
@@ -350,13 +350,15 @@ def test_rich_configuration(load):
     assert config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
     assert config.logging.use_tensorboard
     assert config.schedule.decay_steps(100) == 50
-    assert config.ignored == ("text_gen_type: belongs to generation, not to training",)
+    assert config.ignored == (
+        "detect_nvlink_pairs: devices are taken in the order of the driver",
+    )
 
 
 def test_hash_follows_what_is_computed(load):
     config = load()
     assert load("run_dir: elsewhere\nlog_interval: 3\nnum_gpus: 2\n").hash() == config.hash()
-    assert load("text_gen_type: x\n").hash() == config.hash()
+    assert load("eval_limit: 3\ntext_gen_type: interactive\n").hash() == config.hash()
     for text in ("seed: 1\n", "mixing: {method: odm}\n", "bf16: {enabled: true}\n"):
         assert load(text).hash() != config.hash()
     assert load("", "domains.code.weight=2").hash() != config.hash()
