@@ -1,4 +1,4 @@
-# Targets: install quickstart test test-all check bench bench-mix.
+# Targets: install quickstart test test-all check docs bench bench-mix.
 #
 # `make install` needs python3 (3.11 or newer) with pip, and nothing else: no compiler, no GPU.
 # Variables: PYTHON, VENV, VENV_ARGS (for `python -m venv`), PIP_ARGS (for every `pip install`),
@@ -23,7 +23,7 @@ RUN_DIR := runs/quickstart$(subst $(empty) $(empty),,$(addprefix -,$(strip $(LAY
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check bench bench-mix
+.PHONY: help install quickstart test test-all check docs bench bench-mix
 
 help:
 	@echo "make install     make $(VENV) with everything needed to train"
@@ -31,6 +31,7 @@ help:
 	@echo "                 (LAYOUT=tp2 or pp2: under tensor or pipeline parallelism)"
 	@echo "make test        the tests of a few minutes; make test-all: all of them"
 	@echo "make check       ruff, mypy, import-linter"
+	@echo "make docs        the documentation site, into build/site"
 	@echo "make bench       the benchmarks of benchmarks/"
 	@echo "make bench-mix   MixBench, the small tier: methods compared, in under an hour"
 
@@ -76,6 +77,11 @@ check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A warning (a link or anchor that leads nowhere) is an error; `make test` builds it likewise.
+docs: $(VENV)/.stamp-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site: $(CURDIR)/build/site/index.html"
 
 # Every method at equal FLOPs on small families of domains; what was run is not run again.
 bench-mix: $(VENV)/.stamp-dev

@@ -52,7 +52,7 @@ def test_the_bare_installation_needs_three_libraries():
 
 
 def test_every_promised_extra_is_there():
-    promised = "train eval select studies wandb tensorboard comet flash apex dev"
+    promised = "train eval select studies wandb tensorboard comet docs flash apex dev"
     assert set(promised.split()) == set(EXTRAS)
 
 
