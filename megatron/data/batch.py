@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 #: ``torch.as_tensor`` takes both without a copy.
 Array: TypeAlias = "NDArray[Any] | torch.Tensor"
 
-#: A window: the reader and the token at which it starts.
-Place: TypeAlias = tuple[TokenReader, int]
+#: A whole window: the reader and the token at which it starts.
+Start: TypeAlias = tuple[TokenReader, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +50,7 @@ class MicroBatch:
     reference: Array | None = None
 
 
-def read_windows(places: Sequence[Place], seq_length: int) -> NDArray[Any]:
+def read_windows(places: Sequence[Start], seq_length: int) -> NDArray[Any]:
     """Read windows of S+1 tokens.
 
     Args:
@@ -79,6 +79,7 @@ def make_micro_batch(
     seq_length: int,
     domain_ids: NDArray[np.int64],
     sample_weight: NDArray[np.float64],
+    labels: NDArray[np.int64] | None = None,
     masked_token: int | None = None,
     pin_memory: bool = False,
 ) -> MicroBatch:
@@ -90,6 +91,7 @@ def make_micro_batch(
         seq_length: S.
         domain_ids: [B] domains.
         sample_weight: [B] weights; of the padding, ignored.
+        labels: [n, S] targets, negative where a token is not trained on; None = the tokens.
         masked_token: mask the loss wherever this token is the *input* (as GPT-NeoX's
             ``eod_mask_loss`` does): the first token of the next document is not predicted.
         pin_memory: make pinned torch tensors, which a device copies asynchronously.
@@ -101,9 +103,13 @@ def make_micro_batch(
     ids, ids_array = _allocate((rows,), np.int64, pin_memory)
     weight, weight_array = _allocate((rows,), np.float32, pin_memory)
     used = len(windows)
-    tokens_array[:used], targets_array[:used] = windows[:, :-1], windows[:, 1:]
+    tokens_array[:used] = windows[:, :-1]
+    if labels is None:
+        targets_array[:used], mask_array[:used] = windows[:, 1:], 1.0
+    else:
+        targets_array[:used], mask_array[:used] = np.maximum(labels, 0), labels >= 0
     tokens_array[used:] = targets_array[used:] = 0
-    mask_array[:used], mask_array[used:] = 1.0, 0.0
+    mask_array[used:] = 0.0
     if masked_token is not None:
         mask_array[:used][tokens_array[:used] == masked_token] = 0.0
     ids_array[:] = domain_ids
@@ -112,12 +118,6 @@ def make_micro_batch(
     return MicroBatch(
         tokens=tokens, targets=targets, loss_mask=mask, domain_ids=ids, sample_weight=weight
     )
-
-
-def unmasked_tokens(windows: NDArray[Any], masked_token: int) -> NDArray[np.int64]:
-    """Return per window the number of tokens that :func:`make_micro_batch` leaves unmasked."""
-    counts: NDArray[np.int64] = np.count_nonzero(windows[:, :-1] != masked_token, axis=1)
-    return counts
 
 
 def sample_weights(
@@ -147,13 +147,16 @@ def sample_weights(
     return weights
 
 
-def check_token_ids(windows: NDArray[Any], names: Sequence[str], vocab_size: int | None) -> None:
+def check_token_ids(
+    windows: NDArray[Any], names: Sequence[str], vocab_size: int | None, *, what: str = "token id"
+) -> None:
     """Refuse ids that have no row in the embedding, which on a device would be a bare assertion.
 
     Args:
         windows: [n, S+1] token ids.
         names: of the n windows' domains.
         vocab_size: ids lie below it; ``None`` checks for negative ones only.
+        what: the ids are, for the message.
 
     Raises:
         DataError: naming the domain, the id and the vocabulary.
@@ -164,7 +167,7 @@ def check_token_ids(windows: NDArray[Any], names: Sequence[str], vocab_size: int
     if wrong is not None:
         row, column = np.argwhere(wrong)[0].tolist()
         raise DataError(
-            f"domain '{names[row]}': token id {windows[row, column]} is outside the vocabulary "
+            f"domain '{names[row]}': {what} {windows[row, column]} is outside the vocabulary "
             f"of {vocab_size} tokens; its files were made with another tokenizer, or are "
             "damaged (tools/inspect_dataset.py --verify)"
         )

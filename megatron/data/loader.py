@@ -11,19 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron.data.batch import (
-    MicroBatch,
-    Place,
-    check_token_ids,
-    make_micro_batch,
-    read_windows,
-    sample_weights,
-    unmasked_tokens,
-)
+from megatron.data.batch import MicroBatch, make_micro_batch, sample_weights
 from megatron.data.domain import Domain
 from megatron.data.permutation import permute
 from megatron.data.plan import Plan
 from megatron.data.sampler import Sampler
+from megatron.data.samples import Place, Samples, check_samples, read_samples
 from megatron.errors import RunError
 
 T = TypeVar("T")
@@ -57,6 +50,7 @@ class Loader:
         prefetch: bool = True,
         node_rank: int | None = None,
         node_size: int | None = None,
+        lengths: Callable[[int], int] | None = None,
     ) -> None:
         """Make a loader; no file is read yet.
 
@@ -77,6 +71,8 @@ class Loader:
             node_rank: of this process among the data-parallel ranks that share this machine's
                 page cache; they divide :meth:`prefetch_for` among them.  Default: all share.
             node_size: number of those.
+            lengths: inputs of a step's rows, by the number of the step, at most S; what is behind
+                them is left out.  None = S.
 
         Raises:
             RunError: ``pin_memory`` without CUDA.
@@ -87,8 +83,10 @@ class Loader:
             raise ValueError(f"data_rank {data_rank} of {data_size}")
         if eod_mask_loss and eod_id is None:
             raise ValueError("eod_mask_loss needs eod_id")
-        if eod_mask_loss and data_size > 1 and reduce_counts is None:
-            raise ValueError("eod_mask_loss with several data-parallel ranks needs reduce_counts")
+        #: Whether the tokens that the loss counts must be seen to be counted.
+        self.counts_tokens = eod_mask_loss or any(domain.masks for domain in domains)
+        if self.counts_tokens and data_size > 1 and reduce_counts is None:
+            raise ValueError("a loss mask with several data-parallel ranks needs reduce_counts")
         if pin_memory:
             _check_cuda()
         self.domains, self.seq_length = tuple(domains), seq_length
@@ -99,6 +97,7 @@ class Loader:
         self._vocab_size, self._pin_memory = vocab_size, pin_memory
         self._node_rank = data_rank if node_rank is None else node_rank
         self._node_size = data_size if node_size is None else node_size
+        self._lengths = lengths
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
 
     def load(self, plan: Plan, loss_weights: ArrayLike | None = None) -> Iterator[MicroBatch]:
@@ -114,7 +113,7 @@ class Loader:
         slots = plan.slots(self.micro_batch, self.accumulation, self.data_rank, self.data_size)
         weights = None if loss_weights is None else np.asarray(loss_weights, dtype=np.float64)
         step = _Step(loader=self, plan=plan, slots=slots, loss_weights=weights)
-        return step.masked() if self._masked_token is not None else step.unmasked()
+        return step.masked() if self.counts_tokens else step.unmasked()
 
     def prefetch_for(self, sampler: Sampler, weights: ArrayLike, steps: int = 1) -> None:
         """Tell the kernel of the windows that the next steps will want, should ``weights`` hold.
@@ -146,25 +145,30 @@ class Loader:
         self, domain: NDArray[Any], epoch: NDArray[np.int64], sample: NDArray[np.int64]
     ) -> list[Place]:
         places = locate(self.domains, domain, epoch, sample)
-        for reader, start in places:
-            reader.will_need(start, start + self.seq_length + 1)
+        for place in places:
+            place.announce()
         return places
 
-    def _read(self, places: Sequence[Place], domain: NDArray[Any]) -> NDArray[Any]:
-        windows = read_windows(places, self.seq_length)
+    def _length(self, step: int) -> int:
+        """Return the inputs of a step's rows."""
+        return self.seq_length if self._lengths is None else self._lengths(step)
+
+    def _read(self, places: Sequence[Place], domain: NDArray[Any], length: int) -> Samples:
+        samples = read_samples(places, self.seq_length)
         names = [self.domains[place].name for place in domain.tolist()]
-        check_token_ids(windows, names, self._vocab_size)
-        return windows
+        check_samples(samples, names, self._vocab_size)
+        return samples if length == self.seq_length else samples.cut(length)
 
     def _assemble(
         self,
-        windows: NDArray[Any],
+        samples: Samples,
         domain: NDArray[Any],
         weight: NDArray[np.float64],
     ) -> MicroBatch:
         return make_micro_batch(
-            windows,
-            seq_length=self.seq_length,
+            samples.tokens,
+            labels=samples.labels,
+            seq_length=samples.tokens.shape[1] - 1,
             domain_ids=domain.astype(np.int64),
             sample_weight=weight,
             masked_token=self._masked_token,
@@ -184,6 +188,7 @@ class _Step:
         loss_weights: NDArray[np.float64] | None,
     ) -> None:
         self._loader, self._plan, self._loss_weights = loader, plan, loss_weights
+        self._length = loader._length(plan.step)
         self._domain: NDArray[Any] = plan.domain[slots]
         flat = slots.reshape(-1)
         self._places = loader._run(
@@ -192,7 +197,7 @@ class _Step:
 
     def unmasked(self) -> Iterator[MicroBatch]:
         """Every token counts: the denominator is known from the plan."""
-        weight = self._weights(self._plan.counts() * self._loader.seq_length)
+        weight = self._weights(self._plan.counts() * self._length)
 
         def job(micro: int) -> MicroBatch:
             return self._loader._assemble(self._windows(micro), self._domain[micro], weight[micro])
@@ -219,19 +224,17 @@ class _Step:
 
         return micro_batches()
 
-    def _count(self) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
-        token = self._loader._masked_token
-        assert token is not None
+    def _count(self) -> tuple[list[Samples], NDArray[np.int64]]:
         counts = np.zeros(len(self._loader.domains), dtype=np.int64)
         windows = [self._windows(micro) for micro in range(self._loader.accumulation)]
         for rows, domain in zip(windows, self._domain, strict=True):
-            np.add.at(counts, domain, unmasked_tokens(rows, token))
+            np.add.at(counts, domain, rows.counted(self._loader._masked_token))
         return windows, counts
 
-    def _windows(self, micro: int) -> NDArray[Any]:
+    def _windows(self, micro: int) -> Samples:
         rows = self._loader.micro_batch
         places = self._places()[micro * rows : (micro + 1) * rows]
-        return self._loader._read(places, self._domain[micro])
+        return self._loader._read(places, self._domain[micro], self._length)
 
     def _weights(self, domain_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         parts = self._loader.accumulation * self._loader.data_size
@@ -267,7 +270,7 @@ def locate(
         sample: [n] positions in the epochs' orders.
 
     Returns:
-        Per sample the reader and the token at which its window starts.
+        Where each of them lies.
     """
     keys = list(zip(domain.tolist(), epoch.tolist(), strict=True))
     epochs = {key: domains[key[0]].epoch(key[1]) for key in set(keys)}
@@ -275,10 +278,8 @@ def locate(
     shuffle = np.array([epochs[key].key for key in keys], dtype=np.uint64)
     windows = permute(sample, size, shuffle).tolist()
     places: list[Place] = []
-    for key, window in zip(keys, windows, strict=True):
-        segment, start = epochs[key].windows.locate(window)
-        source = domains[key[0]].sources[segment]
-        places.append((source.reader, source.documents.start + start))
+    for key, window, number in zip(keys, windows, sample.tolist(), strict=True):
+        places.append(domains[key[0]].place(key[1], window, number))
     return places
 
 

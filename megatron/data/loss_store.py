@@ -136,7 +136,7 @@ class LossStore:
         this = domain.epoch(epoch)
         count = np.full(sample.size, this.windows.count, dtype=np.int64)
         windows = permute(sample, count, np.full(sample.size, this.key, dtype=np.uint64))
-        first = stream_starts(domain, this.windows, windows) + 1
+        first = stream_starts(domain, domain.stream_windows(epoch), windows) + 1
         found: NDArray[Any] = losses[array][first[:, None] + np.arange(self.seq_length)]
         if np.isnan(found).any():
             row, column = np.argwhere(np.isnan(found))[0].tolist()
@@ -149,6 +149,8 @@ class LossStore:
 
     def _check(self, splits: Mapping[str, str | None], vocab_size: int) -> None:
         header, domains = self.header, self._domains
+        for domain in domains:
+            domain.stream_windows(0)
         missing = [domain.name for domain in domains if domain.name not in header.domains]
         if missing:
             raise DataError(

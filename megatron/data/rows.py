@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.batch import MicroBatch, check_token_ids, make_micro_batch, read_windows
+from megatron.data.batch import MicroBatch, make_micro_batch
 from megatron.data.domain import Domain
 from megatron.data.loader import locate
+from megatron.data.samples import check_samples, read_samples
 
 
 class RowReader:
@@ -79,11 +80,12 @@ class RowReader:
     ) -> MicroBatch:
         asked, place = np.unique(domain, return_inverse=True)
         places = locate([self._domain(index) for index in asked.tolist()], place, epoch, sample)
-        windows = read_windows(places, self._seq_length)
+        samples = read_samples(places, self._seq_length)
         names = [self._domain(index).name for index in domain.tolist()]
-        check_token_ids(windows, names, self._vocab_size)
+        check_samples(samples, names, self._vocab_size)
         return make_micro_batch(
-            windows,
+            samples.tokens,
+            labels=samples.labels,
             seq_length=self._seq_length,
             domain_ids=domain.astype(np.int64),
             sample_weight=np.ones(len(domain)),

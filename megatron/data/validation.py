@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.batch import MicroBatch, check_token_ids, make_micro_batch, read_windows
+from megatron.data.batch import MicroBatch, make_micro_batch
 from megatron.data.domain import Domain
 from megatron.data.permutation import hash_key, permute
+from megatron.data.samples import check_samples, read_samples
 
 
 class ValidationSet:
@@ -75,12 +76,13 @@ class ValidationSet:
 
     def _micro_batch(self, windows: Sequence[int], ids: NDArray[np.int64]) -> MicroBatch:
         length = self.domain.seq_length
-        places = [self.domain.window_at(0, window) for window in windows]
-        read = read_windows(places, length)
+        places = [self.domain.place(0, window) for window in windows]
+        read = read_samples(places, length)
         if places:
-            check_token_ids(read, [self.domain.name] * len(places), self._vocab_size)
+            check_samples(read, [self.domain.name] * len(places), self._vocab_size)
         return make_micro_batch(
-            read,
+            read.tokens,
+            labels=read.labels,
             seq_length=length,
             domain_ids=ids,
             sample_weight=np.ones(ids.size),

@@ -96,6 +96,8 @@ def score(
         NeomixError: the checkpoint, the data or the store does not fit, or the disk refuses.
     """
     chosen = _chosen(domains, request.domains)
+    for domain in chosen:
+        domain.stream_windows(0)
     topology = Topology.create(
         run_layout(config, runtime.world_size),
         runtime.rank,
@@ -273,7 +275,7 @@ class _Scorer:
         self, writer: BlockWriter, domain: Domain, array: int, first: int, count: int
     ) -> None:
         """Score ``count`` micro-batches from window ``first`` on, those that there are."""
-        windows = domain.epoch(array).windows
+        windows = domain.stream_windows(array)
         numbers = np.arange(first, first + count * self._micro, dtype=np.int64)
         kept = min(max(windows.count - first, 0), numbers.size)
         batches = self._batches(domain, array, np.minimum(numbers, windows.count - 1))

@@ -43,7 +43,7 @@ def write_store(folder: Path, domains: list[Domain], *, split: str, vocab_size: 
     header, losses = prepare_store(folder, facts), made_up_losses()
     with BlockWriter(folder, header.domains) as writer:
         for domain in domains:
-            windows = domain.epoch(0).windows
+            windows = domain.stream_windows(0)
             numbers = np.arange(windows.count)
             places = [domain.window_at(0, int(number)) for number in numbers]
             length = domain.seq_length

@@ -80,7 +80,7 @@ def fill(folder: Path, parts: list[Domain], header: StoreHeader, block: int = 5)
             for array, total in enumerate(header.domains[part.name].windows):
                 for first in range(header.domains[part.name].scored[array], total, block):
                     numbers = np.arange(first, min(first + block, total))
-                    starts = stream_starts(part, part.epoch(array).windows, numbers)
+                    starts = stream_starts(part, part.stream_windows(array), numbers)
                     losses = expected(starts[:, None] + 1 + np.arange(S), array)
                     writer.write(part.name, array, starts, losses.astype(np.float32))
                     writer.sync()
@@ -280,13 +280,13 @@ def test_a_crash_leaves_only_what_is_on_the_disk_and_is_gone_on_from(
     parts, folder = domains(data), tmp_path / "again"
     header = prepare_store(folder, facts(parts, epochs=1))
     with BlockWriter(folder, header.domains) as writer:
-        starts = stream_starts(parts[0], parts[0].epoch(0).windows, np.arange(7))
+        starts = stream_starts(parts[0], parts[0].stream_windows(0), np.arange(7))
         losses = expected(starts[:, None] + 1 + np.arange(S), 0)
         writer.write("web/high", 0, starts, losses)
         writer.sync()
         mark_scored(folder, header, "web/high", 0, 7)
         # Written and not marked; then the process dies.
-        starts = stream_starts(parts[0], parts[0].epoch(0).windows, np.arange(7, 9))
+        starts = stream_starts(parts[0], parts[0].stream_windows(0), np.arange(7, 9))
         writer.write("web/high", 0, starts, np.zeros((2, S)))
     again = prepare_store(folder, facts(parts, epochs=2))
     assert again.domains["web/high"].scored == (7, 0)
@@ -337,7 +337,7 @@ def test_a_store_of_something_else_is_not_added_to(
 def test_losses_are_cut_at_64_and_must_be_numbers(data: Path, tmp_path: Path) -> None:
     (part,) = domains(data, prefixes={"code": ("three",)})
     header = prepare_store(tmp_path, facts([part], epochs=1))
-    starts = stream_starts(part, part.epoch(0).windows, np.arange(2))
+    starts = stream_starts(part, part.stream_windows(0), np.arange(2))
     losses = np.full((2, S), 1.0)
     losses[0, 1], losses[1, 2], losses[1, 3] = 63.97, 65.0, np.inf
     with BlockWriter(tmp_path, header.domains) as writer:
