@@ -54,7 +54,7 @@ _OWN = (
     "deepspeed_extra_args",
     "attention_config",
     "bias_gelu_fusion",
-    "use_bias_in_norms",
+    "num_unique_layers",
     "fp32_allreduce",
     *LAUNCHER_KEYS,
 )
@@ -111,7 +111,7 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
         _read_attention(draft, node)
     elif key == "fp32_allreduce":
         _read_allreduce(draft, node)
-    elif key in ("bias_gelu_fusion", "use_bias_in_norms", *LAUNCHER_KEYS):
+    elif key in ("bias_gelu_fusion", "num_unique_layers", *LAUNCHER_KEYS):
         draft.put("", key, node)
     else:
         _read_foreign(draft, key, node)
@@ -157,11 +157,6 @@ def _is_later(draft: Draft, key: str, node: Node) -> bool:
 
 _POSITIONS = "only rotary positions are offered yet; use pos_emb: rotary"
 LATER: dict[str, dict[str, str]] = {
-    "pos_emb": dict.fromkeys(("learned", "sinusoidal", "rpe", "alibi"), _POSITIONS),
-    "norm": dict.fromkeys(
-        ("scalenorm", "non_parametric_layernorm", "te_rmsnorm", "te_layernorm"),
-        "only layernorm and rmsnorm are offered yet",
-    ),
 }
 
 
@@ -222,6 +217,7 @@ def _complete(draft: Draft) -> None:
     _complete_launcher(draft)
     _complete_activation(draft)
     _complete_norm(draft)
+    _complete_sharing(draft)
     _name_run(draft)
     factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
     if (node := draft.get("checkpoint", "checkpoint_scale")) is not None:
@@ -292,15 +288,32 @@ def _complete_activation(draft: Draft) -> None:
 
 
 def _complete_norm(draft: Draft) -> None:
-    """Biases of norms are there with layernorm, and never with rmsnorm."""
-    bias = draft.groups.get("", {}).pop("use_bias_in_norms", None)
-    if bias is None or bias.value is None:
-        return
+    """Read the names of TransformerEngine's norms, and note what belongs to another norm."""
     norm = draft.get("model", "norm")
-    rms = norm is not None and str(norm.value).lower() == "rmsnorm"
-    if not isinstance(bias.value, bool):
-        draft.problems.add(bias, "should be true or false")
-    elif bias.value and rms:
-        draft.ignore(bias.name, "rmsnorm has no bias")
-    elif not bias.value and not rms:
-        draft.problems.add(bias, "refused: layernorm has a bias; use norm: rmsnorm, which has none")
+    name = "layernorm" if norm is None else str(norm.value).lower()
+    if norm is not None and name in ("te_layernorm", "te_rmsnorm"):
+        name = name.removeprefix("te_")
+        draft.groups["model"]["norm"] = replace(norm, value=name)
+    bias = draft.get("model", "use_bias_in_norms")
+    if bias is not None and bias.value is True and name != "layernorm":
+        draft.ignore(bias.name, f"{name} has no bias")
+    tied, side = draft.get("model", "gpt_j_tied"), draft.get("model", "gpt_j_residual")
+    if tied is not None and tied.value is True and (side is None or not side.value):
+        draft.ignore(tied.name, "belongs to gpt_j_residual: true")
+
+
+def _complete_sharing(draft: Draft) -> None:
+    """Check ``num_unique_layers`` as GPT-NeoX does, which does no more with it."""
+    node = draft.groups.get("", {}).pop("num_unique_layers", None)
+    if node is None or node.value is None:
+        return
+    layers = draft.get("model", "num_layers")
+    count = None if layers is None else layers.value
+    if not isinstance(node.value, int) or isinstance(node.value, bool) or node.value < 1:
+        draft.problems.add(node, "should be a whole number of at least 1")
+    elif isinstance(count, int) and count % node.value:
+        draft.problems.add(node, f"does not divide num_layers ({count})")
+    else:
+        draft.ignore(
+            node.name, "layers do not share weights; GPT-NeoX too only checks it against num_layers"
+        )

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from megatron.config.base import Count, Dropout, Fraction, Group, NonNegative, Positive, invalid
+from megatron.config.attention import AttentionKinds, SparsityConfig
+from megatron.config.base import (
+    Count,
+    Dropout,
+    Fraction,
+    Group,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    invalid,
+)
 
 Activation = Literal[
     "gelu",
@@ -23,6 +33,7 @@ Activation = Literal[
     "glu",
     "bilinear",
 ]
+Norm = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"]
 InitMethod = Literal[
     "normal",
     "scaled_normal",
@@ -63,18 +74,64 @@ class ModelConfig(Group):
     """Number of token ids, before padding. Default: taken from the tokenizer or from the data."""
     make_vocab_size_divisible_by: Count = 128
     """The embedding's rows are padded up to a multiple of this (times the tensor-parallel size)."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation of every block and of the last hidden state."""
+    norm: Norm = "layernorm"
+    """Normalisation of every block and of the last hidden state. `non_parametric_layernorm` has
+    neither scale nor shift; `scalenorm` divides by the vector's length and has one scale in all.
+    (`te_layernorm` and `te_rmsnorm` stand for `layernorm` and `rmsnorm`.)"""
     layernorm_epsilon: Positive = 1e-5
-    """Epsilon of `norm: layernorm`."""
+    """Epsilon of `norm: layernorm` and `non_parametric_layernorm`, inside the square root."""
     rms_norm_epsilon: Positive = 1e-8
-    """Epsilon of `norm: rmsnorm`."""
-    pos_emb: Literal["rotary", "none"] = "rotary"
-    """Position encoding. (GPT-NeoX's own default is `learned`.)"""
+    """Epsilon of `norm: rmsnorm`, inside the square root as in Llama and in GPT-NeoX today:
+    x / √(mean x² + ε)."""
+    rms_norm_epsilon_outside_root: bool = False
+    """Add the epsilon of `norm: rmsnorm` to the root, x / (√(mean x²) + ε), as older versions of
+    GPT-NeoX and its data-mixing fork do: for exact agreement with their checkpoints."""
+    scalenorm_epsilon: Positive = 1e-8
+    """Least length that `norm: scalenorm` divides by."""
+    use_bias_in_norms: bool = True
+    """Whether `norm: layernorm` has a shift beside its scale. No other norm has one."""
+    pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] = "rotary"
+    """Position encoding: `learned` or `sinusoidal` vectors added to the embedding, `rotary`, a
+    learned bias by distance as in T5 (`rpe`, one table for all blocks), one that falls with
+    distance (`alibi`), or none. (GPT-NeoX's own default is `learned`.)"""
+    opt_pos_emb_offset: NonNegativeInt = 0
+    """Added to the number of a `learned` or `sinusoidal` position (2 in OPT). The table has
+    `max_position_embeddings` rows and so many more."""
+    rpe_num_buckets: Annotated[int, Field(ge=2)] = 32
+    """Buckets of distances that `pos_emb: rpe` tells apart."""
+    rpe_max_distance: Count = 128
+    """Distance in tokens from which on all fall into the last bucket."""
     rotary_pct: Fraction = 1.0
     """Share of each head's width that is rotated."""
     rotary_emb_base: Positive = 10000.0
     """Base of the rotary frequencies."""
+    attention_config: AttentionKinds = None
+    """Kind of attention of every block: a list of as many names, or of pairs `[[names], times]`
+    where `all` fills up the blocks that are left, as in `[[[global, local], all]]`. Names:
+    `global`; `flash`, which is the same (the fastest kernel at hand is taken anyway); the
+    block-sparse `local`, `sparse_fixed`, `sparse_variable`, `bigbird` and `bslongformer`, which
+    are masks here: they save no time. Default: `global` everywhere."""
+    sparsity_config: SparsityConfig | None = None
+    """Settings of the block-sparse kinds: `block` (16 tokens), `num_local_blocks` (4),
+    `num_global_blocks` (1), `num_sliding_window_blocks` (3; 4 with `local`), `num_random_blocks`,
+    `local_window_blocks` ([4]), `global_block_indices` ([0]), `global_block_end_indices`,
+    `different_layout_per_head`, `num_different_global_patterns`."""
+    sliding_window_width: Count | None = None
+    """How many tokens before its own a token sees, as GPT-NeoX counts: one less than Mistral's
+    `sliding_window` in transformers, which counts the token itself. Default: all."""
+    use_qk_layernorm: bool = False
+    """Normalise queries and keys by `norm` before they are rotated, each head by itself with one
+    scale for all. (GPT-NeoX has one norm for both, over all heads of a rank together: what it
+    computes depends on the layout.)"""
+    reset_attention_mask: bool = False
+    """Let no token see a document before its own. The token that ends a document still belongs
+    to it."""
+    reset_position_ids: bool = False
+    """Let positions begin anew with every document. With `alibi`, `rpe` and `none`, which know
+    distances at most, it takes `reset_attention_mask` to tell documents apart."""
+    eod_token_id: NonNegativeInt | None = None
+    """Token that ends a document, for the two above. Default: the one that the data's `.meta.json`
+    names."""
     activation: Activation = "gelu"
     """Activation of the MLP. `geglu`, `reglu`, `swiglu`, `glu` and `bilinear` are gated (two input
     projections); `gelu_tanh` is the tanh approximation that GPT-NeoX's `bias_gelu_fusion`
@@ -90,6 +147,9 @@ class ModelConfig(Group):
     """The MLP's width is rounded up to a multiple of this."""
     gpt_j_residual: bool = False
     """Attention and MLP side by side on the same residual, not one after the other."""
+    gpt_j_tied: bool = False
+    """With `gpt_j_residual`: one norm for both, x + attention(n(x)) + MLP(n(x)), as in GPT-J.
+    Without it there is nothing to tie, as in GPT-NeoX."""
     no_weight_tying: bool = False
     """Give the output projection weights of its own instead of the embedding's."""
     use_bias_in_attn_linear: bool = True
@@ -160,6 +220,7 @@ class ModelConfig(Group):
                 "(hidden_size / num_attention_heads × rotary_pct); it must be an even number "
                 "of at least 2",
             )
+        self._check_attention()
         length = self.seq_length or self.max_position_embeddings
         if length is None:
             raise invalid("seq_length", "required, and given in none of the files")
@@ -171,9 +232,26 @@ class ModelConfig(Group):
             "seq_length": length,
             "max_position_embeddings": longest,
             "intermediate_size": self._mlp_width(),
+            "use_bias_in_norms": self.use_bias_in_norms and self.norm == "layernorm",
+            "gpt_j_tied": self.gpt_j_tied and self.gpt_j_residual,
         }
         self.__dict__.update(filled)
         return self
+
+    def _check_attention(self) -> None:
+        if self.rpe_max_distance <= self.rpe_num_buckets // 2:
+            raise invalid(
+                "rpe_max_distance",
+                f"should be above half of rpe_num_buckets ({self.rpe_num_buckets}), whose first "
+                "half holds one distance each",
+            )
+        distances = self.pos_emb in ("alibi", "rpe", "none")
+        if self.reset_position_ids and distances and not self.reset_attention_mask:
+            raise invalid(
+                "reset_position_ids",
+                f"does nothing by itself with pos_emb '{self.pos_emb}', which has no positions "
+                "that could begin anew; set reset_attention_mask: true",
+            )
 
     def _mlp_width(self) -> int:
         multiple = self.mlp_multiple_of or 1

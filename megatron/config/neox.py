@@ -107,17 +107,6 @@ REFUSED: dict[str, Refusal] = {
     "autotuning": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     "autotuning_run": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     # model
-    "use_qk_layernorm": Refusal(instead="query/key norms are not offered yet; remove the key"),
-    "sliding_window_width": Refusal(
-        instead="sliding-window attention is not offered yet; shorten seq_length instead"
-    ),
-    "opt_pos_emb_offset": Refusal(
-        instead="it belongs to learned positions; use pos_emb: rotary", neutral=(0,)
-    ),
-    "num_unique_layers": Refusal(instead="layers do not share weights; lower num_layers instead"),
-    "gpt_j_tied": Refusal(
-        instead="one norm for attention and MLP is not offered yet; use gpt_j_residual: true"
-    ),
     "soft_prompt_tuning": Refusal(instead="soft prompts are not offered yet; remove the block"),
     "fp16_lm_cross_entropy": Refusal(instead="the loss is always taken in fp32; remove the key"),
     "serve_model_weights": Refusal(instead="there is no weight server; remove the key"),
@@ -231,10 +220,6 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "mamba_inner_func_fusion",
     ),
     "belongs to a kind of layer that is not used": (
-        "scalenorm_epsilon",
-        "rpe_num_buckets",
-        "rpe_max_distance",
-        "sparsity_config",
         "gmlp_attn_dim",
         "mamba_selective_fp32_params",
         "mamba_use_bias_in_conv",
@@ -251,7 +236,9 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "moe_jitter_eps",
     ),
     "worked out from pipe_parallel_size": ("is_pipe_parallel",),
-    "the output layer is always divided by columns": ("output_layer_parallelism",),
+    "the output layer is divided by columns; by rows it would compute the same": (
+        "output_layer_parallelism",
+    ),
     "weights are drawn on the CPU, the same on every layout": ("use_cpu_initialization",),
     "the rotary table is never part of a checkpoint": ("rotary_save_freqs_buffer",),
     _CHECKPOINTING: (

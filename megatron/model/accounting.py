@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from megatron.model.inventory import block_inventory, layer_inventory, stage_inventory
+from megatron.model.inventory import (
+    block_inventory,
+    layer_inventory,
+    norm_inventory,
+    stage_inventory,
+)
 from megatron.model.spec import ModelSpec
 
 
@@ -13,7 +18,7 @@ def block_parameters(spec: ModelSpec) -> int:
 
 def norm_parameters(spec: ModelSpec) -> int:
     """Return the parameters of one norm."""
-    return spec.hidden_size * (2 if spec.norm == "layernorm" else 1)
+    return sum(parameter.count for parameter in norm_inventory(spec))
 
 
 def parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:

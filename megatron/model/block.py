@@ -10,7 +10,7 @@ from megatron.model.dropout import Dropout
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import ModelSpec, shares_norm
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
 
@@ -19,8 +19,8 @@ class TransformerBlock(nn.Module):
     """Attention and MLP, each normalised at its input, added to the residual stream.
 
     With ``gpt_j_residual`` both read the same stream, ``x + attention(n₁(x)) + mlp(n₂(x))``
-    (GPT-NeoX-20B, Black et al. 2022, section 2.1, with two norms); otherwise the MLP reads
-    what attention has written.
+    (GPT-NeoX-20B, Black et al. 2022, section 2.1, with two norms; with ``gpt_j_tied`` one, as
+    in GPT-J); otherwise the MLP reads what attention has written.
     """
 
     def __init__(
@@ -39,7 +39,9 @@ class TransformerBlock(nn.Module):
         self.attention = SelfAttention(
             scope.child("attention"), spec, layer=layer, rotary=rotary, dropout=dropout
         )
-        self.post_attention_layernorm = build_norm(scope.child("post_attention_layernorm"), spec)
+        self.post_attention_layernorm = (
+            None if shares_norm(spec) else build_norm(scope.child("post_attention_layernorm"), spec)
+        )
         self.mlp = MLP(scope.child("mlp"), spec)
         rate = spec.hidden_dropout
         self.attention_dropout = Dropout(rate=rate, layer=layer, place="attention", rng=dropout)
@@ -51,9 +53,9 @@ class TransformerBlock(nn.Module):
         Args:
             x: ``[B, S, hidden]``, or this rank's part of the sequence where it is divided.
         """
-        attended = x + self.attention_dropout(self.attention(self.input_layernorm(x)))
-        source = x if self.parallel else attended
-        out: torch.Tensor = attended + self.mlp_dropout(
-            self.mlp(self.post_attention_layernorm(source))
-        )
+        normalised = self.input_layernorm(x)
+        attended = x + self.attention_dropout(self.attention(normalised))
+        if self.post_attention_layernorm is not None:
+            normalised = self.post_attention_layernorm(x if self.parallel else attended)
+        out: torch.Tensor = attended + self.mlp_dropout(self.mlp(normalised))
         return out

@@ -18,7 +18,7 @@ from megatron.model.attention import build_rotary
 from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding, FinalNorm, Output, OutputLayer, tied_output
 from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
-from megatron.model.norm import LayerNorm, RMSNorm
+from megatron.model.norm import Norm
 from megatron.model.spec import ModelSpec
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
@@ -214,7 +214,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for module in model.modules():
-        norm = isinstance(module, LayerNorm | RMSNorm)
+        norm = isinstance(module, Norm)
         for name, parameter in module.named_parameters(recurse=False):
             (spared if norm or name == "bias" else decayed).append(parameter)
     groups = [

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.model.spec import GATED_ACTIVATIONS, ModelSpec, ffn_width, head_size, kv_heads
+from megatron.model.spec import (
+    GATED_ACTIVATIONS,
+    ModelSpec,
+    ffn_width,
+    head_size,
+    kv_heads,
+    shares_norm,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,7 @@ def block_inventory(spec: ModelSpec, ranks: int = 1) -> list[ParameterSize]:
         *_norm("input_layernorm", spec),
         *_linear("attention.query_key_value", query_key_value, hidden, query_key_value, spec),
         *_linear("attention.dense", hidden, hidden // ranks, hidden, spec),
-        *_norm("post_attention_layernorm", spec),
+        *([] if shares_norm(spec) else _norm("post_attention_layernorm", spec)),
         *_linear("mlp.dense_h_to_4h", up, hidden, up, spec),
         *_linear("mlp.dense_4h_to_h", hidden, width // ranks, hidden, spec),
     ]
@@ -82,12 +89,23 @@ def _linear(
     return [weight, ParameterSize(name=f"{name}.bias", count=bias, decayed=False)][: 1 + biased]
 
 
-def _norm(name: str, spec: ModelSpec) -> list[ParameterSize]:
-    parts = ("weight", "bias") if spec.norm == "layernorm" else ("scale",)
+def _norm(name: str, spec: ModelSpec, hidden: int | None = None) -> list[ParameterSize]:
+    width = hidden or spec.hidden_size
+    sizes = {
+        "layernorm": {"weight": width, "bias": width},
+        "rmsnorm": {"scale": width},
+        "scalenorm": {"g": 1},
+    }.get(spec.norm, {})
     return [
-        ParameterSize(name=f"{name}.{part}", count=spec.hidden_size, decayed=False)
-        for part in parts
+        ParameterSize(name=f"{name}.{part}", count=count, decayed=False)
+        for part, count in sizes.items()
+        if part != "bias" or spec.use_bias_in_norms
     ]
+
+
+def norm_inventory(spec: ModelSpec) -> list[ParameterSize]:
+    """Return what a norm of the residual stream holds; the same on every rank."""
+    return _norm("norm", spec)
 
 
 def _weight(name: str, outputs: int, inputs: int) -> ParameterSize:

@@ -16,9 +16,12 @@ class ModelSpec(Protocol):
         num_kv_heads: key and value heads; None = as many as query heads.
         vocab_size: number of token ids, before padding; a complete configuration has it.
         seq_length: tokens in a sample; a configuration that is complete has it.
-        norm: "layernorm" or "rmsnorm".
+        norm: see :mod:`megatron.model.norm`.
         layernorm_epsilon: inside the square root.
         rms_norm_epsilon: inside the square root.
+        rms_norm_epsilon_outside_root: it is added to the root instead.
+        scalenorm_epsilon: the least length that is divided by.
+        use_bias_in_norms: whether layernorm has a shift.
         pos_emb: "rotary" or "none".
         rotary_pct: share of each head that is rotated.
         rotary_emb_base: base of the wavelengths.
@@ -26,6 +29,7 @@ class ModelSpec(Protocol):
         intermediate_size: width of the MLP's activation; None = 4 × hidden, or 8/3 × hidden
             rounded up to a multiple of 256 if the activation is gated.
         gpt_j_residual: attention and MLP side by side instead of one after the other.
+        gpt_j_tied: then with one norm for both.
         no_weight_tying: whether the output has a weight of its own.
         init_method: see :mod:`megatron.model.init`.
         init_method_std: σ of the normal methods.
@@ -57,6 +61,12 @@ class ModelSpec(Protocol):
     @property
     def rms_norm_epsilon(self) -> float: ...
     @property
+    def rms_norm_epsilon_outside_root(self) -> bool: ...
+    @property
+    def scalenorm_epsilon(self) -> float: ...
+    @property
+    def use_bias_in_norms(self) -> bool: ...
+    @property
     def pos_emb(self) -> str: ...
     @property
     def rotary_pct(self) -> float: ...
@@ -68,6 +78,8 @@ class ModelSpec(Protocol):
     def intermediate_size(self) -> int | None: ...
     @property
     def gpt_j_residual(self) -> bool: ...
+    @property
+    def gpt_j_tied(self) -> bool: ...
     @property
     def no_weight_tying(self) -> bool: ...
     @property
@@ -105,6 +117,11 @@ def ffn_width(spec: ModelSpec) -> int:
     if spec.activation in GATED_ACTIVATIONS:
         return -(-(8 * spec.hidden_size // 3) // 256) * 256
     return 4 * spec.hidden_size
+
+
+def shares_norm(spec: ModelSpec) -> bool:
+    """Tell whether attention and MLP of a block read the output of one norm."""
+    return spec.gpt_j_residual and spec.gpt_j_tied
 
 
 def vocabulary(spec: ModelSpec) -> int:

@@ -19,12 +19,16 @@ class TestSpec:
     norm: str = "layernorm"
     layernorm_epsilon: float = 1e-5
     rms_norm_epsilon: float = 1e-8
+    rms_norm_epsilon_outside_root: bool = False
+    scalenorm_epsilon: float = 1e-8
+    use_bias_in_norms: bool = True
     pos_emb: str = "rotary"
     rotary_pct: float = 1.0
     rotary_emb_base: float = 10000.0
     activation: str = "gelu"
     intermediate_size: int | None = None
     gpt_j_residual: bool = False
+    gpt_j_tied: bool = False
     no_weight_tying: bool = False
     init_method: str = "normal"
     init_method_std: float = 0.02

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.model.spec import GATED_ACTIVATIONS, ModelSpec, ffn_width, head_size, kv_heads
+from megatron.model.spec import (
+    GATED_ACTIVATIONS,
+    ModelSpec,
+    ffn_width,
+    head_size,
+    kv_heads,
+    shares_norm,
+)
 
 _CHUNK = 1024  # tokens whose logits exist at a time (DomainLoss)
 _CPU_BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 26  # elements that its softmax widens at a time
@@ -93,11 +100,11 @@ def block_saved(spec: ModelSpec, setting: Setting) -> float:
     rotated = spec.pos_emb == "rotary"
     attention = share * (query + 2 * shared + (query + shared if rotated else 0) + query)
     attention += tokens * spec.num_attention_heads / setting.tensor_size * 4  # log-sum-exp
-    norms = 2 * norm_saved(spec, setting)
+    norms = (1 if shares_norm(spec) else 2) * norm_saved(spec, setting)
     widened = spec.norm == "rmsnorm" and setting.on_cpu and setting.width < 4
-    if spec.gpt_j_residual and not widened:
+    if spec.gpt_j_residual and not spec.gpt_j_tied and not widened:
         norms -= residual  # both norms keep the same input
-    inputs = 2 * residual  # of the two column-parallel projections
+    inputs = residual * (1 if shares_norm(spec) else 2)  # of the two column-parallel projections
     masks = _hidden_mask(spec, setting) * 2 + _attention_masks(spec, setting)
     return attention + share * ffn_width(spec) * _mlp_copies(spec) + norms + inputs + masks
 
@@ -114,8 +121,11 @@ def norm_saved(spec: ModelSpec, setting: Setting) -> float:
     residual, tokens = setting.residual(spec), setting.tokens(spec)
     ranks = setting.tensor_size if setting.sequence_parallel else 1
     statistic = tokens * (setting.width if setting.on_cpu else 4) / ranks
-    if spec.norm == "layernorm":
+    if spec.norm.endswith("layernorm"):
         return residual + 2 * statistic
+    if spec.norm == "scalenorm":
+        # The stream, widened once where it is narrow, and one length per token.
+        return residual * (1 if setting.width == 4 else 4 / setting.width) + 3 * statistic
     # Unfused on a CPU, where half precision is widened on the way.
     return residual * ((2 if setting.width == 4 else 4) if setting.on_cpu else 1) + statistic
 

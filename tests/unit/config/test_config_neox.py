@@ -235,9 +235,31 @@ def test_attention_of_one_kind_is_accepted(load, value):
 
 def test_norm_biases(load):
     assert load("use_bias_in_norms: true\n") == load()
-    with pytest.raises(ConfigError, match="layernorm has a bias"):
-        load("use_bias_in_norms: false\n")
+    assert not load("use_bias_in_norms: false\n").model.use_bias_in_norms
     assert load("norm: rmsnorm\nuse_bias_in_norms: false\n") == load("norm: rmsnorm\n")
+    noted = load("norm: scalenorm\nuse_bias_in_norms: true\n")
+    assert noted.ignored == ("use_bias_in_norms: scalenorm has no bias",)
+    assert not noted.model.use_bias_in_norms
+
+
+def test_norms_by_their_other_names(load):
+    assert load("norm: TE_RMSNorm\n") == load("norm: rmsnorm\n")
+    assert load("norm: te_layernorm\n") == load()
+
+
+def test_tied_norms_belong_to_one_residual(load):
+    assert load("gpt_j_tied: true\ngpt_j_residual: true\n").model.gpt_j_tied
+    noted = load("gpt_j_tied: true\n")
+    assert noted.ignored == ("gpt_j_tied: belongs to gpt_j_residual: true",)
+    assert not noted.model.gpt_j_tied
+
+
+def test_unique_layers_are_only_checked(load):
+    (noted,) = load("num_unique_layers: 1\n").ignored
+    assert "layers do not share weights" in noted
+    for value in ("3", "0", "true", "x"):
+        with pytest.raises(ConfigError, match="num_unique_layers"):
+            load(f"num_unique_layers: {value}\n")
 
 
 def test_fields_keep_their_names():
