@@ -104,38 +104,76 @@ def test_schema_is_json_and_committed():
     assert committed["properties"].keys() == set(known_keys()) | {"keys_without_effect"}
 
 
+# Without embeddings: Pythia's figures (arXiv 2304.01373, table 1), and NeoX's 19M and 49M.
 PARAMETERS = {
     "19M": 18_915_328,
     "49M": 49_236_480,
+    "70m": 18_915_328,
     "125M": 85_056_000,
     "160m": 85_056_000,
+    "odm_160m": 85_056_000,
     "410m": 302_311_424,
+    "odm_410m": 302_311_424,
+    "800M": 805_736_448,
     "1B": 805_736_448,
+    "odm_1B": 805_736_448,
     "1-4B": 1_208_602_624,
+    "2-8B": 2_517_652_480,
+    "odm_3B": 2_517_652_480,
+    "6-9B": 6_444_163_072,
+    "12B": 11_327_027_200,
+}
+# With embeddings, by the size of the vocabulary: as transformers counts the published weights.
+TOTALS = {
+    "14m": (50_304, 14_067_712),
+    "31m": (50_304, 30_494_720),
+    "20B": (50_432, 20_554_567_680),
+    "llama2_7B": (32_000, 6_738_415_616),
+    "llama2_13B": (32_000, 13_015_864_320),
+    "llama2_70B": (32_000, 68_976_648_192),
+    "llama3_8B": (128_256, 8_030_261_248),
+    "llama3_70B": (128_256, 70_553_706_496),
+    "mistral_7B": (32_000, 7_241_732_096),
 }
 
 
-@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_ready_models_have_the_published_sizes(path):
-    """Without embeddings: Pythia's figures (arXiv 2304.01373, table 1), NeoX's 19M and 49M."""
-    config = load_config([str(path)], overrides=["domains={a: {train: x}}", "vocab_size=50257"])
-    model = config.model
+def ready_model(name, vocab_size):
+    path = ROOT / f"configs/models/{name}.yml"
+    overrides = ["domains={a: {train: x}}", f"vocab_size={vocab_size}"]
+    return load_config([str(path)], overrides=overrides).model
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_ready_models_have_the_published_sizes(name):
+    model = ready_model(name, 50_257)
     embeddings = 2 * model.padded_vocab_size(1) * model.hidden_size
-    assert parameter_count(model) - embeddings == PARAMETERS[path.stem]
+    assert parameter_count(model) - embeddings == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_ready_models_have_the_published_totals(name):
+    vocabulary, total = TOTALS[name]
+    assert parameter_count(ready_model(name, vocabulary)) == total
+
+
+@pytest.mark.parametrize("name", ["350M", "760M", "1-3B", "2-7B", "6-7B", "13B", "175B"])
+def test_ready_models_of_gpt3_have_about_the_size_they_are_called_by(name):
+    called = float(name[:-1].replace("-", ".")) * (1e9 if name.endswith("B") else 1e6)
+    assert parameter_count(ready_model(name, 50_257)) == pytest.approx(called, rel=0.19)
 
 
 DOMAIN = ["domains={a: {train: x, weight: 1}}"]
 
 
-def test_ready_models_combine_with_every_data_and_mixing(load):
-    for part in ("data", "mixing", "parallel"):
-        others = sorted(ROOT.glob(f"configs/{part}/*.yml"))
-        assert others
-        for other in others:
-            extra = [] if part == "data" else DOMAIN
-            for model in MODELS if part == "parallel" else MODELS[:1]:
-                heads = load_config([str(model)], overrides=DOMAIN).model.num_attention_heads
-                if other.stem == "tp4" and heads % 4:
-                    continue
-                config = load_config([str(model), str(other)], overrides=extra)
-                assert config.model.seq_length == 2048
+def test_ready_models_combine_with_every_layout():
+    layouts = sorted(ROOT.glob("configs/parallel/*.yml"))
+    for path in MODELS:
+        model = load_config([str(path)], overrides=DOMAIN).model
+        for layout in layouts:
+            ranks = read_file(layout).get("model_parallel_size")
+            stages = read_file(layout).get("pipe_parallel_size")
+            if ranks and (model.num_kv_heads or 1) % ranks.value:
+                continue
+            if stages and model.num_layers < stages.value:
+                continue
+            assert load_config([str(path), str(layout)], overrides=DOMAIN).model == model
