@@ -79,8 +79,11 @@ class KVCache:
             Keys and values of all slots up to ``length``, ``[B, length, heads, head_size]``.
         """
         if layer not in self._held:
-            shape = (self.rows, self.capacity, *key.shape[2:])
-            self._held[layer] = key.new_zeros(shape), value.new_zeros(shape)
+            room = (self.rows, self.capacity)
+            self._held[layer] = (
+                key.new_zeros((*room, *key.shape[2:])),
+                value.new_zeros((*room, *value.shape[2:])),
+            )
         keys, values = self._held[layer]
         slots = self.slots(key.device)
         row = torch.arange(self.rows, device=key.device)[:, None]

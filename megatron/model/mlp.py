@@ -45,6 +45,20 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 """Names that ``activation`` takes."""
 
 
+def activation_function(name: str) -> Activation:
+    """Return the activation called ``name``; of a gated one what the gate goes through.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in _ACTIVATIONS:
+        raise ConfigError(
+            f"activation is '{name}'{did_you_mean(name, _ACTIVATIONS)} "
+            f"(available: {', '.join(_ACTIVATIONS)})"
+        )
+    return _ACTIVATIONS[name]
+
+
 class MLP(nn.Module):
     """``dense_4h_to_h(act(dense_h_to_4h(x)))``; gated: ``[up | gate]``, up · act(gate)."""
 
@@ -56,12 +70,7 @@ class MLP(nn.Module):
         """
         super().__init__()
         name = spec.activation
-        if name not in _ACTIVATIONS:
-            raise ConfigError(
-                f"activation is '{name}'{did_you_mean(name, _ACTIVATIONS)} "
-                f"(available: {', '.join(_ACTIVATIONS)})"
-            )
-        self.activation = _ACTIVATIONS[name]
+        self.activation = activation_function(name)
         self.gated = name in GATED_ACTIVATIONS
         width = ffn_width(spec)
         self.dense_h_to_4h = ColumnParallelLinear(
