@@ -39,8 +39,8 @@ _INTRODUCTION = """\
 
 A run is described by one or more YAML files in GPT-NeoX's style, merged in any order:
 
-```
-./deepy.py train.py -d configs models/160m data/pile mixing/odm local/paths --set train_iters=1000
+```bash
+./deepy.py train.py -d configs models/160m data/pile mixing/odm parallel/bf16 --set train_iters=1000
 ```
 
 - `.yml` may be left out; `-d DIR` is the folder that names start from.
