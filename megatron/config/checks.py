@@ -23,6 +23,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_tokenizer(config, draft)
     _check_bounds(config, draft)
     _check_guardrail(config, draft)
+    _check_reading(config, draft)
 
 
 def _add(draft: Draft, group: str, name: str, text: str) -> None:
@@ -229,6 +230,51 @@ def _check_guardrail(config: Config, draft: Draft) -> None:
             f"end of the {training.train_iters} steps; lower it",
             show=False,
         )
+
+
+def _check_reading(config: Config, draft: Draft) -> None:
+    """What becomes of windows fits the data and what is compared by their place."""
+    data = config.data
+    labelled = [name for name, domain in config.trained.items() if domain.train_labels]
+    marks = (data.fim_prefix_token, data.fim_suffix_token, data.fim_middle_token)
+    if data.fim_rate and labelled:
+        _add(
+            draft,
+            "data",
+            "fim_rate",
+            f"moves tokens, and the labels of '{labelled[0]}' stay; use fim_rate: 0, or no labels",
+        )
+    if data.fim_rate and config.tokenizer.tokenizer_type is None:
+        names = [mark for mark in marks if isinstance(mark, str)]
+        if names or data.fim_level == "character":
+            why = f"to know {names[0]}" if names else "to cut between characters"
+            _add(
+                draft,
+                "data",
+                "fim_rate",
+                f"needs tokenizer_type and vocab_file {why} (or fim_level: token and ids)",
+            )
+    _check_curriculum(config, draft)
+
+
+def _check_curriculum(config: Config, draft: Draft) -> None:
+    """Every length of a curriculum can be run."""
+    curriculum, full = config.data.curriculum_learning, config.model.context_length
+    if curriculum is None or not curriculum.enabled:
+        return
+    steps = curriculum.lengths(min(config.training.train_iters, curriculum.steps + 1), full)
+    ranks = config.parallel.model_parallel_size if config.parallel.sequence_parallel else 1
+    if max(steps) > full:
+        text = f"reaches {max(steps)} tokens, and seq_length is {full}"
+    elif any(length % ranks for length in steps):
+        wrong = next(length for length in steps if length % ranks)
+        text = (
+            f"has rows of {wrong} tokens, which {ranks} tensor ranks cannot divide under "
+            f"sequence_parallel; use a difficulty_step that is a multiple of {ranks}"
+        )
+    else:
+        return
+    _add(draft, "data", "curriculum_learning", text)
 
 
 def _group_names(config: Config, domains: list[str]) -> list[str]:

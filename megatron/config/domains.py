@@ -13,6 +13,12 @@ from megatron.config.problems import shorten
 from megatron.config.suggest import did_you_mean
 
 _PARTS = ("train", "valid", "test")
+_BESIDE_TRAIN = (
+    "valid_data_paths",
+    "test_data_paths",
+    "train_data_weights",
+    *(f"{part}_label_data_paths" for part in _PARTS),
+)
 _SUFFIXES = ("_document", "_text", "_content")
 _SPLIT_WORDS = frozenset({"train", "valid", "val", "validation", "test", "data", "text"})
 
@@ -25,12 +31,8 @@ def map_data_keys(draft: Draft, keys: dict[str, Node]) -> None:
         keys: the data keys that were given (see ``neox.DATA_KEYS``).
     """
     keys = {key: node for key, node in keys.items() if node.value is not None}
-    for part in ("valid", "test"):
-        key = f"{part}_data_weights"
-        if key in keys:
-            draft.ignore(keys[key].name, "validation is measured for every domain by itself")
     single, several = keys.get("data_path"), keys.get("train_data_paths")
-    orphan = next((k for k in ("valid_data_paths", "test_data_paths") if k in keys), None)
+    orphan = next((k for k in _BESIDE_TRAIN if k in keys), None)
     domains = draft.get("", "domains")
     if domains is not None and (single or several or orphan):
         node = single or several or keys[str(orphan)]
@@ -42,7 +44,7 @@ def map_data_keys(draft: Draft, keys: dict[str, Node]) -> None:
             several, f"contradicts data_path in {single.mark}; keep one of the two", show=False
         )
     elif single:
-        _map_single(draft, single)
+        _map_single(draft, keys, single)
     elif several:
         _map_lists(draft, keys, several)
     elif orphan:
@@ -62,12 +64,17 @@ def _map_document_weights(draft: Draft, keys: dict[str, Node]) -> None:
         draft.ignore(alpha.name, "belongs to weight_by_num_documents")
 
 
-def _map_single(draft: Draft, node: Node) -> None:
+def _map_single(draft: Draft, keys: dict[str, Node], node: Node) -> None:
     if not isinstance(node.value, str) or not node.value:
         draft.problems.add(node, "should be the path of one data set, without .bin or .idx")
         return
     name = names_of([node.value])[0]
-    _put(draft, {name: {"train": node, "weight": replace(node, value=1.0)}}, node)
+    domains = {name: {"train": node, "weight": replace(node, value=1.0)}}
+    _beside(draft, keys.get("train_label_data_paths"), "train", [name], domains)
+    for key in ("valid_label_data_paths", "test_label_data_paths"):
+        if key in keys:
+            draft.problems.add(keys[key], "data_path is cut by split: give train_label_data_paths")
+    _put(draft, domains, node)
 
 
 def _map_lists(draft: Draft, keys: dict[str, Node], train: Node) -> None:
@@ -82,9 +89,14 @@ def _map_lists(draft: Draft, keys: dict[str, Node], train: Node) -> None:
     domains: dict[str, dict[str, Node]] = {
         name: {"train": node} for name, node in zip(names, entries["train"], strict=True)
     }
+    matched = {"train": names}
     for part in ("valid", "test"):
-        _match(draft, part, entries[part], names, namer, domains)
+        matched[part] = _match(draft, part, entries[part], names, namer, domains)
     _weigh(draft, keys.get("train_data_weights"), names, entries["train"], domains)
+    for part in _PARTS:
+        _beside(draft, keys.get(f"{part}_label_data_paths"), part, matched[part], domains)
+    for part in ("valid", "test"):
+        _weigh_part(draft, keys.get(f"{part}_data_weights"), part, matched[part], domains)
     _put(draft, domains, train)
 
 
@@ -130,24 +142,27 @@ def _match(
     names: Sequence[str],
     namer: Callable[[Sequence[str]], list[str]],
     domains: dict[str, dict[str, Node]],
-) -> None:
-    """Give every validation or test path to its domain: by name, else by its place in the list."""
+) -> list[str]:
+    """Give every validation or test path to its domain: by name, else by its place in the list.
+
+    Lists of another length are matched by name, and what is nobody's becomes a target, which is
+    measured and not trained on.  The domains' names are returned, in the order of the paths.
+    """
     if not entries:
-        return
+        return []
     own = namer([str(node.value) for node in entries])
-    if len(set(own)) == len(own) and set(own) <= set(names):
-        matched = own
-    elif len(entries) == len(names):
-        matched = list(names)
-    else:
+    if len(set(own)) < len(own) and len(entries) != len(names):
         draft.problems.add(
             entries[0],
             f"the {len(entries)} {part} paths cannot be matched to the {len(names)} training "
-            "paths, neither by name nor one by one; write a domains block",
+            "paths: two have one name, and there is not one for each; write a domains block",
         )
-        return
+        return []
+    by_name = len(set(own)) == len(own) and (set(own) <= set(names) or len(own) != len(names))
+    matched = own if by_name else list(names)
     for name, node in zip(matched, entries, strict=True):
-        domains[name][part] = node
+        domains.setdefault(name, {"target": replace(node, value=True)})[part] = node
+    return matched
 
 
 def _weigh(
@@ -170,6 +185,46 @@ def _weigh(
         return
     for name, node in zip(names, given, strict=True):
         domains[name]["weight"] = node
+
+
+def _weigh_part(
+    draft: Draft,
+    weights: Node | None,
+    part: str,
+    matched: Sequence[str],
+    domains: dict[str, dict[str, Node]],
+) -> None:
+    """Add the weights of the averages over held-out losses."""
+    if weights is None:
+        return
+    given = weights.value if isinstance(weights.value, list) else [weights]
+    if len(given) != len(matched):
+        draft.problems.add(
+            weights, f"{len(given)} weights for {len(matched)} {part}_data_paths; give one for each"
+        )
+        return
+    for name, node in zip(matched, given, strict=True):
+        domains[name][f"{part}_weight"] = node
+
+
+def _beside(
+    draft: Draft,
+    labels: Node | None,
+    part: str,
+    matched: Sequence[str],
+    domains: dict[str, dict[str, Node]],
+) -> None:
+    """Add the paths of labels, which stand in the order of the data's."""
+    entries = _paths(draft, labels)
+    if not entries or labels is None:
+        return
+    if len(entries) != len(matched):
+        draft.problems.add(
+            labels, f"{len(entries)} paths for {len(matched)} {part}_data_paths; give one for each"
+        )
+        return
+    for name, node in zip(matched, entries, strict=True):
+        domains[name][f"{part}_labels"] = node
 
 
 def _put(draft: Draft, domains: dict[str, dict[str, Node]], node: Node) -> None:

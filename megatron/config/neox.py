@@ -73,6 +73,9 @@ DATA_KEYS = frozenset(
         "train_data_weights",
         "valid_data_weights",
         "test_data_weights",
+        "train_label_data_paths",
+        "valid_label_data_paths",
+        "test_label_data_paths",
         "weight_by_num_documents",
         "weighted_sampler_alpha",
         "use_named_train_datasets",
@@ -91,7 +94,7 @@ SAMPLING_KEYS = frozenset(
 )
 
 _NEXT_TO_TOKENS = "train on plain tokens: name the data under domains"
-_PAIRS = Refusal(instead=f"label, reward and preference data are not offered; {_NEXT_TO_TOKENS}")
+_PAIRS = Refusal(instead=f"reward and preference data are not offered; {_NEXT_TO_TOKENS}")
 _MUP = Refusal(instead="µP is not offered; tune learning rate and init_method_std directly")
 _REWARDS = Refusal(
     instead="validation-based rewards are not offered yet; use a loss-driven method: "
@@ -140,10 +143,10 @@ REFUSED: dict[str, Refusal] = {
     "sparse_gradients": Refusal(instead="gradients are dense; remove the key"),
     "data_types": Refusal(instead=_DEEPSPEED),
     "sparse_attention": Refusal(instead="sparse attention is not offered yet; remove the block"),
-    "curriculum_learning": Refusal(
-        instead="sequence-length curricula are not offered; use a fixed seq_length"
+    "curriculum_seqlen": Refusal(
+        instead="it is worked out at every step; use curriculum_learning: {min_difficulty: …}",
+        neutral=(0,),
     ),
-    "curriculum_seqlen": Refusal(instead="set seq_length", neutral=(0,)),
     "data_efficiency": Refusal(instead="data is chosen by mixing; see mixing: {method: …}"),
     "compression_training": Refusal(instead="compression is not offered; remove the block"),
     "elasticity": Refusal(
@@ -156,14 +159,6 @@ REFUSED: dict[str, Refusal] = {
         instead="every run uses DeepSpeed; remove the key", neutral=(True,), off=False
     ),
     # data
-    "data_impl": Refusal(
-        instead="only the memory-mapped format is read; write the data with "
-        "tools/preprocess_data.py",
-        neutral=("infer", "mmap"),
-    ),
-    "pack_impl": Refusal(
-        instead="documents are packed into full windows; use packed", neutral=("packed",)
-    ),
     "dataset_impl": Refusal(instead=f"use gpt2: {_NEXT_TO_TOKENS}", neutral=("gpt2",)),
     "train_impl": Refusal(
         instead="preference training is not offered; use normal", neutral=("normal",)
@@ -172,7 +167,6 @@ REFUSED: dict[str, Refusal] = {
         f"{side}{part}_{kind}_paths": _PAIRS
         for part in ("train", "valid", "test")
         for side, kind in (
-            ("", "label_data"),
             ("", "reward_data"),
             ("pos_", "data"),
             ("neg_", "data"),
@@ -285,7 +279,6 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "use_shared_fs",
         "mmap_warmup",
         "num_workers",
-        "allow_chopped",
     ),
     _MONITOR: (
         "wandb_init_all_ranks",

@@ -10,6 +10,16 @@ Little-endian, without padding, so the 64-bit arrays are unaligned::
     N × i32  sizes, in tokens
     N × i64  pointers, in bytes from the start of the .bin
     D × i64  doc_idx: 0, 1, …, N as written by GPT-style preprocessing
+
+GPT-NeoX's older ``cached`` and ``lazy`` data sets have an index of 64-bit numbers, which is read
+too, and never written::
+
+    [0:8]    "TNTIDX\0\0"
+    [8:56]   u64  version, 1; dtype code; bytes of a token; N; length of sizes; D
+    N+1 × i64  dim_offsets: 0, 1, …, N (every item has one dimension)
+    N+1 × i64  pointers, in tokens from the start of the .bin
+    N × i64  sizes
+    D × i64  doc_idx
 """
 
 from __future__ import annotations
@@ -27,11 +37,13 @@ MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = 34
+LEGACY_HEADER_BYTES = 56
 SIZE_BYTES = 4
 POINTER_BYTES = 8
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 
 _HEADER = struct.Struct("<9sQBQQ")
+_LEGACY_HEADER = struct.Struct("<8sQQQQQQ")
 
 # Codes 6 and 7 (floats) mean float32/float64 to GPT-NeoX and the reverse to megatron-core;
 # no token is a float, so both are refused rather than guessed at.
@@ -56,25 +68,48 @@ class IndexHeader:
         dtype: token type of the ``.bin``.
         documents: N, number of sequences.
         doc_idx_length: D.
+        legacy: whether it is an index of the older format.
     """
 
     dtype: np.dtype[Any]
     documents: int
     doc_idx_length: int
+    legacy: bool = False
+
+    @property
+    def size_dtype(self) -> str:
+        """Type of the sizes."""
+        return "<i8" if self.legacy else "<i4"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of a size."""
+        return 8 if self.legacy else SIZE_BYTES
+
+    @property
+    def pointer_unit(self) -> int:
+        """Bytes that a pointer counts: 1, or those of a token in the older format."""
+        return self.dtype.itemsize if self.legacy else 1
 
     @property
     def sizes_at(self) -> int:
         """Byte offset of the sizes."""
+        if self.legacy:
+            return self.pointers_at + POINTER_BYTES * (self.documents + 1)
         return HEADER_BYTES
 
     @property
     def pointers_at(self) -> int:
         """Byte offset of the pointers."""
+        if self.legacy:
+            return LEGACY_HEADER_BYTES + POINTER_BYTES * (self.documents + 1)
         return HEADER_BYTES + SIZE_BYTES * self.documents
 
     @property
     def doc_idx_at(self) -> int:
         """Byte offset of doc_idx."""
+        if self.legacy:
+            return self.sizes_at + self.size_bytes * self.documents
         return self.pointers_at + POINTER_BYTES * self.documents
 
     @property
@@ -92,17 +127,14 @@ def parse_header(head: bytes, path: str) -> IndexHeader:
     """Read the first bytes of an index.
 
     Args:
-        head: the file's first ``HEADER_BYTES`` bytes, or fewer if it is shorter.
+        head: the file's first ``LEGACY_HEADER_BYTES`` bytes, or fewer if it is shorter.
         path: named in messages.
 
     Raises:
         DataError: the file is too short, of another format or version, or holds no tokens.
     """
     if head.startswith(LEGACY_MAGIC):
-        raise DataError(
-            f"{path}: this is the legacy 'cached'/'lazy' index format (TNTIDX); "
-            "tokenise the text again with tools/preprocess_data.py (--dataset-impl mmap)"
-        )
+        return _parse_legacy(head, path)
     if not head:
         raise DataError(f"{path}: empty file, not a dataset index; copy or preprocess it again")
     if head[: len(MAGIC)] != MAGIC[: len(head)]:
@@ -116,6 +148,29 @@ def parse_header(head: bytes, path: str) -> IndexHeader:
             "copy or preprocess it again"
         )
     _, version, code, documents, doc_idx_length = _HEADER.unpack(head[:HEADER_BYTES])
+    dtype = _known_dtype(version, code, path)
+    return IndexHeader(dtype=dtype, documents=documents, doc_idx_length=doc_idx_length)
+
+
+def _parse_legacy(head: bytes, path: str) -> IndexHeader:
+    if len(head) < LEGACY_HEADER_BYTES:
+        raise DataError(
+            f"{path}: truncated: {len(head)} bytes, a legacy index has at least "
+            f"{LEGACY_HEADER_BYTES}; copy it again"
+        )
+    _, version, code, itemsize, documents, sizes, doc_idx_length = _LEGACY_HEADER.unpack(
+        head[:LEGACY_HEADER_BYTES]
+    )
+    dtype = _known_dtype(version, code, path)
+    if itemsize != dtype.itemsize or sizes != documents:
+        raise DataError(
+            f"{path}: damaged, or not a legacy index of tokens: {sizes} sizes of {documents} "
+            f"items, {itemsize} bytes for a {dtype.name}; copy it again"
+        )
+    return IndexHeader(dtype=dtype, documents=documents, doc_idx_length=doc_idx_length, legacy=True)
+
+
+def _known_dtype(version: int, code: int, path: str) -> np.dtype[Any]:
     if version != VERSION:
         raise DataError(f"{path}: index version {version}, only version {VERSION} is known")
     if code in FLOAT_CODES:
@@ -126,7 +181,7 @@ def parse_header(head: bytes, path: str) -> IndexHeader:
             f"{', '.join(f'{c} {d.name}' for c, d in TOKEN_DTYPES.items())}); "
             "the file is damaged or foreign"
         )
-    return IndexHeader(dtype=TOKEN_DTYPES[code], documents=documents, doc_idx_length=doc_idx_length)
+    return TOKEN_DTYPES[code]
 
 
 def dtype_code(dtype: np.dtype[Any]) -> int:

@@ -8,7 +8,7 @@ import os
 import stat
 from pathlib import Path
 
-from megatron.data.index_format import HEADER_BYTES, IndexHeader, parse_header
+from megatron.data.index_format import LEGACY_HEADER_BYTES, IndexHeader, parse_header
 from megatron.errors import DataError, did_you_mean
 
 
@@ -41,7 +41,7 @@ def map_index(path: str, prefix: str) -> tuple[mmap.mmap, IndexHeader]:
     """
     descriptor, size = open_file(path, prefix)
     try:
-        header = parse_header(os.pread(descriptor, HEADER_BYTES, 0), path)
+        header = parse_header(os.pread(descriptor, LEGACY_HEADER_BYTES, 0), path)
         index = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -20,10 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.index_format import (
-    POINTER_BYTES,
-    SIZE_BYTES,
-)
+from megatron.data.index_format import POINTER_BYTES
 from megatron.data.opening import map_index, open_file
 from megatron.data.sidecar import Sidecar, read_sidecar, sidecar_path
 from megatron.errors import DataError
@@ -33,7 +30,7 @@ _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 4096
 _FINGERPRINT_WHOLE_BYTES = 4 << 20
 _POINTER = struct.Struct("<q")
-_SIZE = struct.Struct("<i")
+_SIZES = {4: struct.Struct("<i"), 8: struct.Struct("<q")}
 
 
 class TokenReader:
@@ -95,15 +92,20 @@ class TokenReader:
             index.close()
 
     @property
+    def legacy(self) -> bool:
+        """Whether the index is of the older format (``cached``, ``lazy``)."""
+        return self._header.legacy
+
+    @property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text per token, from the sidecar; ``None`` without one."""
         return self.sidecar.bytes_per_token if self.sidecar else None
 
     def document_size(self, document: int) -> int:
         """Return a document's length in tokens."""
-        value: int = _SIZE.unpack_from(self._index, self._header.sizes_at + SIZE_BYTES * document)[
-            0
-        ]
+        width = self._header.size_bytes
+        at = self._header.sizes_at + width * document
+        value: int = _SIZES[width].unpack_from(self._index, at)[0]
         return value
 
     def document_start(self, document: int) -> int:
@@ -125,6 +127,7 @@ class TokenReader:
         """Return how many documents start before position ``token``."""
         # Not np.searchsorted: on an unaligned mapping it copies the whole array first.
         target, low, high = token * self._itemsize, 0, self.num_documents
+        target //= self._header.pointer_unit
         at, index = self._header.pointers_at, self._index
         while low < high:
             middle = (low + high) // 2
@@ -144,6 +147,7 @@ class TokenReader:
         pointers = self._array(
             "<i8", self._header.pointers_at + POINTER_BYTES * first, last - first
         )
+        pointers = pointers * self._header.pointer_unit
         starts: NDArray[np.int64] = np.unique(pointers // self._itemsize)
         if starts.size and (starts[0] < start or starts[-1] >= stop):
             raise DataError(f"{self._idx_path}: damaged: document pointers are not ascending")
@@ -151,7 +155,9 @@ class TokenReader:
 
     def document_sizes(self, start: int, stop: int) -> NDArray[np.int32]:
         """Return the lengths in tokens of documents ``[start, stop)``."""
-        return self._array("<i4", self._header.sizes_at + SIZE_BYTES * start, stop - start)
+        at = self._header.sizes_at + self._header.size_bytes * start
+        sizes = self._array(self._header.size_dtype, at, stop - start)
+        return sizes.astype(np.int32, copy=False)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return a copy of tokens ``[start, stop)`` in the type of the file.
@@ -218,7 +224,7 @@ class TokenReader:
             last = min(first + block, self.num_documents)
             sizes = self.document_sizes(first, last).astype(np.int64)
             at = self._header.pointers_at + POINTER_BYTES * first
-            pointers = self._array("<i8", at, last - first)
+            pointers = self._array("<i8", at, last - first) * self._header.pointer_unit
             ends = expected + np.cumsum(sizes) * self._itemsize
             wrong = (pointers != ends - sizes * self._itemsize) | (sizes < 0)
             if wrong.any():
@@ -251,7 +257,7 @@ class TokenReader:
             return self._bin_bytes
         at = self._header.pointers_at + POINTER_BYTES * document
         value: int = _POINTER.unpack_from(self._index, at)[0]
-        return value
+        return value * self._header.pointer_unit
 
     def _array(self, dtype: str, at: int, count: int) -> NDArray[Any]:
         # A copy: an array over the mapping would keep it from closing.

@@ -94,6 +94,7 @@ class PipelineEngine(TrainEngine):
         optimizer: torch.optim.Optimizer,
         config: Mapping[str, Any],
         before_micro_batch: Callable[[int, int], None] | None = None,
+        row_length: Callable[[int], int] | None = None,
     ) -> None:
         """Hand the stage to DeepSpeed; collective.
 
@@ -102,6 +103,7 @@ class PipelineEngine(TrainEngine):
             optimizer: see :func:`megatron.engine.optimizer.build_optimizer`.
             config: DeepSpeed's configuration (ZeRO stage 1).
             before_micro_batch: see :class:`TrainEngine`.
+            row_length: tokens of a step's rows, where they are not always as many.
         """
         forget_grid()
         partitions = tensor_partitions(stage)
@@ -110,6 +112,8 @@ class PipelineEngine(TrainEngine):
         )
         super().__init__(engine, wrapped, partitions, before_micro_batch)
         self._stage = stage
+        self._row_length = row_length
+        self._last_length: int | None = None
 
     def _train(self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]]) -> None:
         micro = -1
@@ -120,6 +124,10 @@ class PipelineEngine(TrainEngine):
             micro += 1
             self._before_micro_batch(step, micro)
 
+        if self._row_length is not None and self._row_length(step) != self._last_length:
+            # Stages tell each other a shape once and keep to it.
+            self._last_length = self._row_length(step)
+            self._engine.reset_activation_shape()
         self._stage.before_forward = announce
         try:
             self._engine.train_batch(data_iter=iter(micro_batches))

@@ -19,7 +19,7 @@ from megatron.config import Config, load_config, resolve_batch
 from megatron.errors import ConfigError
 from megatron.model.accounting import flops_per_token, parameter_count
 from megatron.training.check import preflight
-from megatron.training.domains import OpenDomains, open_domains, start_weights
+from megatron.training.domains import OpenDomains, open_run_domains, start_weights
 from megatron.training.layout import run_layout
 from megatron.training.summary import complete
 
@@ -341,7 +341,10 @@ class _Planner:
         total = resolve_batch(config.batch, run_layout(config, ranks).data_size)[2]
         weights = start_weights(config.mixing, config.domains, domains)
         key = run_key(config, fingerprints)
-        tokens = config.training.train_iters * total * config.model.context_length
+        rows = config.data.tokens_per_row(
+            config.training.train_iters, config.model.context_length
+        )
+        tokens = total * rows
         return PlannedRun(
             name=variant.name,
             key=key,
@@ -369,7 +372,9 @@ class _Planner:
     def _open(self, config: Config) -> tuple[OpenDomains, dict[str, str]]:
         """Open a run's data, or return what another run of the study has opened."""
         named = {
-            name: domain.model_dump(mode="json", exclude={"weight"})
+            name: domain.model_dump(
+                mode="json", exclude={"weight", "valid_weight", "test_weight"}
+            )
             for name, domain in config.domains.items()
         }
         facts = [
@@ -378,16 +383,11 @@ class _Planner:
             config.model.context_length,
             config.training.seed,
             config.training.epoch_offset,
+            config.data.model_dump(mode="json"),
         ]
         key = json.dumps(facts)
         if key not in self._opened:
-            opened = open_domains(
-                config.domains,
-                split=config.split,
-                seq_length=config.model.context_length,
-                seed=config.training.seed,
-                epoch_offset=config.training.epoch_offset,
-            )
+            opened = open_run_domains(config)
             self._opened[key] = opened, _fingerprints(opened)
         return self._opened[key]
 

@@ -33,7 +33,7 @@ from megatron.signals.ledger import Ledger
 from megatron.signals.reference import ModelReference, ReferenceSource
 from megatron.signals.validation import LossObserver, Validation
 from megatron.training.compatible import model_facts
-from megatron.training.domains import OpenDomains
+from megatron.training.domains import OpenDomains, average_weights
 from megatron.training.engines import Batch, build_engine
 from megatron.training.foresight import ForesightParts, build_foresight
 from megatron.training.guard import NonFiniteGuard
@@ -176,6 +176,7 @@ def build(
         validation=held_out.controller.windows * length,
         reference=isinstance(reference, ModelReference),
         foresight=foresight_tokens(mixer, batch.total * length),
+        row_length=partial(config.data.row_length, seq_length=length),
     )
     return Parts(
         topology=topology,
@@ -207,6 +208,7 @@ def build(
             overhead=overhead,
             token_costs=costs,
             exhaustion=_exhaustion(config, domains, batch),
+            average_weights=average_weights(config.domains),
             say=say,
         ),
         throughput=throughput,
@@ -260,6 +262,7 @@ def _loader(
         eod_mask_loss=config.training.eod_mask_loss,
         eod_id=eod_id,
         reduce_counts=partial(sum_on_host, group=topology.host_data_group),
+        lengths=partial(config.data.row_length, seq_length=config.model.context_length),
         vocab_size=config.model.vocab_size,
         pin_memory=runtime.device.type == "cuda",
     )

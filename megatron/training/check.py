@@ -144,7 +144,10 @@ def build_controller(
         weights=weights,
         context=RunContext(
             total_steps=config.training.train_iters,
-            tokens_per_step=total * config.model.context_length,
+            # Of a curriculum, the mean: a stage given in tokens ends about there.
+            tokens_per_step=total
+            * config.data.tokens_per_row(config.training.train_iters, config.model.context_length)
+            // config.training.train_iters,
             samples_per_step=total,
             draws_per_step=total // samples_per_draw,
             samples_per_epoch=tuple(float(domain.num_windows(0)) for domain in domains.train),
@@ -185,14 +188,21 @@ def _check_signals(
             f"with a share for it"
         )
     options = config.mixing.options
+    ahead = asked_ahead(
+        mixer,
+        warmup_steps=options["warmup_steps"],
+        update_every=options["update_every"],
+    )
+    curriculum = config.data.curriculum_learning
+    if curriculum is not None and curriculum.enabled and ahead:
+        raise ConfigError(
+            f"mixing.method: '{config.mixing.method}' measures a step before it trains, in rows of "
+            "full length, and curriculum_learning makes them shorter; switch one of the two off"
+        )
     check_signals(
         config.mixing.method,
         needs=mixer.needs,
-        ahead=asked_ahead(
-            mixer,
-            warmup_steps=options["warmup_steps"],
-            update_every=options["update_every"],
-        ),
+        ahead=ahead,
         layout=run_layout(config, world_size),
         zero_stage=config.zero_stage,
     )

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config import Config, DomainConfig, MixingConfig
+from megatron.config.data import DataConfig, Part
 from megatron.data.domain import Domain, open_domain
+from megatron.data.infilling import Infilling
 from megatron.errors import ConfigError, DataError
 from megatron.mixing.weights import (
     document_weights,
@@ -19,6 +21,7 @@ from megatron.mixing.weights import (
     temperature_weights,
     uniform_weights,
 )
+from megatron.training.infilling import run_infilling
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -107,22 +110,34 @@ def open_domains(
     seq_length: int,
     seed: int,
     epoch_offset: bool = True,
+    reading: DataConfig | None = None,
+    infilling: Infilling | None = None,
 ) -> OpenDomains:
     """Open every domain's training, validation and test data.
+
+    Args:
+        domains: by name.
+        split: of domains without files of their own for validation and test.
+        seq_length: S.
+        seed: of the run.
+        epoch_offset: whether the cuts of training windows move from epoch to epoch.
+        reading: how windows are made; None as by default.
+        infilling: rearranges training windows; None leaves them as they are.
 
     Raises:
         DataError: a file is missing or damaged, or a domain that was given data for a part
             has no window of it.  A part that only the split would give may be empty; that
             is noted.
     """
+    reading = reading or DataConfig()
     notes: list[str] = []
     opened: dict[str, list[Domain | None]] = {"train": [], "valid": [], "test": []}
     targets = [name for name, domain in domains.items() if domain.target]
     for name, domain in sorted(domains.items(), key=lambda item: item[1].target):
-        for part, parts in opened.items():
+        for part, parts in _parts(opened):
             if domain.target and part == "train":
                 continue
-            prefixes = domain.prefixes(part)  # type: ignore[arg-type]
+            prefixes = domain.prefixes(part)
             if not prefixes:
                 parts.append(None)
                 continue
@@ -137,8 +152,13 @@ def open_domains(
                         split=cut,
                         # Held-out windows are the same at every measurement.
                         epoch_offset=epoch_offset and part == "train",
+                        labels=domain.labels(part),
+                        pack_impl=reading.pack_impl,
+                        allow_chopped=reading.allow_chopped,
+                        infilling=infilling if part == "train" else None,
                     )
                 )
+                _check_format(parts[-1], reading)
             except DataError as error:
                 if part == "train" or cut is None or "no window" not in str(error):
                     raise
@@ -147,9 +167,9 @@ def open_domains(
                     f"domain '{name}' has no {part} data: split '{split}' leaves less than one "
                     f"window of {seq_length + 1} tokens"
                 )
-    only_measured = opened["valid"][len(domains) - len(targets) :]
-    for name, held_out in zip(targets, only_measured, strict=True):
-        if held_out is None:
+    only_measured = [opened[part][len(domains) - len(targets) :] for part in ("valid", "test")]
+    for name, *held_out in zip(targets, *only_measured, strict=True):
+        if not any(held_out):
             raise DataError(
                 f"domain '{name}' is a target, which is only measured, and has no validation data; "
                 "give it `valid`, or `train` with a split that leaves some"
@@ -164,6 +184,23 @@ def open_domains(
     )
 
 
+def _parts(opened: dict[str, list[Domain | None]]) -> list[tuple[Part, list[Domain | None]]]:
+    return [("train", opened["train"]), ("valid", opened["valid"]), ("test", opened["test"])]
+
+
+def _check_format(domain: Domain | None, reading: DataConfig) -> None:
+    """Refuse files of another format than ``data_impl`` names."""
+    kinds = {"mmap": False, "cached": True, "lazy": True}
+    for source in domain.sources if domain is not None else ():
+        reader, wanted = source.reader, kinds.get(reading.data_impl)
+        if wanted is not None and reader.legacy != wanted:
+            found = "cached" if reader.legacy else "mmap"
+            raise DataError(
+                f"{reader.prefix}.idx is of the format {found}, and data_impl is "
+                f"{reading.data_impl}; use data_impl: infer"
+            )
+
+
 def open_run_domains(config: Config) -> OpenDomains:
     """Open the data of a run as its configuration cuts it; see :func:`open_domains`."""
     return open_domains(
@@ -172,6 +209,8 @@ def open_run_domains(config: Config) -> OpenDomains:
         seq_length=config.model.context_length,
         seed=config.training.seed,
         epoch_offset=config.training.epoch_offset,
+        reading=config.data,
+        infilling=run_infilling(config),
     )
 
 
@@ -204,6 +243,19 @@ def start_weights(
         counts = [domain.num_documents for domain in opened.train]
         return document_weights(counts, mixing.weights_alpha)
     return nopack_weights(_padded(opened.train))
+
+
+def average_weights(domains: Mapping[str, DomainConfig]) -> dict[str, dict[str, float]]:
+    """Return by split the weights of its weighted average, where some domain is given one."""
+    given = {
+        "valid": {name: domain.valid_weight for name, domain in domains.items()},
+        "test": {name: domain.test_weight for name, domain in domains.items()},
+    }
+    return {
+        split: {name: weight or 0.0 for name, weight in weights.items()}
+        for split, weights in given.items()
+        if any(weights.values())
+    }
 
 
 def _padded(train: Sequence[Domain]) -> FloatArray:

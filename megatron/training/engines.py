@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +81,16 @@ def build_engine(
         optimizer=_optimizer(config, stage),
         config=settings,
         before_micro_batch=before_micro_batch,
+        row_length=_row_length(config),
     )
+
+
+def _row_length(config: Config) -> Callable[[int], int] | None:
+    """Return what tells the tokens of a step's rows, where a curriculum changes them."""
+    curriculum = config.data.curriculum_learning
+    if curriculum is None or not curriculum.enabled:
+        return None
+    return partial(config.data.row_length, seq_length=config.model.context_length)
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

@@ -40,6 +40,8 @@ class RunRecorder:
         overhead: what mixing took since the step before.
         token_costs: what a step costs in tokens beside those it trains on.
         exhaustion: speaks up before a domain's data runs out.
+        average_weights: by split, the weights of domains and targets in its weighted average,
+            where the configuration gives them; else the mixture's are taken.
         say: takes a line for the console.
     """
 
@@ -60,6 +62,7 @@ class RunRecorder:
         overhead: Overhead,
         token_costs: TokenCosts,
         exhaustion: ExhaustionWatch | None = None,
+        average_weights: Mapping[str, Mapping[str, float]] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Keep the parts."""
@@ -77,6 +80,7 @@ class RunRecorder:
         self._overhead = overhead
         self._token_costs = token_costs
         self._exhaustion = exhaustion
+        self._average_weights = average_weights or {}
         self._say = say
 
     def step(
@@ -182,7 +186,8 @@ class RunRecorder:
                     for name, loss in measured.items()
                     if name in self._bytes_per_token
                 },
-                weights=dict(zip(self._domains, weights.tolist(), strict=True)),
+                weights=self._average_weights.get(split)
+                or dict(zip(self._domains, weights.tolist(), strict=True)),
                 split=split,
                 seconds=seconds,
                 review=review,

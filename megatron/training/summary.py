@@ -84,16 +84,18 @@ def startup_report(
     plan, model = make_plan(config, layout, on_cpu=on_cpu), config.model
     micro, accumulation, total = plan.micro, plan.accumulation, plan.total
     iters, tokens = config.training.train_iters, total * model.context_length
+    trained = total * config.data.tokens_per_row(iters, model.context_length)
+    curriculum = " at most" if trained < tokens * iters else ""
     say(
         f"batch: {micro} per rank × {accumulation} accumulated × {layout.data_size} data ranks = "
-        f"{total} samples of {model.context_length} tokens = {tokens:,} tokens per step; "
-        f"{iters:,} steps = {short(float(tokens * iters))} tokens"
+        f"{total} samples of {model.context_length} tokens = {tokens:,} tokens per step"
+        f"{curriculum}; {iters:,} steps = {short(float(trained))} tokens"
     )
     say(
         f"model: {plan.parameters:,} parameters (vocabulary {model.vocab_size:,} padded to "
         f"{model.padded_vocab_size(layout.tensor_size):,}), {config.precision}, "
         f"{plan.flops_per_token / 1e9:.3g} GFLOP per token, "
-        f"{plan.flops_per_token * tokens * iters:.3g} FLOP in all"
+        f"{plan.flops_per_token * trained:.3g} FLOP in all"
     )
     stage = config.zero.stage
     as_run = " (0 is run as 1: the same numbers)" if stage == 0 else ""

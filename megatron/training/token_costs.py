@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from megatron.mixing.base import Decision, Signal
@@ -22,18 +22,22 @@ class TokenCosts:
         validation: tokens of one validation for the controller, of all domains together.
         reference: whether a reference model runs over the batch of every step.
         foresight: tokens that run through the model to measure a signal before a step.
+        row_length: tokens of a sample by the step, where they are not always as many.
     """
 
     seq_length: int
     validation: int
     reference: bool = False
     foresight: Mapping[Signal, int] = field(default_factory=dict)
+    row_length: Callable[[int], int] | None = None
 
     def of(self, planned: Planned) -> dict[str, int]:
         """Return the tokens that a step costs, by kind; kinds that cost nothing are left out."""
+        rows = planned.plan.domain.size
+        length = self.seq_length if self.row_length is None else self.row_length(planned.step)
         return self.price(
             planned.decision,
-            trained=planned.plan.domain.size * self.seq_length,
+            trained=rows * length,
             validated=planned.valid_loss is not None,
             foreseen=planned.foreseen,
         )

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from megatron.config import Config, resolve_batch
+from megatron.errors import ConfigError
 from megatron.experiments.flops import Charges, Spent, charge, spent_by_ledger, training_flops
 from megatron.experiments.study import ranks_of
 from megatron.mixing.base import Decision, Mixer, Observation, Signal
@@ -88,6 +89,11 @@ def cadence(config: Config, domains: OpenDomains, *, gpus: int) -> Cadence:
     Raises:
         ConfigError: the method's options are wrong.
     """
+    curriculum = config.data.curriculum_learning
+    if curriculum is not None and curriculum.enabled:
+        raise ConfigError(
+            "curriculum_learning: methods are compared at steps of equally many tokens; leave it out"
+        )
     config = complete(config, domains)
     micro, _, total = resolve_batch(
         config.batch, run_layout(config, ranks_of(config, gpus)).data_size

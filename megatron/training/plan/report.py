@@ -140,9 +140,11 @@ def _traffic(plan: Plan, assumptions: Assumptions) -> Iterator[str]:
 
 
 def _time(plan: Plan, assumptions: Assumptions) -> Iterator[str]:
-    steps = plan.config.training.train_iters
-    tokens = assumptions.tokens or float(steps * plan.tokens_per_step)
-    steps = -(-int(tokens) // plan.tokens_per_step)
+    steps, data = plan.config.training.train_iters, plan.config.data
+    rows = data.tokens_per_row(steps, plan.config.model.context_length)
+    tokens = assumptions.tokens or float(plan.total * rows)
+    if assumptions.tokens:
+        steps = -(-int(tokens) // plan.tokens_per_step)
     total = plan.flops_per_token * tokens
     yield f"budget: {short(tokens)} tokens = {steps:,} steps, {total:.3g} FLOP"
     if assumptions.peak_flops is None:

@@ -32,7 +32,36 @@ def test_lists_with_weights(load):
     assert (b.valid, b.weight) == (("v/b_text_document",), 2.0)
     assert not a.uses_split
     assert a.prefixes("valid") == ("v/a_text_document",)
-    assert config.ignored[0].startswith("valid-data-weights: validation is measured")
+    assert (a.valid_weight, b.valid_weight, a.test_weight) == (1.0, 1.0, None)
+
+
+def test_lists_of_other_lengths_are_matched_by_name_and_the_rest_is_only_measured(load):
+    config = own(
+        load,
+        "train_data_paths: [d/a, d/b, d/c]\nvalid_data_paths: [v/held, v/b]\n"
+        "valid_data_weights: [3, 1]\ntest_data_paths: [t/last]\ntest_data_weights: [2]\n",
+    )
+    assert list(config.trained) == ["a", "b", "c"]
+    assert config.domains["b"].valid == ("v/b",)
+    assert config.domains["a"].valid is None
+    held, last = config.domains["held"], config.domains["last"]
+    assert held.target
+    assert (held.valid, held.valid_weight) == (("v/held",), 3.0)
+    assert last.target
+    assert (last.test, last.test_weight, last.valid) == (("t/last",), 2.0, None)
+
+
+def test_labels_stand_in_the_order_of_the_paths(load):
+    config = own(
+        load,
+        "train_data_paths: [d/a, d/b]\ntrain_label_data_paths: [l/0, l/1]\n"
+        "valid_data_paths: [v/b, v/a]\nvalid_label_data_paths: [m/0, m/1]\n",
+    )
+    a, b = config.domains["a"], config.domains["b"]
+    assert (a.labels("train"), a.labels("valid"), a.labels("test")) == (("l/0",), ("m/1",), None)
+    assert (b.labels("train"), b.labels("valid")) == (("l/1",), ("m/0",))
+    single = own(load, "data_path: d/a\ntrain_label_data_paths: [l/0]\n").domains["a"]
+    assert single.labels("train") == single.labels("valid") == ("l/0",)
 
 
 def test_default_weight_is_one_each(load):
@@ -82,7 +111,17 @@ def test_parent_names():
         ("train_data_paths: [a, b]\ntrain_data_weights: [1]\n", "1 weights for 2"),
         ("train_data_paths: [a, b]\ntrain_data_weights: [1, x]\n", "train_data_weights[1]: 'x'"),
         ("train_data_paths: [a, b]\ntrain_data_weights: [0, 0]\n", "every weight is 0"),
-        ("train_data_paths: [a, b, c]\nvalid_data_paths: [x, y]\n", "cannot be matched"),
+        ("train_data_paths: [a, b, c]\nvalid_data_paths: [x, x]\n", "cannot be matched"),
+        (
+            "train_data_paths: [a, b]\nvalid_data_paths: [a]\nvalid_data_weights: [1, 1]\n",
+            "2 weights for 1 valid_data_paths",
+        ),
+        (
+            "train_data_paths: [a, b]\ntrain_label_data_paths: [x]\n",
+            "1 paths for 2 train_data_paths",
+        ),
+        ("train_label_data_paths: [x]\n", "needs train_data_paths"),
+        ("data_path: a\nvalid_label_data_paths: [x]\n", "give train_label_data_paths"),
         ("train_data_paths: [x/a/train, y/a/train]\n", "the same domain name 'a_train'"),
         ("data_path: a\nweight_by_num_documents: 3\n", "should be true or false"),
     ],

@@ -211,7 +211,7 @@ def test_floats_are_not_tokens(dataset: MakeDataset, code: int) -> None:
 
 
 FOREIGN = {
-    "legacy": (b"TNTIDX\0\0" + b"\0" * 100, "legacy"),
+    "legacy": (b"TNTIDX\0\0" + b"\0" * 100, "version 0"),
     "parquet": (b"PAR1" + b"\0" * 200, "not a dataset index"),
     "gzip": (b"\x1f\x8b\x08" + b"\0" * 200, "not a dataset index"),
     "text": (b'{"text": "hello"}\n' * 10, "not a dataset index"),
