@@ -78,6 +78,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 return int(found)
         raise missing_eod(self.name, self._source)
 
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """The library's own tokenizer, to be written into other formats; not to be changed."""
+        return self._tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return list(self._tokenizer.encode(text).ids)

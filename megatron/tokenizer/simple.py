@@ -120,6 +120,11 @@ class TiktokenTokenizer(Tokenizer):
         self.sha256 = digest(f"tiktoken:{vocab_file}:{self._encoding.n_vocab}".encode())
 
     @property
+    def encoding(self) -> Any:
+        """The library's own encoding, to be written into other formats."""
+        return self._encoding
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids."""
         return int(self._encoding.n_vocab)

@@ -30,6 +30,7 @@ from megatron.training.compatible import (
     how_to_load,
     layout_facts,
     model_facts,
+    taken_alone,
 )
 from megatron.training.counting import counter
 from megatron.training.domains import OpenDomains, open_run_domains, start_weights
@@ -265,7 +266,12 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
         say(f"resume: {path} would be passed over ({error})")
         return
     if not resumes:
-        check_form(manifest, path, load_universal=config.checkpoint.load_universal)
+        check_form(
+            manifest,
+            path,
+            load_universal=config.checkpoint.load_universal,
+            weights_only=taken_alone(config),
+        )
     weights_only = config.checkpoint.finetune and not resumes
     check_same_model(manifest, model_facts(config))
     layout = layout_facts(config, run_layout(config, world_size))

@@ -12,7 +12,7 @@ from megatron.errors import CheckpointError
 from megatron.parallel.layout import Layout
 from megatron.training.layout import layer_bounds
 
-_NOT_ARCHITECTURE = {
+NOT_ARCHITECTURE = {
     "hidden_dropout",
     "attention_dropout",
     "init_method",
@@ -26,6 +26,9 @@ _NOT_ARCHITECTURE = {
     "expansion_factor",
     "mlp_multiple_of",
 }
+
+IMPORTED = "imported"
+"""Key of a manifest's ``extra`` that says from which other program's files a checkpoint comes."""
 
 _WEIGHTS_FILES = ("tensor_size", "pipe_size", "stage_bounds", "padded_vocab_size")
 
@@ -78,12 +81,21 @@ def how_to_load(
     return "convert"
 
 
-def check_form(manifest: Manifest, path: object, *, load_universal: bool) -> None:
+def check_form(
+    manifest: Manifest, path: object, *, load_universal: bool, weights_only: bool = True
+) -> None:
     """Check that the checkpoint that ``load`` names is in the form that was announced.
 
     Raises:
         CheckpointError: with the key to set, or the tool to run.
     """
+    if (origin := manifest.extra.get(IMPORTED)) is not None:
+        if not weights_only:
+            raise CheckpointError(
+                f"{path} comes from {origin} and holds weights alone; set finetune: true to start "
+                "a new run from them (and leave finetune_optimizer out)"
+            )
+        return
     universal = bool(manifest.layout.get("universal"))
     if load_universal and not universal:
         raise CheckpointError(
@@ -97,9 +109,14 @@ def check_form(manifest: Manifest, path: object, *, load_universal: bool) -> Non
         )
 
 
+def taken_alone(config: Config) -> bool:
+    """Tell whether a run takes nothing but weights from the checkpoint that ``load`` names."""
+    return config.checkpoint.finetune and not config.checkpoint.finetune_optimizer
+
+
 def model_facts(config: Config) -> dict[str, object]:
     """Return what a checkpoint's model must agree in with the configuration's."""
-    return config.model.model_dump(mode="json", exclude=_NOT_ARCHITECTURE)
+    return config.model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
 
 
 def check_same_model(manifest: Manifest, model: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from megatron.checkpoint.verify import summary
 from megatron.config.model import ModelConfig
 from megatron.errors import CheckpointError
 from megatron.model.accounting import parameter_count
+from megatron.training.compatible import IMPORTED
 from megatron.training.conversion import is_universal, write_universal
 
 
@@ -74,7 +75,10 @@ def describe(path: Path, manifest: Manifest) -> Iterator[str]:
             f"model: {parameter_count(model):,} parameters, {model.num_layers} layers of "
             f"{model.hidden_size}, vocabulary {model.vocab_size}"
         )
-    yield f"domains: {', '.join(read_bundle(path)['domains'])}"
+    if IMPORTED in extra:
+        yield f"weights alone, from {extra[IMPORTED]}; start from them with finetune: true"
+    else:
+        yield f"domains: {', '.join(read_bundle(path)['domains'])}"
     versions = [f"{name} {extra[name]}" for name in ("torch", "deepspeed") if name in extra]
     if versions:
         yield f"written with {', '.join(versions)}"

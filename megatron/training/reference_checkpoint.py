@@ -12,7 +12,7 @@ from megatron.checkpoint.manifest import Manifest
 from megatron.config import Config, load_config
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mixing.earlier_run import how_to_make
-from megatron.training.compatible import check_same_model, model_facts
+from megatron.training.compatible import IMPORTED, check_same_model, model_facts
 from megatron.training.conversion import source_hashes
 from megatron.training.convert import choose
 
@@ -74,7 +74,7 @@ def find_reference(
             f"{name}: no reference model in {folder} ({error}); "
             f"{how_to_make(folder / _CONFIG_NAME)}"
         ) from error
-    if manifest.step == 0:
+    if manifest.step == 0 and IMPORTED not in manifest.extra:
         raise CheckpointError(
             f"{name}: {path} is of step 0, of a model that has learnt nothing; "
             "give a checkpoint of a later step"
@@ -84,12 +84,22 @@ def find_reference(
             f"{name}: {path} was written under ZeRO stage 0 (forced by deepspeed_extra_args), "
             "whose checkpoints only their own layout can load; train the reference under stage 1"
         )
-    config = _config_of(folder, path, name)
+    config = recorded_config(folder, path, name)
     check_same_model(manifest, model_facts(config))
     return ReferenceCheckpoint(path=path, manifest=manifest, config=config)
 
 
-def _config_of(given: Path, path: Path, name: str) -> Config:
+def recorded_config(given: Path, path: Path, name: str) -> Config:
+    """Return the configuration of the run that wrote a checkpoint, as it lies beside it.
+
+    Args:
+        given: what the command line or the configuration named.
+        path: the checkpoint's folder.
+        name: of the option, for messages.
+
+    Raises:
+        CheckpointError: it is not there, or is not a run's own record.
+    """
     folders = dict.fromkeys((given, path.parent.parent, path.parent))
     for folder in folders:
         file = folder / _CONFIG_NAME

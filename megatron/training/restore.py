@@ -18,7 +18,7 @@ from megatron.engine.runtime import Runtime
 from megatron.errors import CheckpointError, RunError
 from megatron.training.build import Parts, run_facts
 from megatron.training.check import Checked
-from megatron.training.compatible import check_form, how_to_load, layout_facts
+from megatron.training.compatible import check_form, how_to_load, layout_facts, taken_alone
 from megatron.training.conversion import universal_form
 from megatron.training.domains import OpenDomains
 from megatron.training.edits import Edits, find_edits, follow_edits
@@ -163,7 +163,12 @@ def find_source(
                 f"{'' if only is None else f' of step {only}'}; correct it, or leave it out "
                 "to start from new weights"
             )
-        check_form(found[1], found[0], load_universal=config.checkpoint.load_universal)
+        check_form(
+            found[1],
+            found[0],
+            load_universal=config.checkpoint.load_universal,
+            weights_only=taken_alone(config),
+        )
     if found is None:
         return None
     return prepare_source(

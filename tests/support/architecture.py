@@ -12,7 +12,7 @@ from pathlib import Path
 ALLOWED_IN = {
     "torch": {
         *("parallel", "model", "engine", "signals", "checkpoint", "training", "inference"),
-        *("data", "monitor"),
+        *("data", "monitor", "exchange"),
     },
     "torch.distributed": {"parallel", "engine", "signals", "checkpoint"},
     "deepspeed": {"engine"},
@@ -24,6 +24,7 @@ ALLOWED_IN = {
 # Who may import torch when the module itself is imported, and not only inside a function.
 TORCH_AT_TOP = {
     *("parallel", "model", "engine", "signals", "checkpoint", "training", "inference"),
+    "exchange",
 }
 # Modules about one optional library, which are themselves imported where they are needed.
 ABOUT = {"megatron/monitor/live.py": "rich"}
