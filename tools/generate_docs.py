@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md and docs/schema.json from the types of the configuration.
+"""Write docs/configuration.md, docs/schema.json and docs/neox_parity.md from the code.
 
 ``--check`` writes nothing and exits with 1 if one of them is stale.  ``--simulate`` also runs
 every mixing method in the simulator (minutes) and writes its table and plot into docs/mixing.md.
@@ -23,11 +23,16 @@ from megatron.errors import run_command  # noqa: E402
 def documents() -> dict[str, str]:
     """Return the generated documents by path, relative to the repository."""
     import megatron.mixing  # noqa: F401  (registers the methods that are documented)
+    from megatron.config.parity_page import parity_page
     from megatron.config.reference import reference
     from megatron.config.schema import json_schema
 
     schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
-    return {"docs/configuration.md": reference(), "docs/schema.json": schema}
+    return {
+        "docs/configuration.md": reference(),
+        "docs/schema.json": schema,
+        "docs/neox_parity.md": parity_page(ROOT),
+    }
 
 
 def simulation() -> dict[str, str]:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from megatron.config.attention import DENSE, SPARSE
 from megatron.config.blocks import (
+    complete_optimizer,
     put_optimizer_type,
     put_zero_option,
     read_bf16,
+    read_bnb,
     read_fp16,
     read_optimizer,
     read_precision,
@@ -18,6 +21,7 @@ from megatron.config.blocks import (
 from megatron.config.config import FLAT_GROUPS
 from megatron.config.domains import map_data_keys, map_weights
 from megatron.config.draft import Draft
+from megatron.config.model import GATED, GATED_MULTIPLE, ModelConfig
 from megatron.config.neox import (
     ALIASES,
     DATA_KEYS,
@@ -28,6 +32,7 @@ from megatron.config.neox import (
     ZERO_ALIASES,
 )
 from megatron.config.node import Node
+from megatron.config.optimizers import OPTIMIZER_PARAMS
 from megatron.config.problems import Problems
 from megatron.config.run import CheckpointConfig, is_run_name
 from megatron.config.sampling import map_sampling_keys
@@ -41,6 +46,7 @@ _Reader = Callable[..., None]
 _READERS: dict[str, _Reader] = {
     "optimizer": read_optimizer,
     "optimizer_type": put_optimizer_type,
+    "use_bnb_optimizer": read_bnb,
     "fp16": read_fp16,
     "bf16": read_bf16,
     "precision": read_precision,
@@ -52,10 +58,10 @@ _OWN = (
     "domains",
     "mixing",
     "deepspeed_extra_args",
-    "attention_config",
     "bias_gelu_fusion",
     "num_unique_layers",
     "fp32_allreduce",
+    "data_types",
     *LAUNCHER_KEYS,
 )
 
@@ -92,11 +98,12 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
     if key in _READERS:
         if node.value is not None:
             _READERS[key](draft, node=node)
+    elif key == "attention_config":
+        _read_attention(draft, node)
     elif key == "num_nodes" and node.value == -1:
         pass  # GPT-NeoX: as many as the hostfile has
     elif key in FIELDS:
-        if not _is_later(draft, key, node):
-            draft.put(*FIELDS[key], node)
+        draft.put(*FIELDS[key], node)
     elif key in ALIASES:
         if node.value is not None:
             draft.put(*ALIASES[key], node)
@@ -107,8 +114,8 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
             draft.put("mixing", name, entry)
     elif key == "deepspeed_extra_args":
         _read_extra(draft, node)
-    elif key == "attention_config":
-        _read_attention(draft, node)
+    elif key == "data_types":
+        draft.put("deepspeed", key, node)
     elif key == "fp32_allreduce":
         _read_allreduce(draft, node)
     elif key in ("bias_gelu_fusion", "num_unique_layers", *LAUNCHER_KEYS):
@@ -137,43 +144,53 @@ def _suggestion(key: str) -> str:
 
 
 BLOCK_OF: dict[str, tuple[str, ...]] = {
-    "optimizer: {params: …}": ("betas", "eps"),
+    "optimizer: {params: …}": OPTIMIZER_PARAMS,
     "mixing": ("method", "floor", "ceiling", "warmup_steps", "smoothing_factor", "update_every"),
     "domains": ("train", "valid", "test", "weight"),
     "zero_optimization": ("stage",),
 }
 
 
-def _is_later(draft: Draft, key: str, node: Node) -> bool:
-    """Refuse by name what this release does not run yet; tell whether it did."""
-    value = node.value
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return False
-    text = str(value).lower()
-    if instead := LATER.get(key, {}).get(text):
-        draft.problems.add(node, f"refused: {instead}")
-    return instead is not None
-
-
-_POSITIONS = "only rotary positions are offered yet; use pos_emb: rotary"
-LATER: dict[str, dict[str, str]] = {
-}
-
-
 def _read_attention(draft: Draft, node: Node) -> None:
-    """Accept ``attention_config`` where every layer is global or flash attention."""
+    """Note it where every layer is global or flash attention, which is so anyway."""
     if node.value is None:
         return
     if not isinstance(node.value, list):
         draft.problems.add(node, "should be a list such as [[[flash], all]]")
         return
-    for entry in _leaves(node):
-        if isinstance(entry.value, str) and entry.value.lower() not in ("global", "flash", "all"):
-            draft.problems.add(
-                entry, "refused: only global and flash attention are offered; use flash"
-            )
-            return
-    draft.ignore(node.name, "attention is global, by the fastest kernel at hand")
+    draft.put("model", "attention_config", node)
+    names = {str(entry.value).lower() for entry in _leaves(node) if isinstance(entry.value, str)}
+    if names <= {*DENSE, "all"}:
+        draft.ignore(node.name, "attention is global, by the fastest kernel at hand")
+
+
+def _complete_attention(draft: Draft) -> None:
+    """Note settings of positions and of sparse attention that belong to another kind."""
+    kinds = draft.get("model", "attention_config")
+    sparse = kinds is not None and any(
+        str(entry.value).lower() in SPARSE for entry in _leaves(kinds)
+    )
+    position = draft.get("model", "pos_emb")
+    name = "rotary" if position is None else str(position.value).lower()
+    for key, used, what in (
+        ("sparsity_config", sparse, "belongs to sparse attention, which attention_config asks for"),
+        ("rpe_num_buckets", name == "rpe", "belongs to pos_emb: rpe"),
+        ("rpe_max_distance", name == "rpe", "belongs to pos_emb: rpe"),
+        (
+            "opt_pos_emb_offset",
+            name in ("learned", "sinusoidal"),
+            "belongs to learned and sinusoidal positions",
+        ),
+    ):
+        node = draft.get("model", key)
+        if node is None or used:
+            continue
+        fields = draft.groups["model"]
+        given = ModelConfig.model_fields[key].default
+        if node.value not in (None, given, {}):
+            draft.ignore(node.name, what)
+        if node.value is None or isinstance(node.value, (int, dict)):
+            del fields[key]
 
 
 def _leaves(node: Node) -> list[Node]:
@@ -214,8 +231,11 @@ def _read_extra(draft: Draft, node: Node) -> None:
 
 def _complete(draft: Draft) -> None:
     """Fill in what one key implies for another."""
+    complete_optimizer(draft)
     _complete_launcher(draft)
     _complete_activation(draft)
+    _complete_attention(draft)
+    _complete_width(draft)
     _complete_norm(draft)
     _complete_sharing(draft)
     _name_run(draft)
@@ -285,6 +305,27 @@ def _complete_activation(draft: Draft) -> None:
         draft.groups.setdefault("model", {})["activation"] = replace(fusion, value="gelu_tanh")
     elif str(activation.value).lower() != "gelu_tanh":
         draft.ignore(fusion.name, "belongs to the activation gelu")
+
+
+def _complete_width(draft: Draft) -> None:
+    """Read the width of a gated MLP as GPT-NeoX counts it: three times its own.
+
+    A value above six times ``hidden_size`` can be meant no other way; it is divided by three and
+    rounded up as theirs is. Smaller ones are the width itself.
+    """
+    width, hidden = draft.get("model", "intermediate_size"), draft.get("model", "hidden_size")
+    activation, multiple = draft.get("model", "activation"), draft.get("model", "mlp_multiple_of")
+    values = [node.value for node in (width, hidden) if node is not None]
+    whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+    if len(whole) < 2 or activation is None or str(activation.value).lower() not in GATED:
+        return
+    assert width is not None
+    step = GATED_MULTIPLE if multiple is None else multiple.value
+    if whole[0] <= 6 * whole[1] or not isinstance(step, int) or step < 1:
+        return
+    own = -(-(whole[0] // 3) // step) * step
+    draft.groups["model"]["intermediate_size"] = replace(width, value=own)
+    draft.ignore(width.name, f"{whole[0]} is three times the width, as in GPT-NeoX: it is {own}")
 
 
 def _complete_norm(draft: Draft) -> None:

@@ -46,6 +46,9 @@ ALIASES: dict[str, tuple[str, str]] = {
     "weight_decay": ("optimizer", "weight_decay"),
     "gradient_clipping": ("optimizer", "gradient_clipping"),
     "clip_grad": ("optimizer", "gradient_clipping"),
+    "decay_embeddings": ("optimizer", "decay_embeddings"),
+    "lr_end": ("schedule", "min_lr"),
+    "save_iters": ("checkpoint", "extra_save_iters"),
     "batch_size": ("batch", "train_micro_batch_size_per_gpu"),
     "gas": ("batch", "gradient_accumulation_steps"),
     "loss_scale": ("fp16", "loss_scale"),
@@ -90,27 +93,24 @@ SAMPLING_KEYS = frozenset(
         "data_sampling_smoothing_factor",
         "mixed_batches",
         "mixed_minibatches",
+        "validation_based_reward",
+        "batch_normalized_reward",
+        "scale_by_reward_loss_diff",
     }
 )
 
 _NEXT_TO_TOKENS = "train on plain tokens: name the data under domains"
 _PAIRS = Refusal(instead=f"reward and preference data are not offered; {_NEXT_TO_TOKENS}")
 _MUP = Refusal(instead="µP is not offered; tune learning rate and init_method_std directly")
-_REWARDS = Refusal(
-    instead="validation-based rewards are not offered yet; use a loss-driven method: "
-    "mixing: {method: smoothed_mean} or odm"
-)
 _DEEPSPEED = "to hand it to DeepSpeed unchanged, put it under deepspeed_extra_args"
 _RWKV = Refusal(instead="RWKV blocks are not offered; remove the key")
 _TE = Refusal(instead="TransformerEngine layers are not offered; use precision: bf16")
 
 REFUSED: dict[str, Refusal] = {
     # layout and launch
-    "world_size": Refusal(instead="the launcher knows the number of ranks; set num_gpus"),
     "autotuning": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     "autotuning_run": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     # model
-    "soft_prompt_tuning": Refusal(instead="soft prompts are not offered yet; remove the block"),
     "fp16_lm_cross_entropy": Refusal(instead="the loss is always taken in fp32; remove the key"),
     "serve_model_weights": Refusal(instead="there is no weight server; remove the key"),
     "te_columnparallel": _TE,
@@ -128,21 +128,17 @@ REFUSED: dict[str, Refusal] = {
     "coord_check": _MUP,
     "save_base_shapes": _MUP,
     # optimizer, schedule, numbers
-    "use_bnb_optimizer": Refusal(
-        instead="8-bit optimizers are not offered yet; use optimizer: {type: AdamW}"
-    ),
     "scheduler": Refusal(instead="use lr_decay_style, lr_decay_iters, warmup and min_lr"),
-    "use_checkpoint_lr_scheduler": Refusal(
-        instead="a resumed run follows the schedule of its configuration; write that one there"
-    ),
     "amp": Refusal(instead="use precision: bf16 or precision: fp16"),
     "prescale_gradients": Refusal(instead=f"the loss is scaled exactly already; {_DEEPSPEED}"),
     "gradient_predivide_factor": Refusal(
         instead=f"the loss is scaled exactly already; {_DEEPSPEED}", neutral=(1, 1.0)
     ),
     "sparse_gradients": Refusal(instead="gradients are dense; remove the key"),
-    "data_types": Refusal(instead=_DEEPSPEED),
-    "sparse_attention": Refusal(instead="sparse attention is not offered yet; remove the block"),
+    "sparse_attention": Refusal(
+        instead="GPT-NeoX does not read DeepSpeed's block either; use attention_config and "
+        "sparsity_config"
+    ),
     "curriculum_seqlen": Refusal(
         instead="it is worked out at every step; use curriculum_learning: {min_difficulty: …}",
         neutral=(0,),
@@ -177,15 +173,13 @@ REFUSED: dict[str, Refusal] = {
     "z_loss": Refusal(instead="there is no z-loss yet; use 0", neutral=(0,)),
     "train_epochs": Refusal(instead="give train_iters; --check prints the epochs of every domain"),
     "precompute_model_name": Refusal(instead="there is no precomputation; remove the key"),
-    # mixing of the fork
-    "batch_normalized_reward": _REWARDS,
-    "scale_by_reward_loss_diff": _REWARDS,
-    "validation_based_reward": _REWARDS,
+    # keys of published files that GPT-NeoX itself does not know
+    "attention_type": Refusal(instead="set num_kv_heads, the number of key and value heads"),
+    "decay_lr_to": Refusal(instead="set min_lr, the learning rate at the end"),
+    "warmup_iters": Refusal(instead="set warmup, the share of steps that warm up"),
     # checkpoints
     "no_load_optim": Refusal(instead="finetune: true takes the weights alone and starts at step 0"),
     "s3_path": Refusal(instead="checkpoints are not sent to S3; copy the folder in save"),
-    "save_iters": Refusal(instead="use save_interval and extra_save_iters"),
-    "padded_vocab_size": Refusal(instead="use vocab_size and make_vocab_size_divisible_by"),
 }
 
 _KERNELS = "the kernels are chosen automatically"
@@ -207,14 +201,11 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "rope_fusion",
         "use_flashattn_swiglu",
         "fused_kernels_build_path",
-        "apply_query_key_layer_scaling",
-        "attention_softmax_in_fp32",
         "mamba_selective_scan_fusion",
         "mamba_causal_conv_fusion",
         "mamba_inner_func_fusion",
     ),
     "belongs to a kind of layer that is not used": (
-        "gmlp_attn_dim",
         "mamba_selective_fp32_params",
         "mamba_use_bias_in_conv",
         "mamba_use_bias_in_linears",
@@ -228,6 +219,10 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "moe_router_type",
         "moe_lbl_in_fp32",
         "moe_jitter_eps",
+    ),
+    "the softmax of attention is always taken in fp32, so there is nothing to scale or widen": (
+        "apply_query_key_layer_scaling",
+        "attention_softmax_in_fp32",
     ),
     "worked out from pipe_parallel_size": ("is_pipe_parallel",),
     "the output layer is divided by columns; by rows it would compute the same": (
@@ -247,6 +242,7 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     _LAUNCHER: (
         "local_rank",
         "rank",
+        "world_size",
         "lazy_mpu_init",
         "user_script",
         "global_num_gpus",
@@ -255,7 +251,14 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "a host that cannot be reached is named when the launcher fails": ("no_ssh_check",),
     "devices are taken in the order of the driver": ("detect_nvlink_pairs",),
     "NCCL on GPUs, gloo on CPUs": ("distributed_backend",),
-    _DERIVED: ("do_train", "do_valid", "do_test", "dynamic_loss_scale", "git_hash"),
+    _DERIVED: (
+        "do_train",
+        "do_valid",
+        "do_test",
+        "dynamic_loss_scale",
+        "git_hash",
+        "padded_vocab_size",
+    ),
     _UNUSED: (
         "param_sharing_style",
         "short_seq_prob",
@@ -269,7 +272,6 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "loss_scale_window",
         "min_scale",
     ),
-    "a resumed run always follows the schedule of its configuration": ("override_lr_scheduler",),
     "no random-number file decides a resume": ("no_save_rng", "no_load_rng"),
     "a checkpoint is verified by the hashes of its files": (
         "checkpoint_validation_with_forward_pass",

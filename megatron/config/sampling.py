@@ -16,6 +16,9 @@ _OPTIONS = {
 }
 
 
+_REWARD_OPTIONS = ("batch_normalized_reward", "scale_by_reward_loss_diff")
+
+
 def map_sampling_keys(draft: Draft, keys: dict[str, Node]) -> None:
     """Set method, unit and options as the fork ran them.
 
@@ -34,6 +37,7 @@ def map_sampling_keys(draft: Draft, keys: dict[str, Node]) -> None:
             if node.value is not False:
                 draft.ignore(node.name, "belongs to data_sampling_method")
         return
+    method = _rewarded(draft, keys, method)
     draft.put("mixing", "method", method)
     by_micro_batch, by_sample = keys.get("mixed_minibatches"), keys.get("mixed_batches")
     if by_micro_batch is not None and by_micro_batch.value:
@@ -58,6 +62,32 @@ def map_sampling_keys(draft: Draft, keys: dict[str, Node]) -> None:
             draft.ignore(node.name, f"the method '{name}' has no such option")
     if "pool" in known and "data_sampling_update_frequency" in keys:
         _default(draft, "pool", replace(keys["data_sampling_update_frequency"], value=False))
+
+
+def _rewarded(draft: Draft, keys: dict[str, Node], method: Node) -> Node:
+    """Return the method that learns from the reward which the fork's switches choose."""
+    asked = keys.pop("validation_based_reward", None)
+    details = {key: keys.pop(key) for key in _REWARD_OPTIONS if key in keys}
+    for node in (asked, *details.values()):
+        if node is not None and not isinstance(node.value, bool):
+            draft.problems.add(node, "should be true or false")
+            return method
+    if asked is None or not asked.value or method.value == "naive_validation":
+        for node in details.values():
+            if node.value:
+                draft.ignore(node.name, "belongs to validation_based_reward with exp3")
+        return method
+    if method.value != "exp3":
+        draft.problems.add(
+            asked,
+            f"refused: the method '{method.value}' has no such reward, and stops in the fork; use "
+            "data_sampling_method: exp3 (which becomes validation_gap) or naive_validation",
+            show=False,
+        )
+        return method
+    for key, node in details.items():
+        draft.put("mixing", key, node)
+    return replace(method, value="validation_gap")
 
 
 def _default(draft: Draft, name: str, node: Node) -> None:

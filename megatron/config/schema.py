@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron.config.blocks import (
-    OPTIMIZERS,
     ZERO_BOOLS,
     ZERO_OFFLOAD,
     ZERO_OFFLOAD_FLAGS,
@@ -20,6 +19,7 @@ from megatron.config.data import DomainConfig
 from megatron.config.mixing import MixingConfig, option_model
 from megatron.config.neox import ALIASES, REFUSED, WITHOUT_EFFECT, ZERO_ALIASES, Refusal
 from megatron.config.optimisation import LossScaleConfig, OptimizerConfig
+from megatron.config.optimizers import NAMES, OPTIMIZER_PARAMS
 from megatron.config.system import ZeroConfig
 from megatron.registry import mixing_methods
 
@@ -101,8 +101,8 @@ def json_schema() -> Schema:
 
 def _blocks() -> dict[str, Schema]:
     optimizer = properties(OptimizerConfig)
-    names = ["Adam", "AdamW", *OPTIMIZERS]
-    params = {key: optimizer[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    names = ["Adam", "AdamW", "Lion", "SGD", "SM3", "CPU_Adam", "CPU_torch_Adam", *NAMES]
+    params = {key: optimizer[key] for key in ("lr", "weight_decay", *OPTIMIZER_PARAMS)}
     params["adam_w_mode"] = {
         "type": "boolean",
         "default": True,
@@ -206,6 +206,7 @@ def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
     optimizer, scaling = properties(OptimizerConfig), properties(LossScaleConfig)
     zero = keys["zero_optimization"]["properties"]
     pools = {"optimizer": optimizer, "fp16": scaling, "zero": zero, "batch": keys}
+    pools |= {"schedule": keys, "checkpoint": keys}
     paths: Schema = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     weights: Schema = {"type": "array", "items": {"type": "number", "minimum": 0}}
     flag: Schema = {"type": "boolean"}
@@ -217,6 +218,7 @@ def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
         **{f"{part}_data_weights": weights for part in ("train", "valid", "test")},
         **{f"{part}_label_data_paths": paths for part in ("train", "valid", "test")},
         "optimizer_type": keys["optimizer"]["properties"]["type"],
+        "use_bnb_optimizer": flag,
         "data_path": {"type": "string"},
         "weight_by_num_documents": flag,
         "weighted_sampler_alpha": {"type": "number", "minimum": 0},
@@ -230,10 +232,13 @@ def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
         "mixed_minibatches": flag,
         "bias_gelu_fusion": flag,
         "num_unique_layers": {"type": "integer", "minimum": 1},
+        "validation_based_reward": flag,
+        "batch_normalized_reward": flag,
+        "scale_by_reward_loss_diff": flag,
+        "data_types": {"type": "object"},
         "fp32_allreduce": flag,
         "deepspeed_mpi": flag,
         "deepspeed_slurm": flag,
-        "attention_config": {"type": "array"},
     }
     return {
         key: {"description": MAPPED.get(key, "Another name."), **schema}
@@ -251,6 +256,10 @@ MAPPED: dict[str, str] = {
     "loss_scale": "`fp16: {loss_scale}`",
     "zero_stage": "`zero_optimization: {stage}`",
     "optimizer_type": "`optimizer: {type}`",
+    "use_bnb_optimizer": "`optimizer: {type: Adam8bit}`",
+    "decay_embeddings": "Whether input and output embeddings decay, as in GPT-NeoX.",
+    "lr_end": "`min_lr`",
+    "save_iters": "`extra_save_iters`",
     "data_path": "one domain under `domains`, cut by `split`",
     "train_data_paths": "domains, named by file (or folder, where file names say nothing)",
     "valid_data_paths": "`valid` of the domains, matched by name, else by place in the list; "
@@ -274,10 +283,13 @@ MAPPED: dict[str, str] = {
     "mixed_minibatches": "`mixing: {unit: micro_batch, draw: multinomial}`",
     "bias_gelu_fusion": "`activation: gelu_tanh`, which is what the fused kernel computes",
     "num_unique_layers": "checked to divide `num_layers`; layers share no weights, as in theirs",
+    "validation_based_reward": "`mixing: {method: validation_gap}`, with `exp3`",
+    "batch_normalized_reward": "`mixing: {batch_normalized_reward}` of `validation_gap`",
+    "scale_by_reward_loss_diff": "`mixing: {scale_by_reward_loss_diff}` of `validation_gap`",
+    "data_types": "`deepspeed_extra_args: {data_types}`",
     "fp32_allreduce": "`communication_data_type: fp32`",
     "deepspeed_mpi": "`launcher: openmpi`",
     "deepspeed_slurm": "`launcher: slurm`",
-    "attention_config": "accepted where every layer is `global` or `flash`",
     "zero_reduce_scatter": "`zero_optimization: {reduce_scatter}`",
     "zero_contiguous_gradients": "`zero_optimization: {contiguous_gradients}`",
     "zero_reduce_bucket_size": "`zero_optimization: {reduce_bucket_size}`",

@@ -169,6 +169,28 @@ def test_fork_keys_with_other_units_and_methods(load):
     assert len(config.ignored) == 1
 
 
+@pytest.mark.option(
+    "validation_based_reward", "batch_normalized_reward", "scale_by_reward_loss_diff"
+)
+def test_rewards_of_the_fork_choose_the_method(load):
+    text = "data_sampling_method: exp3\nmixed_minibatches: true\nvalidation_based_reward: true\n"
+    mixing = load(text + "batch_normalized_reward: true\n").mixing
+    assert (mixing.method, mixing.unit) == ("validation_gap", "micro_batch")
+    assert mixing.options["batch_normalized_reward"]
+    assert not mixing.options["scale_by_reward_loss_diff"]
+    assert load(text + "scale_by_reward_loss_diff: true\n").mixing.options[
+        "scale_by_reward_loss_diff"
+    ]
+    naive = load(
+        "data_sampling_method: naive_validation\nmixed_batches: true\n"
+        "validation_based_reward: true\nbatch_normalized_reward: false\n"
+    )
+    assert (naive.mixing.method, naive.ignored) == ("naive_validation", ())
+    off = load("data_sampling_method: exp3\nbatch_normalized_reward: true\n")
+    assert off.mixing.method == "exp3"
+    assert off.ignored == ("batch_normalized_reward: belongs to validation_based_reward with exp3",)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -176,7 +198,8 @@ def test_fork_keys_with_other_units_and_methods(load):
         "data_sampling_method: exp3\nmixing: {method: odm}\n",
         "data_sampling_method: exp3\nmixed_batches: 3\n",
         "data_sampling_method: exp3\ndata_sampling_warmup_steps: -1\n",
-        "data_sampling_method: exp3\nvalidation_based_reward: true\n",
+        "data_sampling_method: smoothed_mean\nvalidation_based_reward: true\n",
+        "data_sampling_method: exp3\nvalidation_based_reward: 1\n",
         "data_sampling_method: [exp3]\n",
     ],
 )

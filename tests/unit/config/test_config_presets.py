@@ -64,7 +64,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         lines: list[str] = []
         flags = dict.fromkeys(PLAN_FLAGS)
         arguments = Namespace(world_size=world, **flags)
-        assert plan(config, arguments, launched=lambda: pytest.fail(), say=lines.append) == 0
+        assert plan(config, arguments, launched=lambda: pytest.fail("asked"), say=lines.append) == 0
         assert any("GiB" in line for line in lines)
         assert check(config, world_size=world, gpus=8, say=lines.append) == 0
         return config
