@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
-import shlex
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from support.source import ROOT, tracked_files
+from support.doc_commands import DOCUMENTS, commands
+from support.source import ROOT, python_files, tracked_files
 
-import deepy
-import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
-from megatron.config import load_config
-
-DOCUMENTS = [path for path in tracked_files() if path.suffix == ".md"]
 TEXTS = [
     path
     for path in tracked_files()
@@ -23,79 +18,10 @@ TEXTS = [
 ]
 
 
-def commands(text: str) -> list[list[str]]:
-    """Return the commands of the shell blocks, continued lines joined, comments dropped."""
-    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
 def test_the_readme_has_the_two_commands():
-    found = [" ".join(words) for words in commands((ROOT / "README.md").read_text())]
+    found = [command.text for command in commands(Path("README.md"))]
     assert "make quickstart" in found
     assert "make test" in found
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_every_make_target_in_a_document_exists(document):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for words in commands((ROOT / document).read_text()):
-        if words[0] == "make":
-            named = {word for word in words[1:] if "=" not in word and not word.startswith("-")}
-            assert named <= targets, f"{document}: {' '.join(words)}"
-
-
-def scripts() -> list[tuple[str, tuple[str, ...]]]:
-    """Return (script, long flags) of the commands in the documents."""
-    found = set()
-    for document in DOCUMENTS:
-        for words in commands((ROOT / document).read_text()):
-            while words and re.fullmatch(r"\w+=.*", words[0]):
-                words = words[1:]
-            if not words or not words[-1]:
-                continue
-            own = [word for word in words if word.endswith(".py")]
-            if own:
-                flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-                found.add((own[0].removeprefix("./"), tuple(sorted(flags))))
-    return sorted(found)
-
-
-@pytest.mark.parametrize(("script", "flags"), scripts())
-def test_every_script_and_flag_in_a_document_exists(script, flags):
-    assert (ROOT / script).exists(), script
-    if flags:
-        shown = subprocess.run(
-            [sys.executable, script, "--help"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert shown.returncode == 0, shown.stderr
-        for flag in flags:
-            assert flag in shown.stdout, f"{script} has no {flag}"
-
-
-def deepy_commands() -> list[list[str]]:
-    return [
-        words[1:]
-        for document in DOCUMENTS
-        for words in commands((ROOT / document).read_text())
-        if words[0] == "./deepy.py" and "train.py" in words and "-d" in words
-    ]
-
-
-@pytest.mark.parametrize("arguments", deepy_commands(), ids=" ".join)
-def test_every_run_in_a_document_has_a_configuration_that_is_read(arguments, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    parsed = deepy.parse_arguments(arguments)
-    load_config(parsed.conf_file, conf_dir=parsed.conf_dir, overrides=parsed.overrides)
-
-
-def test_some_runs_are_documented():
-    assert len(deepy_commands()) >= 3
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
@@ -106,6 +32,33 @@ def test_every_path_in_a_document_exists(document):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
     for name in re.findall(r"`((?:configs|docs|tests|tools|benchmarks|megatron)/[\w/.-]*)`", text):
         assert (ROOT / name).exists() or (ROOT / f"{name}.yml").exists(), f"{document}: {name}"
+
+
+def said_by_the_programs() -> str:
+    """Return every string in the sources, those that stand side by side put together."""
+    found = []
+    for path in [*python_files("megatron"), *python_files("deepy.py"), Path("Makefile")]:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if path.suffix != ".py":
+            found.append(text)
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value for part in node.values if isinstance(part, ast.Constant)]
+                found.append("".join(map(str, parts)))
+    return "\n".join(found)
+
+
+def test_messages_in_the_troubleshooting_page_are_those_of_the_programs():
+    said = said_by_the_programs()
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 40
+    unknown = [message for message in messages if message.strip() not in said]
+    assert not unknown, unknown
 
 
 def test_no_document_is_named_that_is_not_here():

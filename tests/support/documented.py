@@ -1,0 +1,110 @@
+"""What is done with each command of the documents when they are tested.
+
+Every command matches a row of ``WAYS``; the first that matches counts.  A command that matches
+none fails the tests: add a row, and run the command for real unless there is a reason against it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from support.doc_commands import Command
+
+Quick = Literal["run", "check", "dry-run", "parse", "make", "none"]
+DEEPY = r"(\./deepy\.py|python deepy\.py)"
+ACTION = r"--(check|plan|print-config|dry-run|sbatch)\b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How commands of one kind are tested.
+
+    Attributes:
+        pattern: that the whole command matches.
+        quick: in every test run: ``run`` it as it stands, in this process; ``check`` and
+            ``dry-run`` run it with that flag; ``parse`` gives its words to the program's own
+            parser and looks for the files that it reads; ``make`` has make say what it would do.
+        slow: among the slow tests it is really run, in a tiny project.
+        why: it is not really run; or "".
+    """
+
+    pattern: str
+    quick: Quick
+    slow: bool = False
+    why: str = ""
+
+
+WAYS = (
+    Way(pattern=r"make\b.*", quick="make", why="installs, or runs these tests; CI does both"),
+    Way(pattern=rf"{DEEPY} .*{ACTION}.*", quick="run"),
+    Way(pattern=rf"{DEEPY} train\.py configs/mixbench/base\.yml .*", quick="parse", slow=True),
+    Way(pattern=rf"{DEEPY} train\.py -d configs local/.*", quick="check", slow=True),
+    Way(pattern=rf"{DEEPY} train\.py .*", quick="check", why="trains a model of full size"),
+    Way(
+        pattern=r"python tools/mix\.py compare (bench|configs/mixbench/\w+)\.yml.*",
+        quick="parse",
+        why="hours of training; tests/e2e/test_mix_compare.py runs comparisons",
+    ),
+    Way(
+        pattern=r"python tools/mix\.py (fit-law|report|regmix --study) .*",
+        quick="parse",
+        why="reads a finished study; tests/e2e/test_mix_*.py make and read studies",
+    ),
+    Way(
+        pattern=r"python tools/mix\.py .*",
+        quick="dry-run",
+        why="trains many models; tests/e2e/test_mix_*.py do, with small ones",
+    ),
+    Way(pattern=r"python prepare_data\.py --list", quick="run"),
+    Way(
+        pattern=r"python prepare_data\.py mixbench",
+        quick="parse",
+        why="minutes; two of its families are made by the command with --families",
+    ),
+    Way(
+        pattern=r"python prepare_data\.py quickstart",
+        quick="parse",
+        why="a minute, and over the tiny project's data; tests/unit/corpora makes it smaller",
+    ),
+    Way(pattern=r"python prepare_data\.py mixbench --families .*", quick="parse", slow=True),
+    Way(pattern=r"python prepare_data\.py .*", quick="parse", why="fetches from a network"),
+    # Its libraries take many seconds to import before it parses anything.
+    Way(pattern=r"python examples/huggingface_trainer\.py .*", quick="none", slow=True),
+    Way(pattern=r"python (tools|examples)/\w+\.py .*", quick="parse", slow=True),
+    Way(pattern=r"torchrun .* train\.py -d configs local/.*", quick="none", slow=True),
+    Way(pattern=r"tail .* runs/quickstart/.*", quick="none", slow=True),
+    Way(pattern=r"sbatch .*", quick="none", why="a cluster"),
+    Way(pattern=r"docker .*", quick="none", why="a container engine, and its images"),
+    Way(
+        pattern=r"source \.venv/bin/activate", quick="none", why="changes the shell it is typed in"
+    ),
+    Way(
+        pattern=r"\.venv/bin/pre-commit install", quick="none", why="changes the repository's hooks"
+    ),
+)
+
+# What earlier steps of the documents leave behind, and no command of the same page makes.
+LEFT_BEHIND = {
+    "runs/quickstart": "make quickstart",
+    "runs/studies/short": "a sweep, as the page says",
+    "runs/studies/mid": "a sweep, as the page says",
+    "runs/studies/long": "a sweep, as the page says",
+    "bench.yml": "the page shows the file",
+}
+
+
+# Flags whose value a program writes, not reads.
+OUTPUTS = ("--output", "--output-prefix", "--out", "-o", "--output_dir", "--model")
+
+
+def outputs(command: Command) -> list[str]:
+    """Return the files, folders or prefixes that a command's flags have it write."""
+    words = command.words
+    return [words[i + 1] for i in range(len(words) - 1) if words[i] in OUTPUTS] + [*command.makes]
+
+
+def way_of(command: Command) -> Way | None:
+    """Return what is done with a command; ``None`` if nobody has decided."""
+    return next((way for way in WAYS if re.fullmatch(way.pattern, command.text)), None)
