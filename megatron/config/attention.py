@@ -13,10 +13,9 @@ from megatron.config.suggest import did_you_mean
 
 DENSE = ("global", "flash")
 SPARSE = ("local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer")
-KINDS = (*DENSE, *SPARSE)
+MIXERS = ("gmlp", "amlp")
+KINDS = (*DENSE, *SPARSE, *MIXERS)
 _ABSENT = {
-    "gmlp": "gMLP blocks are not offered yet; use global",
-    "amlp": "aMLP blocks are not offered yet; use global",
     "mamba": "Mamba blocks are not offered; use global",
     "rwkv": "RWKV blocks are not offered; use global",
 }

@@ -110,7 +110,8 @@ class ModelConfig(Group):
     where `all` fills up the blocks that are left, as in `[[[global, local], all]]`. Names:
     `global`; `flash`, which is the same (the fastest kernel at hand is taken anyway); the
     block-sparse `local`, `sparse_fixed`, `sparse_variable`, `bigbird` and `bslongformer`, which
-    are masks here: they save no time. Default: `global` everywhere."""
+    are masks here: they save no time; `gmlp` and `amlp`, blocks that mix positions by a learned
+    matrix instead (with one small head of attention in `amlp`). Default: `global` everywhere."""
     sparsity_config: SparsityConfig | None = None
     """Settings of the block-sparse kinds: `block` (16 tokens), `num_local_blocks` (4),
     `num_global_blocks` (1), `num_sliding_window_blocks` (3; 4 with `local`), `num_random_blocks`,
@@ -136,6 +137,8 @@ class ModelConfig(Group):
     """Activation of the MLP. `geglu`, `reglu`, `swiglu`, `glu` and `bilinear` are gated (two input
     projections); `gelu_tanh` is the tanh approximation that GPT-NeoX's `bias_gelu_fusion`
     computes."""
+    gmlp_attn_dim: Count = 64
+    """Width of the one head of attention in a block of the kind `amlp`."""
     intermediate_size: Count | None = None
     """Width of the MLP: the number of inputs of its output projection. Default: 4 × `hidden_size`;
     for a gated activation 8/3 × `hidden_size` rounded up to a multiple of `mlp_multiple_of` (or of

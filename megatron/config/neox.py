@@ -221,6 +221,8 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "moe_jitter_eps",
     ),
     "the softmax of attention is always taken in fp32, so there is nothing to scale or widen": (
+    ),
+    "the softmax of attention is always taken in fp32, so there is nothing to scale or widen": (
         "apply_query_key_layer_scaling",
         "attention_softmax_in_fp32",
     ),

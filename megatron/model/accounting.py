@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from megatron.model.inventory import (
+    SPATIAL,
     block_inventory,
     layer_inventory,
     norm_inventory,
+    position_inventory,
     stage_inventory,
 )
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import MIXERS, ModelSpec, attention_types, ffn_width
 
 
-def block_parameters(spec: ModelSpec) -> int:
-    """Return the parameters of one block."""
-    return sum(parameter.count for parameter in block_inventory(spec))
+def block_parameters(spec: ModelSpec, kind: str = "global") -> int:
+    """Return the parameters of one block with attention of a kind."""
+    return sum(parameter.count for parameter in block_inventory(spec, kind=kind))
+
+
+def mixing_width(spec: ModelSpec, kind: str) -> int:
+    """Return how many numbers a token takes from each one before it, in a block of a kind.
+
+    Scores and sums of attention are two products of width h each; a spatial gating unit is one
+    product of the MLP's width, with a head of attention beside it in "amlp".
+    """
+    if kind not in MIXERS:
+        return spec.hidden_size
+    return (ffn_width(spec) + (2 * spec.gmlp_attn_dim if kind == "amlp" else 0)) // 2
 
 
 def norm_parameters(spec: ModelSpec) -> int:
@@ -30,7 +43,9 @@ def parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
     """
     vocabulary = spec.padded_vocab_size(tensor_size) * spec.hidden_size
     embeddings = vocabulary * (2 if spec.no_weight_tying else 1)
-    return embeddings + spec.num_layers * block_parameters(spec) + norm_parameters(spec)
+    embeddings += sum(parameter.count for parameter in position_inventory(spec))
+    blocks = sum(block_parameters(spec, kind) for kind in attention_types(spec))
+    return embeddings + blocks + norm_parameters(spec)
 
 
 def layer_names(spec: ModelSpec) -> list[str]:
@@ -39,7 +54,10 @@ def layer_names(spec: ModelSpec) -> list[str]:
     The last is the embedding once more where input and output weights are one.
     """
     last = "OutputLayer" if spec.no_weight_tying else "Embedding"
-    return ["Embedding", *["TransformerBlock"] * spec.num_layers, "FinalNorm", last]
+    blocks = [
+        "GMLPBlock" if kind in MIXERS else "TransformerBlock" for kind in attention_types(spec)
+    ]
+    return ["Embedding", *blocks, "FinalNorm", last]
 
 
 def layer_parameters(spec: ModelSpec, tensor_size: int = 1) -> list[int]:
@@ -72,6 +90,17 @@ def held_parameters(spec: ModelSpec, first: int, last: int, *, tensor_size: int 
     return sum(parameter.count for parameter in held)
 
 
+def block_matrices(spec: ModelSpec, kind: str = "global") -> int:
+    """Return the numbers of a block that each multiply a number of every token."""
+    # Norms and biases multiply no matrix, and in a narrow model they are not few; a matrix over
+    # positions mixes tokens and is counted with attention.
+    return sum(
+        parameter.count
+        for parameter in block_inventory(spec, kind=kind)
+        if parameter.decayed and parameter.name != SPATIAL
+    )
+
+
 def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 1) -> float:
     """Return the floating-point operations of one token's forward and backward pass.
 
@@ -84,10 +113,10 @@ def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 
         causal: count only the half of attention that the mask leaves; otherwise all of it.
         tensor_size: tensor-parallel ranks, for the padding of the vocabulary.
     """
-    # Norms and biases multiply no matrix, and in a narrow model they are not few.
-    matrices = sum(parameter.count for parameter in block_inventory(spec) if parameter.decayed)
-    blocks = spec.num_layers * matrices
+    kinds = attention_types(spec)
+    blocks = sum(block_matrices(spec, kind) for kind in kinds)
     head = spec.padded_vocab_size(tensor_size) * spec.hidden_size
     length = spec.seq_length or 0
-    attention = spec.num_layers * spec.hidden_size * length * (1 if causal else 2)
+    mixed = sum(mixing_width(spec, kind) for kind in kinds)
+    attention = mixed * length * (1 if causal else 2)
     return 6.0 * (blocks + head + attention)

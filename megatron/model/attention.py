@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, did_you_mean
 from megatron.model.init import initializer
 from megatron.model.kv_cache import CachingModule
 from megatron.model.masking import Masking
+from megatron.model.norm import Norm, build_norm
+from megatron.model.relative import own_slopes
 from megatron.model.rotary import Rotary
-from megatron.model.spec import ModelSpec, head_size, kv_heads
+from megatron.model.sparsity import DEFAULTS, PATTERNS, BlockPattern
+from megatron.model.spec import ModelSpec, attention_types, head_size, kv_heads
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
@@ -45,7 +49,11 @@ class SelfAttention(CachingModule):
         _check(spec, ranks)
         self.layer = layer
         self.rotary = rotary
-        self.masking = Masking()
+        self.masking = _masking(scope, spec, layer)
+        self.resets_mask, self.resets_positions = (
+            spec.reset_attention_mask,
+            spec.reset_position_ids,
+        )
         self.dropout = dropout
         self.dropout_rate = spec.attention_dropout
         self.head_size = head_size(spec)
@@ -59,6 +67,10 @@ class SelfAttention(CachingModule):
             initializer=initializer(spec.init_method, spec),
             bias=spec.use_bias_in_attn_linear,
         )
+        self.query_norm, self.key_norm = (
+            _head_norm(scope.child(name), spec) if spec.use_qk_layernorm else None
+            for name in ("query_norm", "key_norm")
+        )
         self.dense = RowParallelLinear(
             scope.child("dense"),
             inputs=hidden,
@@ -69,17 +81,33 @@ class SelfAttention(CachingModule):
             bias=spec.use_bias_in_attn_linear,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        starts: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Let every position of ``[B, S, hidden]`` attend to itself and those before it.
 
         Where the sequence is divided, ``x`` and the result are this rank's part of it.
+
+        Args:
+            x: the residual stream, normalised.
+            starts: slot at which each token's document begins, int64 ``[B, S]``.
+            bias: what distance adds to the scores, ``[heads, S]``.
         """
         fused = self.query_key_value(x)
         slots = None if self.cache is None else self.cache.slots(fused.device)
-        query, key, value = self._heads(fused, slots)
+        query, key, value = self._heads(fused, self._positions(fused, slots, starts))
         if self.cache is not None:
             key, value = self.cache.extend(self.layer, key, value)
-        mask = self.masking(query.transpose(1, 2), key.shape[1], slots=slots)
+        mask = self.masking(
+            query.transpose(1, 2),
+            key.shape[1],
+            slots=slots,
+            starts=starts if self.resets_mask else None,
+            bias=bias,
+        )
         attended = self._attend(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask
         )
@@ -92,16 +120,34 @@ class SelfAttention(CachingModule):
     def _heads(
         self, fused: torch.Tensor, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split the projection and rotate: three ``[B, S, heads, head_size]``."""
+        """Split the projection, normalise and rotate: three ``[B, S, heads, head_size]``."""
         batch, length, size = fused.shape[0], fused.shape[1], self.head_size
         if self.heads == self.kv_heads:
             by_head = fused.view(batch, length, self.heads, 3, size)
-            query, key = self._rotate(by_head[..., :2, :], positions).unbind(dim=3)
+            turned = self._rotate(self._normalised(by_head[..., :2, :], dim=3), positions)
+            query, key = turned.unbind(dim=3)
             return query, key, by_head[..., 2, :]
-        turned = self.heads + self.kv_heads
-        stacked = fused.view(batch, length, turned + self.kv_heads, size)
-        both = self._rotate(stacked[:, :, :turned], positions)
-        return both[:, :, : self.heads], both[:, :, self.heads :], stacked[:, :, turned:]
+        both = self.heads + self.kv_heads
+        stacked = fused.view(batch, length, both + self.kv_heads, size)
+        turned = self._rotate(self._normalised(stacked[:, :, :both], dim=2), positions)
+        return turned[:, :, : self.heads], turned[:, :, self.heads :], stacked[:, :, both:]
+
+    def _normalised(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Normalise queries and keys, which follow each other along ``dim``."""
+        if self.query_norm is None or self.key_norm is None:
+            return x
+        queries = 1 if dim == 3 else self.heads
+        query, key = torch.split(x, [queries, x.shape[dim] - queries], dim=dim)
+        return torch.cat([self.query_norm(query), self.key_norm(key)], dim=dim)
+
+    def _positions(
+        self, fused: torch.Tensor, slots: torch.Tensor | None, starts: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return what is rotated by, ``[B, S]``; None = the place in the sequence."""
+        if starts is None or not self.resets_positions:
+            return slots
+        place = torch.arange(fused.shape[1], device=fused.device) if slots is None else slots
+        return place - starts
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         if self.rotary is None:
@@ -131,16 +177,27 @@ class SelfAttention(CachingModule):
             return attend(dropout_p=self.dropout_rate)
 
 
+POSITIONS = ("learned", "rotary", "sinusoidal", "rpe", "alibi", "none")
+"""Names that ``pos_emb`` takes."""
+
+ATTENTION_TYPES = ("global", "flash", *PATTERNS)
+"""Names that ``attention_config`` takes for blocks that attend.  "flash" is "global": both take
+the fastest kernel at hand."""
+
+
 def build_rotary(spec: ModelSpec) -> Rotary | None:
-    """Make the position embedding that the architecture asks for.
+    """Make the rotation that the architecture asks for; None where it rotates nothing.
 
     Raises:
         ConfigError: ``pos_emb`` is unknown, or the rotated part of a head is odd.
     """
-    if spec.pos_emb == "none":
-        return None
+    if spec.pos_emb not in POSITIONS:
+        raise ConfigError(
+            f"pos_emb is '{spec.pos_emb}'{did_you_mean(spec.pos_emb, POSITIONS)} "
+            f"(available: {', '.join(POSITIONS)})"
+        )
     if spec.pos_emb != "rotary":
-        raise ConfigError(f"pos_emb is '{spec.pos_emb}'; available: rotary, none")
+        return None
     dimensions = int(head_size(spec) * spec.rotary_pct)
     if dimensions % 2:
         raise ConfigError(
@@ -148,6 +205,40 @@ def build_rotary(spec: ModelSpec) -> Rotary | None:
             f"num_attention_heads) is {dimensions} dimensions; it must be an even number"
         )
     return Rotary(dimensions=dimensions, base=spec.rotary_emb_base)
+
+
+def _masking(scope: ParameterScope, spec: ModelSpec, layer: int) -> Masking:
+    """Make the mask of block ``layer``.
+
+    Raises:
+        ConfigError: its kind of attention is unknown.
+    """
+    kind, topology = attention_types(spec)[layer], scope.topology
+    if kind not in ATTENTION_TYPES:
+        raise ConfigError(
+            f"attention_config names '{kind}'{did_you_mean(kind, ATTENTION_TYPES)} "
+            f"(available: {', '.join(ATTENTION_TYPES)})"
+        )
+    pattern = None
+    if kind in PATTERNS:
+        settings = spec.sparsity_config or DEFAULTS
+        heads = spec.num_attention_heads
+        pattern = BlockPattern(kind, settings, heads=heads, layer=layer, topology=topology)
+    return Masking(
+        window=spec.sliding_window_width,
+        pattern=pattern,
+        slopes=own_slopes(spec, topology) if spec.pos_emb == "alibi" else None,
+    )
+
+
+def _head_norm(scope: ParameterScope, spec: ModelSpec) -> Norm:
+    """Make the norm of queries or keys, each head by itself (Dehghani et al. 2023, section 2).
+
+    One scale serves all heads, so its gradient is the sum over the tensor ranks' heads however
+    the sequence is divided: inside, that sum is taken as under sequence parallelism.
+    """
+    summed = dataclasses.replace(scope.topology, sequence_parallel=True)
+    return build_norm(dataclasses.replace(scope, topology=summed), spec, hidden=head_size(spec))
 
 
 def _check(spec: ModelSpec, ranks: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megatron.model.attention import SelfAttention
+from megatron.model.carried import Carried, Value
 from megatron.model.dropout import Dropout
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
@@ -47,15 +48,20 @@ class TransformerBlock(nn.Module):
         self.attention_dropout = Dropout(rate=rate, layer=layer, place="attention", rng=dropout)
         self.mlp_dropout = Dropout(rate=rate, layer=layer, place="mlp", rng=dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map the residual stream to its next value.
+    def forward(self, value: Value) -> Value:
+        """Map the residual stream to its next value; what came beside it goes on.
 
         Args:
-            x: ``[B, S, hidden]``, or this rank's part of the sequence where it is divided.
+            value: ``[B, S, hidden]``, or this rank's part of the sequence where it is divided;
+                see :mod:`megatron.model.carried`.
         """
+        carried = Carried.of(value)
+        x = carried.hidden
         normalised = self.input_layernorm(x)
-        attended = x + self.attention_dropout(self.attention(normalised))
+        attended = x + self.attention_dropout(
+            self.attention(normalised, carried.starts, carried.bias)
+        )
         if self.post_attention_layernorm is not None:
             normalised = self.post_attention_layernorm(x if self.parallel else attended)
         out: torch.Tensor = attended + self.mlp_dropout(self.mlp(normalised))
-        return out
+        return carried.with_hidden(out)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron.errors import ConfigError
+from megatron.model.carried import Carried, Value
 from megatron.model.dropout import Dropout
 from megatron.model.init import initializer
+from megatron.model.kv_cache import CachingModule, document_starts
 from megatron.model.norm import build_norm
-from megatron.model.spec import ModelSpec, vocabulary
+from megatron.model.positions import build_positions
+from megatron.model.relative import RelativeBias
+from megatron.model.spec import ModelSpec, resets, vocabulary
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.partition import Partition
@@ -21,11 +26,29 @@ Hidden states are ``[B, S, hidden]``, or this rank's part of the sequence where 
 """
 
 
-class Embedding(nn.Module):
-    """Token embedding; with tied weights also the output weight."""
+class Embedding(CachingModule):
+    """Token embedding, with what belongs to positions; with tied weights also the output weight."""
 
-    def __init__(self, scope: ParameterScope, spec: ModelSpec, *, dropout: DropoutRng) -> None:
-        """Make the embedding; rows that pad the vocabulary are 0."""
+    def __init__(
+        self,
+        scope: ParameterScope,
+        spec: ModelSpec,
+        *,
+        dropout: DropoutRng,
+        positions: bool = True,
+    ) -> None:
+        """Make the embedding; rows that pad the vocabulary are 0.
+
+        Args:
+            scope: place of the layer in the model.
+            spec: the architecture.
+            dropout: source of masks.
+            positions: whether parameters of positions are made too.  They are of no use where
+                a stage holds the embedding only as the output weight.
+
+        Raises:
+            ConfigError: documents are to be told apart and no token ends them.
+        """
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(
             scope.child("word_embeddings"),
@@ -35,11 +58,59 @@ class Embedding(nn.Module):
             initializer=initializer(spec.init_method, spec),
         )
         self.dropout = Dropout(rate=spec.hidden_dropout, layer=-1, place="embedding", rng=dropout)
+        self.topology = scope.topology
+        self.position_embeddings = (
+            build_positions(scope.child("position_embeddings"), spec) if positions else None
+        )
+        self.relative_bias = (
+            RelativeBias(scope.child("relative_bias"), spec)
+            if positions and spec.pos_emb == "rpe"
+            else None
+        )
+        self.resets_positions, self.document_end = spec.reset_position_ids, _document_end(spec)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Map tokens (int64 ``[B, S]``) to ``[B, S, hidden]`` (or this rank's part of S)."""
-        embedded: torch.Tensor = self.dropout(self.word_embeddings(tokens))
-        return embedded
+    def forward(self, tokens: torch.Tensor) -> Value:
+        """Map tokens (int64 ``[B, S]``) to ``[B, S, hidden]`` (or this rank's part of S).
+
+        What blocks must know of positions beside it comes along; see
+        :mod:`megatron.model.carried`.
+        """
+        embedded: torch.Tensor = self.word_embeddings(tokens)
+        starts = self._starts(tokens)
+        if self.position_embeddings is not None:
+            added = self.position_embeddings(self._positions(tokens, starts))
+            embedded = embedded + added.to(embedded.dtype)
+        bias, length = None, tokens.shape[1]
+        if self.relative_bias is not None:
+            bias = self.relative_bias(length if self.cache is None else self.cache.length)
+        return Carried(hidden=self.dropout(embedded), starts=starts, bias=bias).value()
+
+    def _starts(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Return the slot at which each token's document begins, ``[B, S]``."""
+        if self.document_end is None:
+            return None
+        ended = tokens == self.document_end
+        return document_starts(ended) if self.cache is None else self.cache.document_starts(ended)
+
+    def _positions(self, tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        """Return the position of each token, ``[B or 1, S]``."""
+        if self.cache is None:
+            slots = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        else:
+            slots = self.cache.slots(tokens.device)
+        return slots - starts if starts is not None and self.resets_positions else slots
+
+
+def _document_end(spec: ModelSpec) -> int | None:
+    """Return the token that ends documents, where they are told apart."""
+    if not resets(spec):
+        return None
+    if spec.eod_token_id is None:
+        raise ConfigError(
+            "reset_attention_mask and reset_position_ids need to know which token ends a document; "
+            "set eod_token_id, or preprocess the data with --append-eod"
+        )
+    return spec.eod_token_id
 
 
 class FinalNorm(nn.Module):
@@ -50,9 +121,14 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.norm = build_norm(scope.child("norm"), spec)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``[…, hidden]``."""
-        normalised: torch.Tensor = self.norm(x)
+    def forward(self, value: Value) -> torch.Tensor:
+        """Normalise ``[…, hidden]``; what came beside it ends here."""
+        carried = Carried.of(value)
+        hidden = carried.hidden
+        if carried.bias is not None:
+            # A stage without blocks must send a gradient of the bias back too.
+            hidden = hidden + 0.0 * carried.bias.sum()
+        normalised: torch.Tensor = self.norm(hidden)
         return normalised
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from megatron.model.attention import build_rotary
 from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding, FinalNorm, Output, OutputLayer, tied_output
+from megatron.model.gmlp import GMLPBlock
 from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
 from megatron.model.norm import Norm
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import MIXERS, ModelSpec, attention_types
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
@@ -81,7 +82,6 @@ def layers(
     """
     rng = dropout or DropoutRng(seed=seed, topology=topology)
     root = ParameterScope(seed=seed, topology=topology, dtype=dtype, device=device)
-    rotary = build_rotary(spec)
     tied = not spec.no_weight_tying
     embedding = {
         "scope": root.child("tied_modules.embed" if tied else "0"),
@@ -92,22 +92,18 @@ def layers(
         {"tied_key": "embed", "tied_weights": ("word_embeddings.weight",)} if tied else {}
     )
     blocks = [
-        LayerDescription(
-            module_type=TransformerBlock,
-            arguments={
-                "scope": root.child(str(layer + 1)),
-                "spec": spec,
-                "layer": layer,
-                "rotary": rotary,
-                "dropout": rng,
-            },
-            recomputable=True,
-        )
-        for layer in range(spec.num_layers)
+        _block(kind, scope=root.child(str(layer + 1)), spec=spec, layer=layer, dropout=rng)
+        for layer, kind in enumerate(attention_types(spec))
     ]
     norm, last = root.child(str(spec.num_layers + 1)), root.child(str(spec.num_layers + 2))
     output = (
-        LayerDescription(module_type=Embedding, arguments=embedding, forward=tied_output, **tie)
+        # Where a stage holds this one alone, it is the output weight and nothing of positions.
+        LayerDescription(
+            module_type=Embedding,
+            arguments={**embedding, "positions": False},
+            forward=tied_output,
+            **tie,
+        )
         if tied
         else LayerDescription(module_type=OutputLayer, arguments={"scope": last, "spec": spec})
     )
@@ -117,6 +113,15 @@ def layers(
         LayerDescription(module_type=FinalNorm, arguments={"scope": norm, "spec": spec}),
         output,
     ]
+
+
+def _block(kind: str, *, spec: ModelSpec, **arguments: Any) -> LayerDescription:
+    """Describe a block by its kind of attention."""
+    arguments["spec"] = spec
+    if kind in MIXERS:
+        return LayerDescription(module_type=GMLPBlock, arguments=arguments, recomputable=True)
+    arguments["rotary"] = build_rotary(spec)
+    return LayerDescription(module_type=TransformerBlock, arguments=arguments, recomputable=True)
 
 
 class GPT(nn.Module):
@@ -202,7 +207,7 @@ class GPT(nn.Module):
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Divide parameters into those that decay and those that do not (norms and biases).
+    """Divide what is trained into what decays and what does not (norms and biases).
 
     Args:
         model: any module of this package's layers.
@@ -216,6 +221,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     for module in model.modules():
         norm = isinstance(module, Norm)
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             (spared if norm or name == "bias" else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},

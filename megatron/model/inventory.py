@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 from megatron.model.spec import (
     GATED_ACTIVATIONS,
+    MIXERS,
     ModelSpec,
+    attention_types,
     ffn_width,
     head_size,
     kv_heads,
+    position_rows,
     shares_norm,
+    spatial_rows,
 )
 
 
@@ -41,8 +45,22 @@ def layer_inventory(spec: ModelSpec, tensor_size: int = 1) -> list[list[Paramete
     vocabulary = _weight(
         "weight", spec.padded_vocab_size(tensor_size) // tensor_size, spec.hidden_size
     )
-    block = block_inventory(spec, tensor_size)
-    return [[vocabulary], *[block] * spec.num_layers, _norm("norm", spec), [vocabulary]]
+    kinds = attention_types(spec)
+    built = {kind: block_inventory(spec, tensor_size, kind=kind) for kind in set(kinds)}
+    blocks = [built[kind] for kind in kinds]
+    first = [vocabulary, *position_inventory(spec, tensor_size)]
+    return [first, *blocks, _norm("norm", spec), [vocabulary]]
+
+
+def position_inventory(spec: ModelSpec, ranks: int = 1) -> list[ParameterSize]:
+    """Return what one of ``ranks`` tensor ranks holds of positions, beside the embedding."""
+    if spec.pos_emb == "learned":
+        rows = position_rows(spec)
+        return [_weight("position_embeddings.weight", rows, spec.hidden_size)]
+    if spec.pos_emb == "rpe":
+        heads = spec.num_attention_heads // ranks
+        return [_weight("relative_bias.weight", spec.rpe_num_buckets, heads)]
+    return []
 
 
 def stage_inventory(
@@ -62,18 +80,27 @@ def stage_inventory(
     if spec.no_weight_tying:
         return [parameter for layer in held for parameter in layers[layer]]
     # Tied modules come before all others, whatever their place in the list.
-    tied = layers[0] if ends & set(held) else []
+    tied = layers[min(ends & set(held))] if ends & set(held) else []
     return [*tied, *(one for layer in held if layer not in ends for one in layers[layer])]
 
 
-def block_inventory(spec: ModelSpec, ranks: int = 1) -> list[ParameterSize]:
-    """Return what one of ``ranks`` tensor ranks holds of a block."""
+def block_inventory(
+    spec: ModelSpec, ranks: int = 1, *, kind: str = "global"
+) -> list[ParameterSize]:
+    """Return what one of ``ranks`` tensor ranks holds of a block with attention of a kind."""
+    if kind in MIXERS:
+        return _gmlp_inventory(spec, kind)
     hidden, width = spec.hidden_size, ffn_width(spec)
     query_key_value = (hidden + 2 * kv_heads(spec) * head_size(spec)) // ranks
+    head_norms = [
+        *_norm("attention.query_norm", spec, head_size(spec)),
+        *_norm("attention.key_norm", spec, head_size(spec)),
+    ]
     up = width * (2 if spec.activation in GATED_ACTIVATIONS else 1) // ranks
     return [
         *_norm("input_layernorm", spec),
         *_linear("attention.query_key_value", query_key_value, hidden, query_key_value, spec),
+        *(head_norms if spec.use_qk_layernorm else []),
         *_linear("attention.dense", hidden, hidden // ranks, hidden, spec),
         *([] if shares_norm(spec) else _norm("post_attention_layernorm", spec)),
         *_linear("mlp.dense_h_to_4h", up, hidden, up, spec),
@@ -81,10 +108,35 @@ def block_inventory(spec: ModelSpec, ranks: int = 1) -> list[ParameterSize]:
     ]
 
 
+def _gmlp_inventory(spec: ModelSpec, kind: str) -> list[ParameterSize]:
+    hidden, width, head = spec.hidden_size, ffn_width(spec), spec.gmlp_attn_dim
+    rows = spatial_rows(spec)
+    own = _linear("input_linear", 2 * width, hidden, 2 * width, spec)
+    back = _linear("output_linear", hidden, width, hidden, spec)
+    attention = [
+        *_linear("sgu.attn.proj_qkv", 3 * head, 2 * width, 3 * head, spec),
+        *_linear("sgu.attn.proj_ffn", width, head, width, spec),
+    ]
+    return [
+        *_norm("norm", spec),
+        *own,
+        *_norm("sgu.norm", spec, width),
+        _weight(SPATIAL, rows, rows),
+        ParameterSize(name="sgu.proj.bias", count=rows, decayed=False),
+        *(attention if kind == "amlp" else []),
+        *back,
+    ]
+
+
+SPATIAL = "sgu.proj.weight"
+"""The matrix over positions of a block that has one."""
+
+
 def _linear(
     name: str, outputs: int, inputs: int, bias: int, spec: ModelSpec
 ) -> list[ParameterSize]:
-    biased = spec.use_bias_in_mlp if name.startswith("mlp") else spec.use_bias_in_attn_linear
+    attends = name.startswith(("attention", "sgu.attn"))
+    biased = spec.use_bias_in_attn_linear if attends else spec.use_bias_in_mlp
     weight = _weight(f"{name}.weight", outputs, inputs)
     return [weight, ParameterSize(name=f"{name}.bias", count=bias, decayed=False)][: 1 + biased]
 

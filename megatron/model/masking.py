@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron.model.sparsity import BlockPattern
+
 
 class Masking:
     """The mask of one layer, for a whole pass or for a few tokens against cached keys.
@@ -16,13 +18,22 @@ class Masking:
     bf16 would round the distances.
     """
 
-    def __init__(self, *, window: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        window: int | None = None,
+        pattern: BlockPattern | None = None,
+        slopes: torch.Tensor | None = None,
+    ) -> None:
         """Make the mask.
 
         Args:
             window: how many tokens before its own a query sees; None = all.
+            pattern: which blocks of them it sees; None = all.
+            slopes: what a step of distance takes from the score, of each of this rank's heads
+                (ALiBi); None = nothing.
         """
-        self.window = window
+        self.window, self.pattern, self.slopes = window, pattern, slopes
         self._tables: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
 
     def __call__(
@@ -32,6 +43,7 @@ class Masking:
         *,
         slots: torch.Tensor | None = None,
         starts: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Return what ``scaled_dot_product_attention`` takes as ``attn_mask``.
 
@@ -39,35 +51,60 @@ class Masking:
             query: ``[B, heads, S, head_size]``; its size, type and device count.
             keys: number of keys, at slots 0, 1, ….
             slots: of the queries, int64 ``[B, S]``; None = 0, 1, … as the keys.
-            starts: slot at which each query's document begins, int64 ``[B, S]``, where it
-                sees no other; None = the whole window is one.
+            starts: slot at which each query's document begins, int64 ``[B, S]``; it sees
+                none before that.  None = the whole window is one document.
+            bias: what distance adds to the score, ``[heads, at least keys]``.
 
         Returns:
             bool (True = seen) or in the type of ``query``, what is added to the scores; None
             where the mask is the plain causal one.
         """
-        whole = slots is None and starts is None
-        if whole and self.window is None:
+        whole = slots is None and starts is None and bias is None
+        if whole and self.window is None and self.pattern is None and self.slopes is None:
             return None
         if slots is None:
             slots = torch.arange(keys, device=query.device)[None]
         if not whole:
-            return self._made(slots, keys, starts, query.dtype)
+            return self._made(slots, keys, starts, bias, query.dtype)
         place = (keys, query.device, query.dtype)
         if place not in self._tables:
             # One length at a time: evaluation and training take turns at most.
-            self._tables = {place: self._made(slots, keys, None, query.dtype)}
+            self._tables = {place: self._made(slots, keys, None, None, query.dtype)}
         return self._tables[place]
 
-    @torch.no_grad()
     def _made(
-        self, slots: torch.Tensor, keys: int, starts: torch.Tensor | None, dtype: torch.dtype
+        self,
+        slots: torch.Tensor,
+        keys: int,
+        starts: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        key = torch.arange(keys, device=slots.device)
-        distance = slots[..., None] - key
+        distance = slots[..., None] - torch.arange(keys, device=slots.device)
+        seen = self._seen(slots, distance, starts)
+        if bias is None and self.slopes is None:
+            return seen
+        if bias is not None:
+            added = bias[:, distance.clamp(min=0)].movedim(0, 1)
+        else:
+            assert self.slopes is not None
+            slopes = self.slopes.to(slots.device)[:, None, None]
+            # Distances are whole numbers that half precision does not hold: rounded at the end.
+            added = -slopes * distance[:, None]
+        return added.to(dtype).masked_fill(~seen, -torch.inf)
+
+    def _seen(
+        self, slots: torch.Tensor, distance: torch.Tensor, starts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Tell which keys a query sees, bool ``[B, heads or 1, S, K]``."""
+        key = torch.arange(distance.shape[-1], device=slots.device)
         seen = distance >= 0
         if self.window is not None:
             seen &= distance <= self.window
         if starts is not None:
-            seen &= key >= starts[..., None]
-        return seen[:, None]
+            seen = seen & (key >= starts[..., None])
+        seen = seen[:, None]
+        if self.pattern is None:
+            return seen
+        first = torch.zeros_like(slots) if starts is None else starts
+        return seen & self.pattern.seen(slots - first, key - first[..., None])

@@ -6,6 +6,45 @@ from __future__ import annotations
 from typing import Protocol
 
 
+class Sparsity(Protocol):
+    """Settings of the block-sparse kinds of attention; None stands for the kind's own default.
+
+    Attributes:
+        block: tokens of a block.
+        different_layout_per_head: heads differ, where the kind has something to vary.
+        num_local_blocks: blocks of a local window.
+        num_global_blocks: blocks that all later ones see: of each window (sparse_fixed), or the
+            first ones (bigbird).
+        num_different_global_patterns: so many heads take different blocks as global.
+        num_random_blocks: blocks drawn for every row.
+        local_window_blocks: sizes of the windows, the last one repeated.
+        global_block_indices: blocks that all later ones see.
+        global_block_end_indices: turns each of them into a range, end not included.
+        num_sliding_window_blocks: width of the sliding window, half of it before a block.
+    """
+
+    @property
+    def block(self) -> int: ...
+    @property
+    def different_layout_per_head(self) -> bool: ...
+    @property
+    def num_local_blocks(self) -> int | None: ...
+    @property
+    def num_global_blocks(self) -> int: ...
+    @property
+    def num_different_global_patterns(self) -> int: ...
+    @property
+    def num_random_blocks(self) -> int | None: ...
+    @property
+    def local_window_blocks(self) -> tuple[int, ...]: ...
+    @property
+    def global_block_indices(self) -> tuple[int, ...]: ...
+    @property
+    def global_block_end_indices(self) -> tuple[int, ...] | None: ...
+    @property
+    def num_sliding_window_blocks(self) -> int | None: ...
+
+
 class ModelSpec(Protocol):
     """The architecture.  ``megatron.config``'s model group satisfies it; so may anything else.
 
@@ -22,10 +61,23 @@ class ModelSpec(Protocol):
         rms_norm_epsilon_outside_root: it is added to the root instead.
         scalenorm_epsilon: the least length that is divided by.
         use_bias_in_norms: whether layernorm has a shift.
-        pos_emb: "rotary" or "none".
+        pos_emb: "learned", "rotary", "sinusoidal", "rpe", "alibi" or "none".
+        max_position_embeddings: positions that learned ones are held for.
+        opt_pos_emb_offset: added to the number of a learned or sinusoidal position.
+        rpe_num_buckets: buckets of distances that "rpe" tells apart.
+        rpe_max_distance: from here on they all are one.
         rotary_pct: share of each head that is rotated.
         rotary_emb_base: base of the wavelengths.
+        attention_config: kind of attention of every block; None = "global" everywhere.
+        sparsity_config: settings of the sparse kinds; None = their defaults.
+        sliding_window_width: tokens before its own that a query sees; None = all.
+        use_qk_layernorm: queries and keys are normalised, each head by itself.
+        reset_attention_mask: no token sees a document before its own.
+        reset_position_ids: positions begin anew with every document.
+        eod_token_id: the token that ends a document; a complete configuration has it where one
+            of the two is on.
         activation: see :mod:`megatron.model.mlp`.
+        gmlp_attn_dim: width of the attention in an "amlp" block.
         intermediate_size: width of the MLP's activation; None = 4 × hidden, or 8/3 × hidden
             rounded up to a multiple of 256 if the activation is gated.
         gpt_j_residual: attention and MLP side by side instead of one after the other.
@@ -69,11 +121,35 @@ class ModelSpec(Protocol):
     @property
     def pos_emb(self) -> str: ...
     @property
+    def max_position_embeddings(self) -> int | None: ...
+    @property
+    def opt_pos_emb_offset(self) -> int: ...
+    @property
+    def rpe_num_buckets(self) -> int: ...
+    @property
+    def rpe_max_distance(self) -> int: ...
+    @property
+    def attention_config(self) -> tuple[str, ...] | None: ...
+    @property
+    def sparsity_config(self) -> Sparsity | None: ...
+    @property
+    def sliding_window_width(self) -> int | None: ...
+    @property
+    def use_qk_layernorm(self) -> bool: ...
+    @property
+    def reset_attention_mask(self) -> bool: ...
+    @property
+    def reset_position_ids(self) -> bool: ...
+    @property
+    def eod_token_id(self) -> int | None: ...
+    @property
     def rotary_pct(self) -> float: ...
     @property
     def rotary_emb_base(self) -> float: ...
     @property
     def activation(self) -> str: ...
+    @property
+    def gmlp_attn_dim(self) -> int: ...
     @property
     def intermediate_size(self) -> int | None: ...
     @property
@@ -143,3 +219,41 @@ def kv_heads(spec: ModelSpec) -> int:
 def head_size(spec: ModelSpec) -> int:
     """Return the size of one attention head."""
     return spec.hidden_size // spec.num_attention_heads
+
+
+def attention_types(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the kind of attention of every block, by the names of ``attention_config``."""
+    return spec.attention_config or ("global",) * spec.num_layers
+
+
+def position_rows(spec: ModelSpec) -> int:
+    """Return the rows of learned positions.
+
+    Raises:
+        ValueError: the configuration is not complete.
+    """
+    longest = spec.max_position_embeddings or spec.seq_length
+    if longest is None:
+        raise ValueError("max_position_embeddings is not known")
+    return longest + spec.opt_pos_emb_offset
+
+
+def resets(spec: ModelSpec) -> bool:
+    """Tell whether anything begins anew with a document, so that blocks must know where."""
+    return spec.reset_attention_mask or spec.reset_position_ids
+
+
+MIXERS = frozenset({"gmlp", "amlp"})
+"""Kinds in ``attention_config`` that are blocks of their own, see :mod:`megatron.model.gmlp`."""
+
+
+def spatial_rows(spec: ModelSpec) -> int:
+    """Return the positions that a spatial gating unit knows.
+
+    Raises:
+        ValueError: the configuration is not complete.
+    """
+    longest = spec.max_position_embeddings or spec.seq_length
+    if longest is None:
+        raise ValueError("max_position_embeddings is not known")
+    return longest

@@ -296,11 +296,8 @@ def _eod_id(config: Config, domains: OpenDomains) -> int | None:
     """Return the end-of-document token as the data's sidecars state it."""
     if not config.training.eod_mask_loss:
         return None
-    for domain in domains.train:
-        for source in domain.sources:
-            sidecar = source.reader.sidecar
-            if sidecar is not None and sidecar.eod_id is not None:
-                return sidecar.eod_id
+    if domains.eod_id is not None:
+        return domains.eod_id
     raise DataError(
         "eod_mask_loss is on, but no domain's .meta.json names the end-of-document token; "
         "preprocess the data again with --append-eod, or switch eod_mask_loss off"

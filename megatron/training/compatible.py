@@ -15,6 +15,9 @@ from megatron.training.layout import layer_bounds
 NOT_ARCHITECTURE = {
     "hidden_dropout",
     "attention_dropout",
+    "reset_attention_mask",
+    "reset_position_ids",
+    "eod_token_id",
     "init_method",
     "init_method_std",
     "output_layer_init_method",

@@ -96,6 +96,16 @@ class OpenDomains:
             )
         return next(iter(sizes), None)
 
+    @property
+    def eod_id(self) -> int | None:
+        """The end-of-document token as the training data's sidecars state it; None if none does."""
+        for domain in self.train:
+            for source in domain.sources:
+                sidecar = source.reader.sidecar
+                if sidecar is not None and sidecar.eod_id is not None:
+                    return sidecar.eod_id
+        return None
+
     def close(self) -> None:
         """Close all files."""
         for domain in (*self.train, *self.valid, *self.test):

@@ -22,6 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 def complete(config: Config, domains: OpenDomains) -> Config:
     """Fill in ``model.vocab_size`` from the tokenizer, or else from the data.
 
+    Where something begins anew with every document, ``model.eod_token_id`` is filled in too.
+
     Raises:
         ConfigError: neither the configuration nor the tokenizer nor the data says it, or
             they contradict each other.
@@ -49,7 +51,27 @@ def complete(config: Config, domains: OpenDomains) -> Config:
             f"{source} has {size} token ids, but the data was tokenised with {from_data}; use the "
             "data's tokenizer, or set vocab_size to at least that"
         )
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    filled = {"vocab_size": size, "eod_token_id": _document_end(config, domains, size)}
+    return config.model_copy(update={"model": config.model.model_copy(update=filled)})
+
+
+def _document_end(config: Config, domains: OpenDomains, vocab_size: int) -> int | None:
+    """Return the token that ends documents: the configuration's, or the data's where needed."""
+    model, given = config.model, config.model.eod_token_id
+    asked = [key for key in ("reset_attention_mask", "reset_position_ids") if getattr(model, key)]
+    if not asked:
+        return given
+    found = domains.eod_id if given is None else given
+    if found is None:
+        raise ConfigError(
+            f"{asked[0]} is on, but no domain's .meta.json names the end-of-document token; set "
+            "eod_token_id, or preprocess the data again with --append-eod"
+        )
+    if found >= vocab_size:
+        raise ConfigError(
+            f"eod_token_id is {found}, but there are {vocab_size} token ids; take one below that"
+        )
+    return found
 
 
 def check_device(config: Config, *, on_cpu: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.model.spec import Sparsity
+
 
 @dataclass(frozen=True, kw_only=True)
 class TestSpec:
@@ -23,9 +25,21 @@ class TestSpec:
     scalenorm_epsilon: float = 1e-8
     use_bias_in_norms: bool = True
     pos_emb: str = "rotary"
+    max_position_embeddings: int | None = None
+    opt_pos_emb_offset: int = 0
+    rpe_num_buckets: int = 32
+    rpe_max_distance: int = 128
+    attention_config: tuple[str, ...] | None = None
+    sparsity_config: Sparsity | None = None
+    sliding_window_width: int | None = None
+    use_qk_layernorm: bool = False
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    eod_token_id: int | None = None
     rotary_pct: float = 1.0
     rotary_emb_base: float = 10000.0
     activation: str = "gelu"
+    gmlp_attn_dim: int = 64
     intermediate_size: int | None = None
     gpt_j_residual: bool = False
     gpt_j_tied: bool = False

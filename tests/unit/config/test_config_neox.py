@@ -11,8 +11,6 @@ from megatron.errors import ConfigError
 
 KEYS: dict[str, dict] = json.loads((Path(__file__).parent / "neox_keys.json").read_text())
 
-# Defaults of theirs that differ from what is done here: writing them out is refused.
-REFUSED_DEFAULTS = {"pos_emb"}
 # Defaults that need another key beside them, or that the base configuration contradicts.
 NEEDS_MORE = {"tokenizer_type", "optimizer_type"}
 
@@ -46,23 +44,24 @@ def test_their_defaults_are_never_an_error(load):
         f"{key}: {json.dumps(value)}\n"
         for keys in KEYS.values()
         for key, value in keys.items()
-        if value is not None and key not in REFUSED_DEFAULTS | NEEDS_MORE
+        if value is not None and key not in NEEDS_MORE
     }
     assert len(pairs) > 190
     for text in sorted(pairs):
         load(text)
 
 
+@pytest.mark.option("tokenizer_type", "vocab_file", "merge_file")
 def test_their_other_defaults(load):
-    with pytest.raises(ConfigError, match="pos_emb: 'learned': refused"):
-        load("pos_emb: learned\n")
+    assert load().model.pos_emb == "rotary"
+    assert load("pos_emb: learned\n").model.pos_emb == "learned"
     assert load("optimizer_type: adam\n", "optimizer.type=null").optimizer.type == "adamw"
     config = load("tokenizer_type: GPT2BPETokenizer\nvocab_file: v\nmerge_file: m\n")
     assert config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
 
 
 def test_refusals_name_key_and_alternative(load):
-    values = {"opt_pos_emb_offset": "2", "deepspeed": "false"}
+    values = {"deepspeed": "false"}
     text = "".join(
         f"{key.replace('_', '-')}: {values.get(key, '{enabled: true, x: 7}')}\n" for key in REFUSED
     )
@@ -183,6 +182,7 @@ use_wandb: null
     ]
 
 
+@pytest.mark.option("optimizer", "optimizer_type")
 def test_optimizer_forms(load):
     drop = "optimizer=null"
     flat = load("optimizer_type: Adam\nlr: 1e-3\nweight_decay: 0.2\nclip-grad: 3\n", drop)
@@ -203,6 +203,7 @@ def test_optimizer_forms(load):
             load("", f"optimizer.type={name}")
 
 
+@pytest.mark.option("bf16", "fp16", "precision", "loss_scale")
 @pytest.mark.parametrize(
     ("text", "precision"),
     [
@@ -219,6 +220,7 @@ def test_precision(load, text, precision):
     assert load(text).precision == precision
 
 
+@pytest.mark.option("zero_stage")
 def test_zero_forms(load):
     flat = load("zero_stage: 2\nzero_reduce_bucket_size: 1e6\nzero_reduce_scatter: false\n")
     block = load("zero_optimization: {stage: 2, reduce_bucket_size: 1000000, "
@@ -231,6 +233,61 @@ def test_zero_forms(load):
 @pytest.mark.parametrize("value", ["[[[flash], 2]]", "[[[global, flash], all]]", "[flash, global]"])
 def test_attention_of_one_kind_is_accepted(load, value):
     assert load(f"attention_config: {value}\n").ignored[0].startswith("attention_config")
+
+
+@pytest.mark.parametrize(
+    ("value", "kinds"),
+    [
+        ("[[[flash], 1], [[local], all]]", ("global", "local")),
+        ("[[[Global, BigBird], all]]", ("global", "bigbird")),
+        ("[sparse_fixed, sparse_variable]", ("sparse_fixed", "sparse_variable")),
+        ("[[[bslongformer], 2]]", ("bslongformer",) * 2),
+        ("[[[flash, global], 1]]", None),
+    ],
+)
+def test_attention_by_block(load, value, kinds):
+    config = load(f"attention_config: {value}\nsparsity_config: {{block: 4, mode: fixed}}\n")
+    assert config.model.attention_config == kinds
+    if kinds is None:
+        assert config.ignored[1].startswith("sparsity_config: belongs to sparse attention")
+        assert config.model.sparsity_config is None
+    else:
+        assert config.model.sparsity_config.block == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("attention_config: [[[lokal], all]]", "'lokal' is no kind.*did you mean 'local'"),
+        ("attention_config: [[[mamba], all]]", "refused: Mamba blocks"),
+        ("attention_config: [[[local], 3]]", "names 3 blocks, but num_layers is 2"),
+        ("attention_config: [local]", "names 1 blocks, but num_layers is 2"),
+        ("attention_config: [[[local, global, local], all]]", "'all' cannot repeat 3 kinds"),
+        ("attention_config: [[[local], 0]]", "how often it is repeated, or all"),
+        ("attention_config: [[local, 2]]", "should begin every pair with a list of kinds"),
+        ("attention_config: local", "should be a list such as"),
+        ("sparsity_config: {attention: bidirectional}", "attention.*unidirectional"),
+        ("sparsity_config: {num_different_global_patterns: 2}", "different_layout_per_head"),
+        ("sparsity_config: {global_block_end_indices: [0]}", "global_block_end_indices"),
+        ("sparsity_config: {blok: 4}", "sparsity_config.blok: unknown key"),
+        ("pos_emb: rpe\nrpe_max_distance: 16", "above half of rpe_num_buckets"),
+        ("pos_emb: alibi\nreset_position_ids: true", "set reset_attention_mask: true"),
+        ("num_kv_heads: 1\nmodel_parallel_size: 2", "does not divide num_kv_heads \\(1\\)"),
+    ],
+)
+def test_mistakes_about_attention_are_named(load, text, said):
+    sparse = "" if "attention_config" in text else "attention_config: [[[local], all]]\n"
+    with pytest.raises(ConfigError, match=said):
+        load(f"{sparse}{text}\n")
+
+
+def test_settings_of_other_positions_are_noted(load):
+    noted = load("rpe_num_buckets: 64\nrpe_max_distance: 64\nopt_pos_emb_offset: 2\n")
+    assert [line.split(":")[0] for line in noted.ignored] == [
+        "rpe_num_buckets", "rpe_max_distance", "opt_pos_emb_offset",
+    ]  # fmt: skip
+    assert noted.model == load().model
+    assert load("pos_emb: rpe\nrpe_num_buckets: 64\n").model.rpe_num_buckets == 64
 
 
 def test_norm_biases(load):
@@ -254,6 +311,7 @@ def test_tied_norms_belong_to_one_residual(load):
     assert not noted.model.gpt_j_tied
 
 
+@pytest.mark.option("num_unique_layers")
 def test_unique_layers_are_only_checked(load):
     (noted,) = load("num_unique_layers: 1\n").ignored
     assert "layers do not share weights" in noted

@@ -62,6 +62,7 @@ def test_each_layer_built_alone_is_the_same_layer(tied: bool) -> None:
         assert all(torch.equal(built[key], expected[key]) for key in built)
 
 
+@pytest.mark.option("seed")
 def test_weights_depend_on_seed_and_name_only() -> None:
     small, deep = GPT(SPEC, seed=1), GPT(dataclasses.replace(SPEC, num_layers=3), seed=1)
     first = "1.attention.query_key_value.weight"
@@ -78,6 +79,7 @@ def test_building_leaves_global_randomness_alone() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.option("init_method", "output_layer_init_method")
 @pytest.mark.parametrize("name", INIT_METHODS)
 def test_init_methods(name: str) -> None:
     spec = dataclasses.replace(
@@ -167,6 +169,7 @@ def test_recomputation_changes_no_bit(together: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
 
 
+@pytest.mark.option("attention_dropout", "hidden_dropout")
 def test_dropout_is_a_function_of_its_key() -> None:
     spec = dataclasses.replace(SPEC, hidden_dropout=0.2, attention_dropout=0.2)
     assert _gradients(spec)[0] == _gradients(spec)[0]
@@ -215,6 +218,7 @@ def test_rotation_is_undone_by_its_gradient() -> None:
         torch.testing.assert_close(rotary.rotate(x).norm(dim=-1), x.norm(dim=-1))
 
 
+@pytest.mark.option("weight_decay")
 def test_norms_and_biases_do_not_decay() -> None:
     model = GPT(dataclasses.replace(SPEC, norm="rmsnorm", no_weight_tying=True), seed=0)
     decayed, spared = param_groups(model, 0.1)
@@ -234,7 +238,7 @@ def test_norms_and_biases_do_not_decay() -> None:
         ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
         ({"init_method": "nromal"}, "init_method is 'nromal'; did you mean 'normal'"),
         ({"output_layer_init_method": "zero"}, "output_layer_init_method is 'zero'"),
-        ({"pos_emb": "alibi"}, "pos_emb is 'alibi'"),
+        ({"pos_emb": "alibbi"}, "pos_emb is 'alibbi'; did you mean 'alibi'"),
         ({"rotary_pct": 0.4}, "rotary_pct 0.4"),
         ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple"),
         ({"num_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_kv_heads 3"),
@@ -257,6 +261,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     assert not torch.allclose(model(tokens)[0], before)
 
 
+@pytest.mark.option("num_layers", "hidden_size", "num_attention_heads")
 def test_shapes_without_memory() -> None:
     huge = dataclasses.replace(
         SPEC, hidden_size=8192, num_attention_heads=64, num_layers=80, vocab_size=128_000
