@@ -55,6 +55,7 @@ class Architecture:
         activations: its ``hidden_act`` by our ``activation``.
         understood: keys of ours that it has a counterpart of, beside the sizes.
         unused: keys that a model with this norm does not read.
+        fixed: what keys must be that are otherwise by default in ours.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Architecture:
     activations: dict[str, str] = field(repr=False)
     understood: frozenset[str] = field(repr=False)
     unused: frozenset[str] = field(repr=False)
+    fixed: dict[str, bool] = field(default_factory=dict, repr=False)
 
 
 NEOX = Architecture(
@@ -102,6 +104,7 @@ MISTRAL = Architecture(
     activations=_GATED,
     understood=frozenset({"rms_norm_epsilon", "sliding_window_width"}),
     unused=_RMS_UNUSED,
+    fixed={"use_bias_in_attn_linear": False, "use_bias_in_mlp": False},
 )
 ARCHITECTURES = {one.name: one for one in (NEOX, LLAMA, MISTRAL)}
 """Every architecture by its name, in the order in which ``auto`` tries them."""
@@ -148,7 +151,7 @@ def obstacles(model: ModelConfig, architecture: Architecture) -> list[str]:
     known = _SIZES | architecture.understood
     given = model.model_dump()
     taken = {key: given[key] for key in known if given.get(key) is not None}
-    plain = ModelConfig(**{**taken, "pos_emb": "none"}).model_dump()
+    plain = ModelConfig(**{**taken, **architecture.fixed, "pos_emb": "none"}).model_dump()
     for key, value in plain.items():
         if key not in known | architecture.unused | NOT_ARCHITECTURE and given[key] != value:
             found.setdefault(key, f"it has {_spelt(value)}")

@@ -14,7 +14,6 @@ from megatron.errors import CheckpointError
 from megatron.exchange.architecture import ARCHITECTURES, MISTRAL, NEOX, Architecture
 from megatron.exchange.libraries import transformers
 
-# A window of Mistral's holds as many positions as it says, the present one among them.
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_fast", "gelu_new", "gelu_accurate", "gelu_python_tanh")
 _SYNONYMS = {
     **dict.fromkeys(_GELU_TANH, "gelu_pytorch_tanh"),
@@ -84,7 +83,9 @@ def hf_config(
         "rope_parameters": rope,
     }
     if architecture is MISTRAL:
-        content["sliding_window"] = getattr(model, "sliding_window_width", None)
+        # Theirs counts the token itself, ours those before it.
+        width = model.sliding_window_width
+        content["sliding_window"] = None if width is None else width + 1
     else:
         content["attention_bias"] = model.use_bias_in_attn_linear
         content["mlp_bias"] = model.use_bias_in_mlp
@@ -182,9 +183,9 @@ def model_keys(config: Any, folder: Path) -> dict[str, Any]:
     }
     window = getattr(config, "sliding_window", None)
     if one is MISTRAL and window is not None and window < config.max_position_embeddings:
-        if "sliding_window_width" not in ModelConfig.model_fields:
-            raise _strange(folder, "sliding_window", window, "null")
-        keys["sliding_window_width"] = window
+        if window < 2:
+            raise _strange(folder, "sliding_window", window, "2 or more, or null")
+        keys["sliding_window_width"] = window - 1
     return keys
 
 

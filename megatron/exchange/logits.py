@@ -53,7 +53,7 @@ class Rounded:
 
 def sample_tokens(model: ModelConfig, *, seed: int = 0) -> torch.Tensor:
     """Return random sequences, int64 ``[B, S]``, longer than a sliding window where one fits."""
-    window = getattr(model, "sliding_window_width", None) or 0
+    window = model.sliding_window_width or 0
     longest = model.max_position_embeddings or model.context_length
     length = min(longest, max(64, min(window + 64, _LONGEST)))
     generator = torch.Generator().manual_seed(seed)

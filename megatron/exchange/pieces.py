@@ -130,10 +130,9 @@ def _linear(ours: str, theirs: str, kinds: Sequence[str]) -> list[Piece]:
 def _norm(model: ModelConfig, ours: str, theirs: str) -> list[Piece]:
     if model.norm == "rmsnorm":
         return [Piece(ours=f"{ours}.scale", theirs=(f"{theirs}.weight",))]
-    shifted = getattr(model, "use_bias_in_norms", True)
     return [
         Piece(ours=f"{ours}.weight", theirs=(f"{theirs}.weight",)),
-        _maybe(f"{ours}.bias", f"{theirs}.bias", shifted, model.hidden_size),
+        _maybe(f"{ours}.bias", f"{theirs}.bias", model.use_bias_in_norms, model.hidden_size),
     ]
 
 
