@@ -176,9 +176,7 @@ REFUSED: dict[str, Refusal] = {
     # keys of published files that GPT-NeoX itself does not know
     "attention_type": Refusal(instead="set num_kv_heads, the number of key and value heads"),
     "decay_lr_to": Refusal(instead="set min_lr, the learning rate at the end"),
-    "warmup_iters": Refusal(instead="set warmup, the share of steps that warm up"),
     # checkpoints
-    "no_load_optim": Refusal(instead="finetune: true takes the weights alone and starts at step 0"),
     "s3_path": Refusal(instead="checkpoints are not sent to S3; copy the folder in save"),
 }
 
@@ -219,8 +217,6 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "moe_router_type",
         "moe_lbl_in_fp32",
         "moe_jitter_eps",
-    ),
-    "the softmax of attention is always taken in fp32, so there is nothing to scale or widen": (
     ),
     "the softmax of attention is always taken in fp32, so there is nothing to scale or widen": (
         "apply_query_key_layer_scaling",
@@ -287,18 +283,6 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     _MONITOR: (
         "wandb_init_all_ranks",
         "comet_experiment",
-        "log_grad_pct_zeros",
-        "log_param_norm",
-        "log_grad_norm",
-        "log_optimizer_states",
-        "log_gradient_noise_scale",
-        "gradient_noise_scale_n_batches",
-        "gradient_noise_scale_cpu_offload",
-        "memory_profiling",
-        "memory_profiling_path",
-        "profile",
-        "profile_step_start",
-        "profile_step_stop",
         "steps_per_print",
         "wall_clock_breakdown",
         "dump_state",
@@ -307,6 +291,9 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "wandb",
         "csv_monitor",
         "comms_logger",
+    ),
+    "sums of squares are taken as gradients come by, and no gradient is kept": (
+        "gradient_noise_scale_cpu_offload",
     ),
     "optimizers are handed to DeepSpeed as objects": ("zero_allow_untested_optimizer",),
     _PREFERENCE: (

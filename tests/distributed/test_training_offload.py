@@ -49,6 +49,7 @@ def test_offloading_changes_nothing_but_the_place(tmp_path: Path) -> None:
             assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), name
 
 
+@pytest.mark.option("exit_interval")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_offloaded_run_resumes_with_the_same_bits(tmp_path: Path, stage: int) -> None:

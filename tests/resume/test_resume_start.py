@@ -27,6 +27,7 @@ def write(folder: Path, data: Path, run_dir: Path, **changes: Any) -> Path:
     return runs.write_config(folder / "config.yml", content)
 
 
+@pytest.mark.option("finetune", "load")
 def test_finetune_takes_the_weights_and_begins_anew(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -49,6 +50,7 @@ def test_finetune_takes_the_weights_and_begins_anew(
     assert samples[0] == samples[1]
 
 
+@pytest.mark.option("iteration")
 def test_one_checkpoint_can_be_started_from_with_its_optimizer(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def test_the_newest_by_number_is_chosen(tmp_path: Path) -> None:
     assert store.newest_valid(at_most=8) is None
 
 
+@pytest.mark.option("keep_last_n_checkpoints")
 def test_only_the_last_are_kept(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     (tmp_path / "global_step1").mkdir()  # not one of ours: no manifest

@@ -11,6 +11,7 @@ def own(load, text, *overrides):
     return load(text, *overrides, without=["domains"])
 
 
+@pytest.mark.option("data_path", "split")
 def test_single_path(load):
     config = own(load, "data_path: data/enwik8/enwik8_text_document\nsplit: 90/5/5\n")
     assert list(config.domains) == ["enwik8"]
@@ -19,6 +20,13 @@ def test_single_path(load):
     assert config.split == "90/5/5"
 
 
+@pytest.mark.option(
+    "train_data_paths",
+    "valid_data_paths",
+    "test_data_paths",
+    "train_data_weights",
+    "valid_data_weights",
+)
 def test_lists_with_weights(load):
     config = own(
         load,
@@ -35,6 +43,7 @@ def test_lists_with_weights(load):
     assert (a.valid_weight, b.valid_weight, a.test_weight) == (1.0, 1.0, None)
 
 
+@pytest.mark.option("test_data_weights")
 def test_lists_of_other_lengths_are_matched_by_name_and_the_rest_is_only_measured(load):
     config = own(
         load,
@@ -51,6 +60,7 @@ def test_lists_of_other_lengths_are_matched_by_name_and_the_rest_is_only_measure
     assert (last.test, last.test_weight, last.valid) == (("t/last",), 2.0, None)
 
 
+@pytest.mark.option("train_label_data_paths", "valid_label_data_paths", "test_label_data_paths")
 def test_labels_stand_in_the_order_of_the_paths(load):
     config = own(
         load,
@@ -69,6 +79,7 @@ def test_default_weight_is_one_each(load):
     assert [domain.weight for domain in config.domains.values()] == [1.0, 1.0]
 
 
+@pytest.mark.option("use_named_train_datasets", "use_named_eval_datasets")
 def test_named_data_takes_the_folder(load):
     config = own(
         load,
@@ -133,6 +144,7 @@ def test_problems_have_a_place(load, text, said):
     assert "a.yml:" in str(error.value)
 
 
+@pytest.mark.option("weight_by_num_documents", "weighted_sampler_alpha")
 def test_weights_by_documents(load):
     config = own(
         load,
@@ -143,6 +155,13 @@ def test_weights_by_documents(load):
     assert own(load, "data_path: a\nweighted_sampler_alpha: 0.3\n").ignored
 
 
+@pytest.mark.option(
+    "data_sampling_method",
+    "data_sampling_warmup_steps",
+    "data_sampling_update_frequency",
+    "data_sampling_smoothing_factor",
+    "mixed_minibatches",
+)
 def test_sampling_keys_of_the_fork(load):
     config = load(
         "data_sampling_method: smoothed_mean\ndata-sampling-warmup-steps: 10\n"
@@ -157,6 +176,7 @@ def test_sampling_keys_of_the_fork(load):
     assert options["smoothing_factor"] == 0.5
 
 
+@pytest.mark.option("mixed_batches")
 def test_fork_keys_with_other_units_and_methods(load):
     assert load("data_sampling_method: exp3\nmixed_batches: true\n").mixing.unit == "sample"
     config = load("data_sampling_method: exp3\ndata_sampling_smoothing_factor: 0.5\n"

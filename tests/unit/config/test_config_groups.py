@@ -26,6 +26,7 @@ def model(**options):
     )
 
 
+@pytest.mark.option("expansion_factor", "mlp_multiple_of")
 @pytest.mark.parametrize(
     ("options", "width"),
     [
@@ -71,6 +72,7 @@ def test_model_without_positions_needs_no_rotation():
     assert model(pos_emb="none", rotary_pct=0.0).pos_emb == "none"
 
 
+@pytest.mark.option("make_vocab_size_divisible_by")
 def test_padded_vocabulary():
     assert model(vocab_size=50257).padded_vocab_size(1) == 50304
     assert model(vocab_size=50257).padded_vocab_size(2) == 50432
@@ -79,6 +81,9 @@ def test_padded_vocabulary():
         model().padded_vocab_size(1)
 
 
+@pytest.mark.option(
+    "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"
+)
 @pytest.mark.parametrize(
     ("given", "ranks", "resolved"),
     [
@@ -126,6 +131,7 @@ def saved(config, last):
     return [step for step in range(last + 1) if config.saves_at(step, last)]
 
 
+@pytest.mark.option("checkpoint_factor", "checkpoint_scale", "extra_save_iters")
 def test_steps_to_save_at():
     assert saved(CheckpointConfig(), 10) == [10]
     assert saved(CheckpointConfig(save_interval=4), 10) == [4, 8, 10]
@@ -137,6 +143,7 @@ def test_steps_to_save_at():
     assert saved(thin, 12) == [1, 2, 3, 5, 8, 11, 12]
 
 
+@pytest.mark.option("lr_decay_iters", "lr_decay_fraction")
 def test_schedule_lengths():
     assert ScheduleConfig().decay_steps(100) == 100
     assert ScheduleConfig(lr_decay_fraction=0.29).decay_steps(100) == 28  # floor, as GPT-NeoX
@@ -144,6 +151,9 @@ def test_schedule_lengths():
     assert ScheduleConfig(warmup=0.015).warmup_steps(100) == 1.5
 
 
+@pytest.mark.option(
+    "eval_iters", "max_test_samples_per_dataset", "max_validation_samples_per_dataset"
+)
 def test_validation_sizes():
     training = TrainingConfig(train_iters=1, eval_iters=10, max_test_samples_per_dataset=7)
     assert training.validation_samples(16) == 160
@@ -169,6 +179,7 @@ def test_bounds_of_layout():
     assert [ZeroConfig(stage=stage).effective_stage for stage in range(4)] == [1, 1, 2, 3]
 
 
+@pytest.mark.option("gradient_clipping", "zero_optimization")
 def test_deepspeed_dictionary(load):
     config = load("gradient_clipping: 0.5\n")
     assert deepspeed_config(config, 4, 2, 3) == {
@@ -185,6 +196,7 @@ def test_deepspeed_dictionary(load):
     }
 
 
+@pytest.mark.option("communication_data_type", "deepspeed_extra_args")
 def test_deepspeed_dictionary_with_everything(load):
     config = load(
         "zero_optimization: {stage: 2, overlap_comm: true}\n"

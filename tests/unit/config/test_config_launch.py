@@ -20,6 +20,7 @@ def load(tmp_path: Path, *overrides: str, **keys: Any) -> Config:
     return load_config([str(file)], overrides=list(overrides))
 
 
+@pytest.mark.option("deepspeed_mpi", "deepspeed_slurm", "force_multi")
 @pytest.mark.parametrize(
     ("keys", "launcher"),
     [

@@ -72,6 +72,7 @@ def test_lengths_are_those_of_deepspeed(kind: str, config: dict, least: int) -> 
     assert len(set(expected)) > 2
 
 
+@pytest.mark.option("curriculum_learning")
 def test_a_run_counts_the_tokens_of_its_shorter_rows(load) -> None:
     data = load(f"{BLOCK}{LINEAR}}}\n").data
     assert data.row_length(1, 128) == 16

@@ -180,6 +180,7 @@ def test_nothing_to_learn_from_is_zero_not_nan(domains: list[Domain]) -> None:
     assert (in_slot_order(found, "sample_weight") == 0).all()
 
 
+@pytest.mark.option("eod_mask_loss")
 def test_the_mask_is_where_the_end_token_is_the_input(domains: list[Domain]) -> None:
     plan = make_plan(domains, 12)
     found = batches(domains, plan, (12, 1, 1), eod_mask_loss=True, eod_id=EOD)

@@ -57,6 +57,7 @@ def naive_packs(sizes: list[int], how: str, chop: bool) -> list[tuple[int, int]]
     return [(at, min(n, limit)) for at, n in kept]
 
 
+@pytest.mark.option("pack_impl")
 @pytest.mark.parametrize("how", ["pack_until_overflow", "unpacked"])
 @pytest.mark.parametrize("chop", [True, False])
 def test_windows_are_those_of_a_loop_over_documents(how: Any, chop: bool) -> None:
@@ -139,6 +140,7 @@ def test_every_document_is_read_once_an_epoch_and_padding_never_counts(
     assert total == pytest.approx(6)  # micro-batches: their mean is the mean over the tokens
 
 
+@pytest.mark.option("allow_chopped")
 def test_chopped_documents_are_cut_off_or_left_out(prefix: str) -> None:
     chopped, whole = (
         open_domain("a", [prefix], seq_length=SEQ, seed=3, pack_impl="unpacked", allow_chopped=chop)

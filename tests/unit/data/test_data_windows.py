@@ -195,6 +195,7 @@ def test_epochs_move_the_cuts_and_reshuffle(many: list[str]) -> None:
     assert kept.fixed_windows == kept.num_windows(5)
 
 
+@pytest.mark.option("seq_length")
 def test_the_order_belongs_to_seed_and_name(many: list[str]) -> None:
     def first(name: str, seed: int) -> list[tuple[int, ...]]:
         return windows_read(open_domain(name, many, seq_length=8, seed=seed, epoch_offset=False), 0)

@@ -115,6 +115,7 @@ def test_the_settings_of_the_aioli_paper_put_the_search_on_top(folder):
         assert league.entry("t", "doge").plan.leg("proxy").steps == steps
 
 
+@pytest.mark.option("eval_interval")
 def test_a_guardrail_pays_for_the_reports_that_it_acts_on(folder, model):
     _, spec = model
     guarded = {"method": "odm", "guardrail": {}}

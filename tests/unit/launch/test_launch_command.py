@@ -47,6 +47,7 @@ def slots(made: LaunchPlan) -> list[object]:
     return list(world["localhost"])
 
 
+@pytest.mark.option("num_gpus")
 def test_ranks_on_a_cpu() -> None:
     assert slots(plan()) == [0]
     made = plan(num_gpus=2)
@@ -81,6 +82,7 @@ def test_a_given_thread_count_stays() -> None:
     assert "OMP_NUM_THREADS" not in plan(environ={"OMP_NUM_THREADS": "3"}).environment
 
 
+@pytest.mark.option("master_addr", "master_port")
 def test_the_command_ends_with_the_program() -> None:
     made = plan(master_port=1234, master_addr="10.0.0.1")
     assert made.command[-4:] == ("megatron.launch.rank", str(SCRIPT), "--flag", "a b")
@@ -124,6 +126,7 @@ def test_what_is_no_configuration_is_refused(word: str) -> None:
         decode_config(word)
 
 
+@pytest.mark.option("hostfile")
 def test_a_hostfile_of_one_node_gives_the_slots(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
     file.write_text("# all\n\nhere slots=3  # comment\n")

@@ -30,6 +30,7 @@ def run(
     )
 
 
+@pytest.mark.option("wandb_group")
 def test_flags_and_files_come_in_any_order() -> None:
     expected = {
         "user_script": "train.py",

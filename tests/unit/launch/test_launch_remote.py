@@ -62,6 +62,7 @@ def test_several_hosts_mean_pdsh_with_all_their_slots(hostfile: str) -> None:
     assert remote(environ={"DLTS_HOSTFILE": hostfile}).ranks == 10
 
 
+@pytest.mark.option("include", "exclude", "num_nodes")
 def test_hosts_and_slots_are_chosen_in_deepspeeds_form(hostfile: str) -> None:
     def world(**keys: object) -> dict[str, tuple[int | str, ...]]:
         return remote(hostfile=hostfile, force_multi=True, **keys).world
@@ -156,6 +157,7 @@ def test_deepspeeds_environment_files_are_read(tmp_path: Path) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.option("account", "comment")
 def test_mpi_and_slurm_commands(hostfile: str) -> None:
     mpi = shlex.join(remote(hostfile=hostfile, launcher="openmpi", launcher_args="--tag").command())
     assert "-n 3 --host w-0:1,w-1:1,w-2:1 --map-by ppr:1:node --bind-to none" in mpi
@@ -263,6 +265,7 @@ def test_slots_are_the_devices_a_host_shows() -> None:
         visible_slots((0, 2), GPUS, "w-1")
 
 
+@pytest.mark.option("launcher")
 def test_a_launcher_that_is_not_installed_is_named(
     hostfile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

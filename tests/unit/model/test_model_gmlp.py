@@ -77,6 +77,7 @@ def test_a_later_token_never_changes_an_earlier_position() -> None:
     assert not torch.allclose(before[:, 9], after[:, 9], atol=1e-4)
 
 
+@pytest.mark.option("gmlp_attn_dim")
 def test_a_document_sees_none_before_it() -> None:
     spec = TestSpec(
         attention_config=("gmlp", "amlp"), gmlp_attn_dim=8, reset_attention_mask=True,

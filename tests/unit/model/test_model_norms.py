@@ -50,6 +50,9 @@ def _plain(name: str, norm: torch.nn.Module, x: torch.Tensor, epsilon: float) ->
     return norm.g * x / x.norm(dim=-1, keepdim=True).clamp(min=epsilon)
 
 
+@pytest.mark.option(
+    "norm", "layernorm_epsilon", "rms_norm_epsilon", "scalenorm_epsilon", "use_bias_in_norms"
+)
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -106,6 +109,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.option("activation", "intermediate_size")
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_their_formulas(name: str) -> None:
     mlp = MLP(_scope(), TestSpec(activation=name, intermediate_size=24, init_method_std=0.3))
@@ -119,6 +123,7 @@ def test_activations_are_their_formulas(name: str) -> None:
     torch.testing.assert_close(mlp(X), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.option("gpt_j_tied")
 def test_tied_norms_are_one_norm_for_both() -> None:
     spec = TestSpec(gpt_j_residual=True, gpt_j_tied=True)
     model = GPT(spec, seed=3)

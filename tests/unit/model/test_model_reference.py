@@ -131,6 +131,7 @@ def _compare(model: GPT, other, spec: TestSpec) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.option("gpt_j_residual", "rotary_pct", "no_weight_tying")
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rotary_pct", [0.25, 1.0])
@@ -142,6 +143,7 @@ def test_equals_gpt_neox(parallel: bool, tied: bool, rotary_pct: float) -> None:
     _compare(model, _neox(model, spec), spec)
 
 
+@pytest.mark.option("rotary_emb_base", "num_kv_heads", "use_bias_in_attn_linear", "use_bias_in_mlp")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_llama(kv_heads: int) -> None:
     spec = TestSpec(

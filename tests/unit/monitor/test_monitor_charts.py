@@ -164,6 +164,7 @@ def test_closing_closes_all() -> None:
     group.close()
 
 
+@pytest.mark.option("log_interval")
 def test_only_rank_0_has_sinks(tmp_path: Path) -> None:
     settings = SimpleNamespace(log_interval=3, use_wandb=True)
     group = build_sinks(settings, tmp_path / "run", rank=1)
@@ -176,6 +177,7 @@ def test_only_rank_0_has_sinks(tmp_path: Path) -> None:
     assert [type(sink) for sink in group] == [JsonlSink, ConsoleSink]
 
 
+@pytest.mark.option("use_comet", "use_wandb")
 @pytest.mark.parametrize(
     ("option", "library", "extra"),
     [
@@ -205,6 +207,7 @@ def test_identity_is_kept_over_a_resume(tmp_path: Path) -> None:
         stored_identity(blocked / "id", lambda: "x", resume=False)
 
 
+@pytest.mark.option("tensorboard_dir")
 def test_tensorboard_hides_what_is_run_again(tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pytest.importorskip("torch")

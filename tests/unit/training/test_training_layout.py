@@ -56,6 +56,7 @@ def test_every_stage_holds_a_block(
         assert any(1 <= layer <= layers for layer in range(first, last)), found
 
 
+@pytest.mark.option("pipe_partition_method")
 def test_a_large_vocabulary_takes_as_few_blocks_along_as_it_can(tmp_path: Path) -> None:
     found = bounds(
         tmp_path,

@@ -81,6 +81,7 @@ def test_a_block_keeps_36_bytes_per_token_and_hidden_unit(folder: Path) -> None:
     assert (two.saved - one.saved) / unit == pytest.approx(36, rel=0.002)
 
 
+@pytest.mark.option("model_parallel_size", "sequence_parallel")
 @pytest.mark.parametrize(("sequence", "bytes_kept"), [(False, 8 + 28 / 4), (True, 36 / 4)])
 def test_tensor_ranks_share_activations(folder: Path, sequence: bool, bytes_kept: float) -> None:
     changes = {"model_parallel_size": 4, "sequence_parallel": sequence}
@@ -90,6 +91,7 @@ def test_tensor_ranks_share_activations(folder: Path, sequence: bool, bytes_kept
     assert (two.saved - one.saved) / (2 * 2048 * 4096) == pytest.approx(bytes_kept, rel=0.003)
 
 
+@pytest.mark.option("checkpoint_activations", "checkpoint_num_layers")
 def test_recomputation_keeps_one_input_a_group(folder: Path) -> None:
     for together in (1, 4):
         changes = {"checkpoint_activations": True, "checkpoint_num_layers": together}
@@ -139,6 +141,7 @@ def test_what_is_sent(folder: Path) -> None:
     assert planned(folder, 1).worst.sent == {}
 
 
+@pytest.mark.option("pipe_parallel_size")
 def test_stages_hold_the_model_and_the_checkpoint_its_states(folder: Path) -> None:
     plan = planned(folder, 64, pipe_parallel_size=4, model_parallel_size=4)
     assert [stage.first for stage in plan.stages] == [0, 9, 17, 25]
