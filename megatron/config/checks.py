@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from megatron.config.attention import MIXERS
 from megatron.config.config import Config
 from megatron.config.draft import Draft
 from megatron.config.node import Node
@@ -15,6 +16,8 @@ def check(config: Config, draft: Draft) -> None:
     _check_schedule(config, draft)
     _check_batch(config, draft)
     _check_tensor_ranks(config, draft)
+    _check_mixers(config, draft)
+    _check_prompt(config, draft)
     _check_pipeline(config, draft)
     _check_offload(config, draft)
     _check_extra(config, draft)
@@ -83,6 +86,40 @@ def _check_tensor_ranks(config: Config, draft: Draft) -> None:
                 "model_parallel_size",
                 f"does not divide {name} ({value}); use one that does, or change {name}",
             )
+
+
+def _check_mixers(config: Config, draft: Draft) -> None:
+    """Blocks that mix positions by a matrix of their own are whole on every tensor rank."""
+    kinds = set(config.model.attention_config or ()) & set(MIXERS)
+    if kinds and config.parallel.model_parallel_size > 1:
+        _add(
+            draft,
+            "parallel",
+            "model_parallel_size",
+            f"is above 1 with {' and '.join(sorted(kinds))} in attention_config, whose blocks are "
+            "not divided among tensor ranks; use 1 (data ranks, ZeRO and pipelines work)",
+        )
+
+
+def _check_prompt(config: Config, draft: Draft) -> None:
+    """Where a prompt alone is trained every rank must hold it, and it must be whole."""
+    prompt = config.model.soft_prompt_tuning
+    if prompt is None:
+        return
+    for hindered, text in (
+        (config.parallel.stages > 1, "a pipeline: only its first stage would train; use 1 stage"),
+        (config.zero_stage == 3, "ZeRO 3, which divides what is frozen too; use stage 2"),
+        (config.parallel.sequence_parallel, "sequence_parallel: the prompt is not divided"),
+    ):
+        if hindered:
+            _add(draft, "model", "soft_prompt_tuning", f"does not go with {text}")
+    if prompt.init_string and config.tokenizer.tokenizer_type is None:
+        _add(
+            draft,
+            "model",
+            "soft_prompt_tuning",
+            "init_string needs a tokenizer; set tokenizer_type and vocab_file",
+        )
 
 
 def _check_pipeline(config: Config, draft: Draft) -> None:

@@ -49,6 +49,29 @@ GATED: frozenset[str] = frozenset({"geglu", "reglu", "swiglu", "glu", "bilinear"
 GATED_MULTIPLE = 256
 
 
+class SoftPromptConfig(Group):
+    """Prompt tuning: the block `soft_prompt_tuning: {enabled, n_tokens, …}`."""
+
+    enabled: bool = False
+    """Train a prompt, and nothing else."""
+    n_tokens: Count = 10
+    """Vectors in the prompt."""
+    num_tokens: Count | None = None
+    """Another name of `n_tokens`."""
+    init_string: str = ""
+    """Text whose tokens' embeddings the prompt starts as, repeated or cut to its length."""
+    init_range: Positive = 0.5
+    """Without a text the prompt starts uniformly between this and its negative."""
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Self:
+        if self.num_tokens is not None:
+            if "n_tokens" in self.model_fields_set and self.n_tokens != self.num_tokens:
+                raise invalid("soft_prompt_tuning", "n_tokens and num_tokens mean the same")
+            self.__dict__.update(n_tokens=self.num_tokens, num_tokens=None)
+        return self
+
+
 class ModelConfig(Group):
     """Architecture of the GPT-NeoX family.
 
@@ -169,6 +192,12 @@ class ModelConfig(Group):
     """Standard deviation of `normal` and `scaled_normal`."""
     output_layer_init_method: InitMethod = "scaled_normal"
     """How the output projections of attention and MLP start."""
+    soft_prompt_tuning: SoftPromptConfig | None = None
+    """Prompt tuning (Lester et al. 2021): `enabled: true` trains `n_tokens` (10; also
+    `num_tokens`) vectors that stand before the tokens, and nothing else; they start as the
+    embedding of `init_string`, or uniformly within `init_range` (0.5). With `finetune: true` and
+    `load` they are tuned for the checkpoint's model. Not in a pipeline, under ZeRO 3 or with
+    `sequence_parallel`."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_num_layers: Count = 1
@@ -236,10 +265,28 @@ class ModelConfig(Group):
             "max_position_embeddings": longest,
             "intermediate_size": self._mlp_width(),
             "use_bias_in_norms": self.use_bias_in_norms and self.norm == "layernorm",
+            "soft_prompt_tuning": self._prompt(),
             "gpt_j_tied": self.gpt_j_tied and self.gpt_j_residual,
         }
         self.__dict__.update(filled)
         return self
+
+    def _prompt(self) -> SoftPromptConfig | None:
+        prompt = self.soft_prompt_tuning
+        if prompt is None or not prompt.enabled:
+            return None
+        if self.reset_attention_mask or self.reset_position_ids:
+            raise invalid(
+                "soft_prompt_tuning",
+                "does not go with reset_attention_mask and reset_position_ids: later documents of "
+                "a window would not see the prompt; switch them off",
+            )
+        if {"gmlp", "amlp"} & set(self.attention_config or ()):
+            raise invalid(
+                "soft_prompt_tuning",
+                "does not go with gmlp and amlp blocks, whose matrix knows the places of tokens",
+            )
+        return prompt
 
     def _check_attention(self) -> None:
         if self.rpe_max_distance <= self.rpe_num_buckets // 2:

@@ -7,8 +7,9 @@ load.  There are two of it: :mod:`megatron.engine.sequential`, where every rank 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,19 +157,36 @@ class TrainEngine(ABC):
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        with plain_path(directory) as plain:
+        frozen = self._frozen().values() if weights_only else ()
+        with plain_path(directory) as plain, _thawed(frozen):
             path, _ = self._engine.load_checkpoint(
                 str(plain),
                 tag=tag,
                 load_optimizer_states=not weights_only,
                 load_lr_scheduler_states=False,
                 load_module_only=weights_only,
+                # A base model's checkpoint knows no prompt.
+                load_module_strict=not frozen,
             )
         if path is None:
             raise CheckpointError(f"DeepSpeed could not load the checkpoint {directory / tag}")
         # The configuration's hyperparameters hold, not those that the checkpoint remembers.
         for group, own in zip(self._optimizer.param_groups, hyperparameters, strict=True):
             group.update(own)
+
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are not trained."""
+        return {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if not parameter.requires_grad
+        }
+
+    def take_weights(self) -> None:
+        """Let the optimizer go on from the model's weights, which somebody has set."""
+        refresh = getattr(self._engine.optimizer, "refresh_fp32_params", None)
+        if refresh is not None:
+            refresh()
 
     def load_universal(
         self, folder: Path, *, tensor_rank: int, tensor_size: int, weights_only: bool = False
@@ -190,7 +208,18 @@ class TrainEngine(ABC):
             tensor_rank=tensor_rank,
             tensor_size=tensor_size,
         )
-        load_universal(self._engine, checkpoint, weights_only=weights_only)
+        frozen = self._frozen()
+        if frozen and not weights_only:
+            raise CheckpointError(
+                f"{folder}: a run that trains a prompt alone goes on only in the layout that wrote "
+                "its checkpoint, whose other form has no frozen weights; resume with that layout"
+            )
+        if not frozen:
+            load_universal(self._engine, checkpoint, weights_only=weights_only)
+            return
+        with torch.no_grad():
+            for name, parameter in frozen.items():
+                parameter.copy_(checkpoint.part(name, "fp32", parameter.shape))
 
 
 def tensor_partitions(model: nn.Module) -> dict[str, Partition | None]:
@@ -201,6 +230,19 @@ def tensor_partitions(model: nn.Module) -> dict[str, Partition | None]:
     return {
         name: getattr(parameter, "partition", None) for name, parameter in model.named_parameters()
     }
+
+
+@contextlib.contextmanager
+def _thawed(frozen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters pass for trained ones while a checkpoint is read in which they are."""
+    parameters = list(frozen)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 class _RecordingWriter:

@@ -44,6 +44,8 @@ def parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
     vocabulary = spec.padded_vocab_size(tensor_size) * spec.hidden_size
     embeddings = vocabulary * (2 if spec.no_weight_tying else 1)
     embeddings += sum(parameter.count for parameter in position_inventory(spec))
+    if spec.soft_prompt_tuning is not None:
+        embeddings += spec.soft_prompt_tuning.n_tokens * spec.hidden_size
     blocks = sum(block_parameters(spec, kind) for kind in attention_types(spec))
     return embeddings + blocks + norm_parameters(spec)
 

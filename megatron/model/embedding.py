@@ -13,6 +13,7 @@ from megatron.model.kv_cache import CachingModule, document_starts
 from megatron.model.norm import build_norm
 from megatron.model.positions import build_positions
 from megatron.model.relative import RelativeBias
+from megatron.model.soft_prompt import PromptEmbedding, prompt_length
 from megatron.model.spec import ModelSpec, resets, vocabulary
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.parameters import ParameterScope
@@ -67,6 +68,13 @@ class Embedding(CachingModule):
             if positions and spec.pos_emb == "rpe"
             else None
         )
+        self.soft_prompt = (
+            PromptEmbedding(
+                scope.child("soft_prompt"), spec.soft_prompt_tuning, hidden=spec.hidden_size
+            )
+            if positions and spec.soft_prompt_tuning is not None
+            else None
+        )
         self.resets_positions, self.document_end = spec.reset_position_ids, _document_end(spec)
 
     def forward(self, tokens: torch.Tensor) -> Value:
@@ -81,6 +89,9 @@ class Embedding(CachingModule):
             added = self.position_embeddings(self._positions(tokens, starts))
             embedded = embedded + added.to(embedded.dtype)
         bias, length = None, tokens.shape[1]
+        if self.soft_prompt is not None:
+            embedded = self.soft_prompt(embedded, self.cache)
+            length = embedded.shape[1]
         if self.relative_bias is not None:
             bias = self.relative_bias(length if self.cache is None else self.cache.length)
         return Carried(hidden=self.dropout(embedded), starts=starts, bias=bias).value()
@@ -113,13 +124,14 @@ def _document_end(spec: ModelSpec) -> int | None:
     return spec.eod_token_id
 
 
-class FinalNorm(nn.Module):
-    """The norm after the last block."""
+class FinalNorm(CachingModule):
+    """The norm after the last block, of what belongs to tokens."""
 
     def __init__(self, scope: ParameterScope, spec: ModelSpec) -> None:
         """Make the norm."""
         super().__init__()
         self.norm = build_norm(scope.child("norm"), spec)
+        self.prefix = prompt_length(spec)
 
     def forward(self, value: Value) -> torch.Tensor:
         """Normalise ``[…, hidden]``; what came beside it ends here."""
@@ -128,6 +140,8 @@ class FinalNorm(nn.Module):
         if carried.bias is not None:
             # A stage without blocks must send a gradient of the bias back too.
             hidden = hidden + 0.0 * carried.bias.sum()
+        if self.prefix:
+            hidden = hidden[:, self.prefix if self.cache is None else self.cache.prefix_runs :]
         normalised: torch.Tensor = self.norm(hidden)
         return normalised
 

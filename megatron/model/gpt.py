@@ -20,6 +20,7 @@ from megatron.model.embedding import Embedding, FinalNorm, Output, OutputLayer, 
 from megatron.model.gmlp import GMLPBlock
 from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
 from megatron.model.norm import Norm
+from megatron.model.soft_prompt import freeze_all_but_prompt
 from megatron.model.spec import MIXERS, ModelSpec, attention_types
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
@@ -169,6 +170,8 @@ class GPT(nn.Module):
                 module if description.forward is None else partial(description.forward, module)
             )
             functions.append((function, description.recomputable))
+        if spec.soft_prompt_tuning is not None:
+            freeze_all_but_prompt(self)
         self._run = LayerRun(functions, dropout=self.dropout, recomputed=recomputed_blocks(spec))
 
     def _module(self, index: int, description: LayerDescription) -> nn.Module:

@@ -48,7 +48,9 @@ def layer_inventory(spec: ModelSpec, tensor_size: int = 1) -> list[list[Paramete
     kinds = attention_types(spec)
     built = {kind: block_inventory(spec, tensor_size, kind=kind) for kind in set(kinds)}
     blocks = [built[kind] for kind in kinds]
-    first = [vocabulary, *position_inventory(spec, tensor_size)]
+    prompt = spec.soft_prompt_tuning
+    learned = [] if prompt is None else [_weight(PROMPT, prompt.n_tokens, spec.hidden_size)]
+    first = [vocabulary, *position_inventory(spec, tensor_size), *learned]
     return [first, *blocks, _norm("norm", spec), [vocabulary]]
 
 
@@ -127,6 +129,9 @@ def _gmlp_inventory(spec: ModelSpec, kind: str) -> list[ParameterSize]:
         *back,
     ]
 
+
+PROMPT = "soft_prompt.weight"
+"""The learned prompt; where there is one, nothing else is trained."""
 
 SPATIAL = "sgu.proj.weight"
 """The matrix over positions of a block that has one."""

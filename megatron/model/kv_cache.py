@@ -31,11 +31,14 @@ class KVCache:
         rows: sequences in the batch.
         capacity: slots of a row.
         length: slots that any row has used, which is how many keys a query is held against.
+        prefix: slots before a row's first token, which vectors without a token take.
+        prefix_runs: how many of them are part of this pass.
     """
 
     def __init__(self, *, rows: int, capacity: int) -> None:
         """Make an empty cache; room is made when the first keys come."""
         self.rows, self.capacity, self.length = rows, capacity, 0
+        self.prefix = self.prefix_runs = 0
         self._slots: torch.Tensor | None = None
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._ends: torch.Tensor | None = None
@@ -53,9 +56,10 @@ class KVCache:
         if slots.dim() != 2 or slots.shape[0] != self.rows:
             raise ValueError(f"slots of shape {tuple(slots.shape)} for a cache of {self.rows} rows")
         last = int(slots.max())
-        if int(slots.min()) < 0 or last >= self.capacity:
-            raise ValueError(f"a token at slot {last} of a cache with room for {self.capacity}")
-        self._slots = slots
+        room = self.capacity - self.prefix
+        if int(slots.min()) < 0 or last >= room:
+            raise ValueError(f"a token at slot {last} of a cache with room for {room}")
+        self._slots, self.prefix_runs = slots, 0
         self.length = max(self.length, last + 1)
 
     def slots(self, device: torch.device) -> torch.Tensor:
@@ -64,6 +68,23 @@ class KVCache:
             raise RuntimeError("a cache is attached, but advance(slots) was not called")
         self._slots = self._slots.to(device)
         return self._slots
+
+    def begin_with(self, count: int) -> bool:
+        """Let ``count`` slots come before those of tokens; ask in every pass, before any block.
+
+        Returns:
+            Whether what stands there is to be run with this pass: it is with the first.
+        """
+        assert self._slots is not None
+        first = self.prefix == 0
+        self._slots = self._slots + count
+        if first:
+            self.prefix = self.prefix_runs = count
+            self.capacity += count
+            before = torch.arange(count, device=self._slots.device).expand(self.rows, -1)
+            self._slots = torch.cat([before, self._slots], dim=1)
+        self.length = max(self.length, int(self._slots.max()) + 1)
+        return first
 
     def extend(
         self, layer: int, key: torch.Tensor, value: torch.Tensor

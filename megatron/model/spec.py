@@ -45,6 +45,20 @@ class Sparsity(Protocol):
     def num_sliding_window_blocks(self) -> int | None: ...
 
 
+class SoftPrompt(Protocol):
+    """Settings of a learned prompt.
+
+    Attributes:
+        n_tokens: vectors in it.
+        init_range: they start between this and its negative.
+    """
+
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def init_range(self) -> float: ...
+
+
 class ModelSpec(Protocol):
     """The architecture.  ``megatron.config``'s model group satisfies it; so may anything else.
 
@@ -90,6 +104,7 @@ class ModelSpec(Protocol):
         attention_dropout: of attention probabilities.
         use_bias_in_attn_linear: biases in attention's projections.
         use_bias_in_mlp: biases in the MLP's projections.
+        soft_prompt_tuning: a learned prompt, beside which nothing is trained; None = none.
         checkpoint_activations: recompute blocks in backward.
         checkpoint_num_layers: blocks recomputed together.
     """
@@ -172,6 +187,8 @@ class ModelSpec(Protocol):
     def use_bias_in_attn_linear(self) -> bool: ...
     @property
     def use_bias_in_mlp(self) -> bool: ...
+    @property
+    def soft_prompt_tuning(self) -> SoftPrompt | None: ...
     @property
     def checkpoint_activations(self) -> bool: ...
     @property

@@ -14,6 +14,7 @@ from megatron.training.layout import layer_bounds
 
 NOT_ARCHITECTURE = {
     "hidden_dropout",
+    "soft_prompt_tuning",
     "attention_dropout",
     "reset_attention_mask",
     "reset_position_ids",

@@ -20,6 +20,7 @@ from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
 from megatron.signals.validation import LossObserver
 from megatron.training.layout import layer_bounds
+from megatron.training.soft_prompt import start_prompt
 
 
 class Batch(NamedTuple):
@@ -58,13 +59,15 @@ def build_engine(
         model = GPT(
             config.model, topology, seed=config.training.seed, loss_fn=loss_fn, dropout=dropout
         )
-        return SequentialEngine(
+        sequential = SequentialEngine(
             model=model,
             topology=topology,
             optimizer=_optimizer(config, model),
             config=settings,
             before_micro_batch=before_micro_batch,
         )
+        start_prompt(config, sequential)
+        return sequential
     # DeepSpeed chooses its device when it is imported, which start_runtime has prepared.
     from megatron.engine.pipeline import PipelineEngine, Stage
 

@@ -23,6 +23,7 @@ from megatron.training.conversion import universal_form
 from megatron.training.domains import OpenDomains
 from megatron.training.edits import Edits, find_edits, follow_edits
 from megatron.training.layout import run_layout
+from megatron.training.soft_prompt import load_around_prompt, prompt_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +220,7 @@ def restore(
         CheckpointError: the state does not fit the run.
     """
     config, manifest, files = checked.config, source.manifest, source.engine_files
+    prompt = prompt_values(parts.engine)
     if source.universal:
         parts.engine.load_universal(
             files,
@@ -229,6 +231,7 @@ def restore(
     else:
         parts.engine.load(files.parent, files.name, weights_only=not source.optimizer)
     if source.weights_only:
+        load_around_prompt(config, parts.engine, prompt)
         taken = "weights and the optimizer" if source.optimizer else "weights"
         say(f"starting from the {taken} of {source.checkpoint}, and from step 0")
         return 0

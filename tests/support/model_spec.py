@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.model.spec import Sparsity
+from megatron.model.spec import SoftPrompt, Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class TestSpec:
     attention_dropout: float = 0.0
     use_bias_in_attn_linear: bool = True
     use_bias_in_mlp: bool = True
+    soft_prompt_tuning: SoftPrompt | None = None
     checkpoint_activations: bool = False
     checkpoint_num_layers: int = 1
 

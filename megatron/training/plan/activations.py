@@ -8,11 +8,14 @@ keys, and masks of dropout come on top.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.model.spec import (
     GATED_ACTIVATIONS,
+    MIXERS,
     ModelSpec,
+    attention_types,
     ffn_width,
     head_size,
     kv_heads,
@@ -76,7 +79,7 @@ def stage_activations(
 ) -> StageActivations:
     """Count the activations of the layers from ``first`` up to before ``last``."""
     total = spec.num_layers + 3
-    blocks = max(0, min(last, spec.num_layers + 1) - max(first, 1))
+    blocks = attention_types(spec)[max(first, 1) - 1 : max(last - 1, 0)]
     tokens = setting.tokens(spec)
     saved = blocks_saved(spec, setting, blocks)
     saved += tokens * 24  # ids, targets, mask, weights
@@ -91,8 +94,10 @@ def stage_activations(
     return StageActivations(saved=saved, in_flight=in_flight, workspace=workspace)
 
 
-def block_saved(spec: ModelSpec, setting: Setting) -> float:
+def block_saved(spec: ModelSpec, setting: Setting, kind: str = "global") -> float:
     """Return the bytes that one block keeps when it is not recomputed, its input included."""
+    if kind in MIXERS:
+        return _gmlp_saved(spec, setting, kind)
     tokens, residual = setting.tokens(spec), setting.residual(spec)
     share = tokens * setting.width / setting.tensor_size
     query = spec.hidden_size
@@ -109,11 +114,22 @@ def block_saved(spec: ModelSpec, setting: Setting) -> float:
     return attention + share * ffn_width(spec) * _mlp_copies(spec) + norms + inputs + masks
 
 
-def blocks_saved(spec: ModelSpec, setting: Setting, blocks: int) -> float:
-    """Return the bytes that ``blocks`` neighbouring blocks keep: all, or their groups' inputs."""
+def _gmlp_saved(spec: ModelSpec, setting: Setting, kind: str) -> float:
+    """Both halves before and after the activation, the gate normalised and mixed, the product."""
+    tokens, width = setting.tokens(spec) * setting.width, ffn_width(spec)
+    gate = tokens * width
+    rows = (spec.seq_length or 0) ** 2 * setting.width
+    numbers = 7 * gate + rows + setting.residual(spec) + norm_saved(spec, setting)
+    if kind == "amlp":
+        numbers += 4 * tokens * spec.gmlp_attn_dim
+    return numbers + _hidden_mask(spec, setting)
+
+
+def blocks_saved(spec: ModelSpec, setting: Setting, blocks: Sequence[str]) -> float:
+    """Return what neighbouring blocks keep, given their kinds: all, or their groups' inputs."""
     if not spec.checkpoint_activations:
-        return blocks * block_saved(spec, setting)
-    return -(-blocks // spec.checkpoint_num_layers) * setting.residual(spec)
+        return sum(block_saved(spec, setting, kind) for kind in blocks)
+    return -(-len(blocks) // spec.checkpoint_num_layers) * setting.residual(spec)
 
 
 def norm_saved(spec: ModelSpec, setting: Setting) -> float:
@@ -163,7 +179,8 @@ def _block_workspace(spec: ModelSpec, setting: Setting) -> float:
     if not spec.checkpoint_activations:
         return gradients
     repeated = min(spec.checkpoint_num_layers, spec.num_layers)
-    again = repeated * block_saved(spec, setting) - setting.residual(spec)
+    largest = max(block_saved(spec, setting, kind) for kind in set(attention_types(spec)))
+    again = repeated * largest - setting.residual(spec)
     return gradients + again
 
 

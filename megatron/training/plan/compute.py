@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -11,9 +11,11 @@ from megatron.model.accounting import (
     block_parameters,
     flops_per_token,
     held_parameters,
+    mixing_width,
     parameter_count,
 )
-from megatron.model.inventory import stage_inventory
+from megatron.model.inventory import PROMPT, stage_inventory
+from megatron.model.spec import attention_types
 from megatron.parallel.layout import Layout
 from megatron.training.layout import layer_bounds
 from megatron.training.plan.activations import Setting, StageActivations, stage_activations
@@ -160,8 +162,14 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
     stages = []
     for stage, (first, last) in enumerate(pairwise(bounds)):
         inventory = stage_inventory(model, first, last, tensor_size=layout.tensor_size)
-        held = states(inventory, zero, data_size=layout.data_size, accumulation=accumulation)
+        prompt = [one for one in inventory if one.name == PROMPT]
+        held = states(
+            prompt or inventory, zero, data_size=layout.data_size, accumulation=accumulation
+        )
         count = sum(one.count for one in inventory)
+        if prompt:  # all the rest is there, and that is all
+            frozen = count - sum(one.count for one in prompt)
+            held = replace(held, weights=held.weights + frozen * zero.width)
         shape = StageShape(
             first=first,
             last=last,
@@ -224,12 +232,10 @@ def checkpoint_bytes(config: Config) -> int:
 def _stage_flops(config: Config, layout: Layout, first: int, last: int) -> float:
     """Return what a stage's layers cost for one token: its blocks, and the output's product."""
     model = config.model
-    blocks = max(0, min(last, model.num_layers + 1) - max(first, 1))
-    attention = model.hidden_size * model.context_length
-    cost = (
-        blocks
-        * (block_parameters(model) + attention)
+    cost = sum(
+        (block_parameters(model, kind) + mixing_width(model, kind) * model.context_length)
         * (8.0 if model.checkpoint_activations else 6.0)
+        for kind in attention_types(model)[max(first, 1) - 1 : max(last - 1, 0)]
     )
     if last == model.num_layers + 3:
         cost += 6.0 * model.padded_vocab_size(layout.tensor_size) * model.hidden_size
