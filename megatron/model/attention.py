@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from megatron.errors import ConfigError, did_you_mean
 from megatron.model.init import initializer
 from megatron.model.kv_cache import CachingModule
-from megatron.model.masking import Masking
+from megatron.model.masking import Masking, MaskTables
 from megatron.model.norm import Norm, build_norm
 from megatron.model.relative import own_slopes
 from megatron.model.rotary import Rotary
@@ -38,8 +38,11 @@ class SelfAttention(CachingModule):
         layer: int,
         rotary: Rotary | None,
         dropout: DropoutRng,
+        masks: MaskTables | None = None,
     ) -> None:
         """Make the attention of block ``layer`` (counted from 0).
+
+        ``masks`` are shared by the blocks of a model; None makes some for this one.
 
         Raises:
             ConfigError: sizes do not divide.
@@ -49,7 +52,7 @@ class SelfAttention(CachingModule):
         _check(spec, ranks)
         self.layer = layer
         self.rotary = rotary
-        self.masking = _masking(scope, spec, layer)
+        self.masking = _masking(scope, spec, layer, masks)
         self.resets_mask, self.resets_positions = (
             spec.reset_attention_mask,
             spec.reset_position_ids,
@@ -207,7 +210,9 @@ def build_rotary(spec: ModelSpec) -> Rotary | None:
     return Rotary(dimensions=dimensions, base=spec.rotary_emb_base)
 
 
-def _masking(scope: ParameterScope, spec: ModelSpec, layer: int) -> Masking:
+def _masking(
+    scope: ParameterScope, spec: ModelSpec, layer: int, tables: MaskTables | None
+) -> Masking:
     """Make the mask of block ``layer``.
 
     Raises:
@@ -228,6 +233,7 @@ def _masking(scope: ParameterScope, spec: ModelSpec, layer: int) -> Masking:
         window=spec.sliding_window_width,
         pattern=pattern,
         slopes=own_slopes(spec, topology) if spec.pos_emb == "alibi" else None,
+        tables=tables,
     )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from megatron.model.attention import SelfAttention
 from megatron.model.carried import Carried, Value
 from megatron.model.dropout import Dropout
+from megatron.model.masking import MaskTables
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary
@@ -32,13 +33,19 @@ class TransformerBlock(nn.Module):
         layer: int,
         rotary: Rotary | None,
         dropout: DropoutRng,
+        masks: MaskTables | None = None,
     ) -> None:
-        """Make block ``layer`` (counted from 0)."""
+        """Make block ``layer`` (counted from 0); ``masks`` are shared by a model's blocks."""
         super().__init__()
         self.parallel = spec.gpt_j_residual
         self.input_layernorm = build_norm(scope.child("input_layernorm"), spec)
         self.attention = SelfAttention(
-            scope.child("attention"), spec, layer=layer, rotary=rotary, dropout=dropout
+            scope.child("attention"),
+            spec,
+            layer=layer,
+            rotary=rotary,
+            dropout=dropout,
+            masks=masks,
         )
         self.post_attention_layernorm = (
             None if shares_norm(spec) else build_norm(scope.child("post_attention_layernorm"), spec)

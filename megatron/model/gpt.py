@@ -19,6 +19,7 @@ from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding, FinalNorm, Output, OutputLayer, tied_output
 from megatron.model.gmlp import GMLPBlock
 from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
+from megatron.model.masking import MaskTables
 from megatron.model.norm import Norm
 from megatron.model.soft_prompt import freeze_all_but_prompt
 from megatron.model.spec import MIXERS, ModelSpec, attention_types
@@ -92,8 +93,10 @@ def layers(
     tie: dict[str, Any] = (
         {"tied_key": "embed", "tied_weights": ("word_embeddings.weight",)} if tied else {}
     )
+    # One table of angles and one mask of each kind serve all blocks.
+    shared = {"rotary": build_rotary(spec), "masks": MaskTables()}
     blocks = [
-        _block(kind, scope=root.child(str(layer + 1)), spec=spec, layer=layer, dropout=rng)
+        _block(kind, shared, scope=root.child(str(layer + 1)), spec=spec, layer=layer, dropout=rng)
         for layer, kind in enumerate(attention_types(spec))
     ]
     norm, last = root.child(str(spec.num_layers + 1)), root.child(str(spec.num_layers + 2))
@@ -116,13 +119,13 @@ def layers(
     ]
 
 
-def _block(kind: str, *, spec: ModelSpec, **arguments: Any) -> LayerDescription:
-    """Describe a block by its kind of attention."""
-    arguments["spec"] = spec
+def _block(kind: str, shared: dict[str, Any], **arguments: Any) -> LayerDescription:
+    """Describe a block by its kind of attention; ``shared`` is for those that attend."""
     if kind in MIXERS:
         return LayerDescription(module_type=GMLPBlock, arguments=arguments, recomputable=True)
-    arguments["rotary"] = build_rotary(spec)
-    return LayerDescription(module_type=TransformerBlock, arguments=arguments, recomputable=True)
+    return LayerDescription(
+        module_type=TransformerBlock, arguments={**arguments, **shared}, recomputable=True
+    )
 
 
 class GPT(nn.Module):

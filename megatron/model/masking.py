@@ -6,9 +6,30 @@ no key behind its own slot.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
+
 import torch
 
 from megatron.model.sparsity import BlockPattern
+
+
+class MaskTables:
+    """Masks of whole passes, each held once for all layers that have the same.
+
+    A mask that adds to scores has a number for every head, query and key.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._held: dict[Hashable, tuple[Hashable, torch.Tensor]] = {}
+
+    def get(self, kind: Hashable, size: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the mask of a kind, made anew where the last one asked for had another size."""
+        held = self._held.get(kind)
+        if held is None or held[0] != size:
+            held = self._held[kind] = (size, make())
+        return held[1]
 
 
 class Masking:
@@ -24,6 +45,7 @@ class Masking:
         window: int | None = None,
         pattern: BlockPattern | None = None,
         slopes: torch.Tensor | None = None,
+        tables: MaskTables | None = None,
     ) -> None:
         """Make the mask.
 
@@ -32,9 +54,11 @@ class Masking:
             pattern: which blocks of them it sees; None = all.
             slopes: what a step of distance takes from the score, of each of this rank's heads
                 (ALiBi); None = nothing.
+            tables: shared with the model's other layers, which have the same window and slopes;
+                None makes some of its own.
         """
         self.window, self.pattern, self.slopes = window, pattern, slopes
-        self._tables: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
+        self._tables = tables or MaskTables()
 
     def __call__(
         self,
@@ -66,11 +90,9 @@ class Masking:
             slots = torch.arange(keys, device=query.device)[None]
         if not whole:
             return self._made(slots, keys, starts, bias, query.dtype)
-        place = (keys, query.device, query.dtype)
-        if place not in self._tables:
-            # One length at a time: evaluation and training take turns at most.
-            self._tables = {place: self._made(slots, keys, None, None, query.dtype)}
-        return self._tables[place]
+        kind = None if self.pattern is None else self.pattern.kind
+        make = partial(self._made, slots, keys, None, None, query.dtype)
+        return self._tables.get(kind, (keys, query.device, query.dtype), make)
 
     def _made(
         self,

@@ -42,7 +42,11 @@ DEFAULTS = Settings()
 
 
 class BlockPattern:
-    """The pattern of one layer, for this tensor rank's heads."""
+    """The pattern of one layer, for this tensor rank's heads.
+
+    Attributes:
+        kind: patterns with the same are the same: the name, and the layer where blocks are drawn.
+    """
 
     def __init__(
         self, kind: str, spec: Sparsity, *, heads: int, layer: int, topology: Topology
@@ -58,6 +62,8 @@ class BlockPattern:
             topology: decides which heads are this rank's.
         """
         self._kind, self._spec, self._layer = kind, spec, layer
+        draws = kind == "bigbird" or (kind == "sparse_variable" and bool(spec.num_random_blocks))
+        self.kind = (kind, layer if draws else None)
         own = heads // topology.tensor_size
         first = topology.tensor_rank * own
         self._heads = range(first, first + own) if spec.different_layout_per_head else range(1)

@@ -297,3 +297,19 @@ def test_nothing_changes_where_nothing_is_asked_for() -> None:
     assert isinstance(
         GPT(SPEC, seed=1).tied_modules["embed"](torch.zeros(1, 4).long()), torch.Tensor
     )
+
+
+def test_layers_share_a_mask_where_they_have_the_same() -> None:
+    sparse = SparsityConfig(block=2)
+    types = ("global", "sparse_fixed", "bigbird", "global", "sparse_fixed", "bigbird")
+    spec = dataclasses.replace(
+        SPEC, pos_emb="alibi", num_layers=6, attention_config=types, sparsity_config=sparse
+    )
+    model, query = GPT(spec, seed=1), torch.zeros(1, 4, 16, 8)
+    made: Any = [
+        model.get_submodule(f"{layer + 1}.attention").masking(query, 16) for layer in range(6)
+    ]
+    assert made[0] is made[3]
+    assert made[1] is made[4]
+    assert not torch.equal(made[2], made[5]), "these draw blocks of their own"
+    assert not torch.equal(made[0], made[1])
