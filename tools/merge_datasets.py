@@ -32,11 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a folder, meaning all datasets in it by name, or prefixes; may be repeated",
     )  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="without suffix")
+    parser.add_argument(
+        "--labels", action="store_true",
+        help="of a folder, join the labels (…label_document), in the order of the tokens, which "
+        "are joined without it",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what the prefix holds")
     found = parser.parse_args(arguments)
     prefixes: list[str] = []
     for given in found.input:
-        prefixes.extend(find_prefixes(given) if Path(given).is_dir() else [given])
+        prefixes.extend(
+            find_prefixes(given, labels=found.labels) if Path(given).is_dir() else [given]
+        )
     for note in merge_datasets(prefixes, found.output_prefix, overwrite=found.overwrite):
         print(f"note: {note}")
     with TokenReader(found.output_prefix) as merged:

@@ -12,9 +12,16 @@ from megatron.data.sidecar import Sidecar, write_sidecar
 from megatron.data.writer import merge
 from megatron.errors import DataError
 
+LABEL_SUFFIX = "label_document"
 
-def find_prefixes(folder: str) -> list[str]:
+
+def find_prefixes(folder: str, *, labels: bool = False) -> list[str]:
     """Return the prefixes of all datasets directly in a folder, sorted by name.
+
+    Args:
+        folder: to look into.
+        labels: take the datasets of labels (``…label_document``) instead of the others; both in
+            one order, so that merged labels fit merged tokens.
 
     Raises:
         DataError: no such folder, none in it, or a file lacks its partner.
@@ -30,7 +37,18 @@ def find_prefixes(folder: str) -> list[str]:
         for suffix in (".bin", ".idx"):
             if stem + suffix not in names:
                 raise DataError(f"{path / stem}{suffix}: missing beside its partner")
-    return [str(path / stem) for stem in sorted(stems)]
+    kept = [stem for stem in sorted(stems) if stem.endswith(LABEL_SUFFIX) == labels]
+    if not kept:
+        what = "labels (…label_document)" if labels else "tokens; --labels joins the labels in it"
+        raise DataError(f"--input {folder}: no dataset of {what}")
+    return [str(path / stem) for stem in sorted(kept, key=_order)]
+
+
+def _order(stem: str) -> str:
+    """Return what datasets of tokens and their labels are sorted alike by."""
+    if not stem.endswith(LABEL_SUFFIX):
+        return stem.removesuffix("_text_document").removesuffix("_document")
+    return stem.removesuffix(LABEL_SUFFIX).rstrip("_")
 
 
 def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> list[str]:
