@@ -262,13 +262,15 @@ class NeoxWeights:
             layer, own = self._place(name)
             spelt = self._spelling(self._layer(layer)[0], own)
             taken.setdefault(layer, set()).update((spelt,) if isinstance(spelt, str) else spelt)
-        last = self._model.num_layers + 4
-        if not self._model.no_weight_tying:
-            # The tied output may be kept once more.
-            taken.setdefault(last, set()).update({"word_embeddings.weight", "final_linear.weight"})
         if not self._pipeline:
             module = self._module("mp_rank_00_model_states.pt")
             layers = {int(key.split(".")[1]) for key in module if key.startswith("sequential.")}
+        last = self._model.num_layers + 4
+        if not self._model.no_weight_tying and last in layers:
+            # The tied output may be kept once more; another one is not tied.
+            stored, again = self._layer(0)[0]["word_embeddings.weight"], self._layer(last)[0]
+            same = {name for name, value in again.items() if torch.equal(value, stored)}
+            taken.setdefault(last, set()).update(same)
         left = [
             f"{layer}.{own}"
             for layer in sorted(layers)
