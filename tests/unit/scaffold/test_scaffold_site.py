@@ -24,7 +24,8 @@ REPOSITORY = "https://example.org/group/neomix"
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        # Not --quiet: warnings that are not shown are not counted by --strict either.
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "REPO_URL": REPOSITORY},
         capture_output=True,
@@ -33,7 +34,7 @@ def site(tmp_path_factory) -> Path:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr.strip()
+    assert "Documentation built" in done.stderr
     return folder
 
 
