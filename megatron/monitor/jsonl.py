@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import RunError
 from megatron.monitor.append import AppendFile
+from megatron.monitor.charts import validation_scalars
 from megatron.monitor.encode import VectorEncoder, dumps, named, number
 from megatron.monitor.record import (
     LEDGER_VECTORS,
@@ -30,6 +32,8 @@ SAMPLES = "samples.jsonl"
 RUN_INFO = "run.json"
 ALL_STEPS = "all"
 """Key of the whole training time beside the kinds of overhead in ``metrics.jsonl``."""
+
+_AVERAGE = re.compile(r"/(weighted_)?avg_")
 
 _log = logging.getLogger(__name__)
 
@@ -215,6 +219,9 @@ def validation_line(record: ValidationRecord) -> str:
     line[f"average_{name}"] = number(record.average)
     if record.weights is not None:
         line[f"weighted_average_{name}"] = number(record.weighted_average)
+    # The same, and perplexities, under the names that the sinks have them by.
+    scalars = validation_scalars(record).items()
+    line |= {key: number(value) for key, value in scalars if _AVERAGE.search(key)}
     if record.bits_per_byte:
         line["bits_per_byte"] = named(record.bits_per_byte)
     if record.review is not None:

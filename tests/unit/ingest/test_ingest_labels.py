@@ -231,7 +231,7 @@ def test_each_flag_does_what_it_says(
         answer = conversation(1 + number % 3)[-1]["content"]
         assert tokenizer.decode([t for t in own if t >= 0]) == f"{answer}\n<|endoftext|>"
     users = run("user", "--generation-role", "user")
-    assert tokenizer.decode([t for t in users[0] if t >= 0]).startswith("<|user|>") is False
+    assert tokenizer.decode([t for t in users[0] if t >= 0]).startswith("<|user|>user says 0")
     assert "user says 0" in tokenizer.decode([t for t in users[0] if t >= 0])
     assert run("all", "--no-mask") == []
     rewarded = run("rm", "--for-rm", "--reward-key", "score")

@@ -172,6 +172,11 @@ def test_validation_extras(tmp_path: Path) -> None:
     first, second = read(tmp_path / "metrics.jsonl")
     assert first["bits_per_byte"] == {"code": 1.25}
     assert first["weighted_average_valid_loss"] == 4.75
+    assert first["validation/weighted_avg_lm_loss"] == 4.75
+    losses = np.array(list(first["valid_loss"].values()))
+    assert first["validation/avg_lm_loss"] == pytest.approx(losses.mean())
+    assert first["validation/avg_ppl"] == pytest.approx(np.exp(losses).mean())
+    assert first["validation/weighted_avg_ppl"] != first["validation/avg_ppl"]
     assert second["test_loss"]["names"] == 6.0
     assert "valid_loss" not in second
 
