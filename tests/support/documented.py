@@ -12,7 +12,7 @@ from typing import Literal
 
 from support.doc_commands import Command
 
-Quick = Literal["run", "check", "dry-run", "parse", "make", "none"]
+Quick = Literal["run", "check", "config", "dry-run", "parse", "make", "none"]
 DEEPY = r"(\./deepy\.py|python deepy\.py)"
 ACTION = r"--(check|plan|print-config|dry-run|sbatch)\b"
 
@@ -24,8 +24,9 @@ class Way:
     Attributes:
         pattern: that the whole command matches.
         quick: in every test run: ``run`` it as it stands, in this process; ``check`` and
-            ``dry-run`` run it with that flag; ``parse`` gives its words to the program's own
-            parser and looks for the files that it reads; ``make`` has make say what it would do.
+            ``dry-run`` run it with that flag; ``config`` reads its configuration; ``parse`` gives
+            its words to the program's own parser and looks for the files that it reads; ``make``
+            has make say what it would do.
         slow: among the slow tests it is really run, in a tiny project.
         why: it is not really run; or "".
     """
@@ -42,6 +43,7 @@ WAYS = (
     Way(pattern=rf"{DEEPY} train\.py configs/mixbench/base\.yml .*", quick="parse", slow=True),
     Way(pattern=rf"{DEEPY} train\.py -d configs local/.*", quick="check", slow=True),
     Way(pattern=rf"{DEEPY} train\.py .*", quick="check", why="trains a model of full size"),
+    Way(pattern=rf"{DEEPY} (generate|evaluate)\.py .*", quick="config", slow=True),
     Way(
         pattern=r"python tools/mix\.py compare (bench|configs/mixbench/\w+)\.yml.*",
         quick="parse",
@@ -83,7 +85,7 @@ WAYS = (
         quick="parse",
         why="wants data of its own; tests/unit/data/test_data_bigram.py runs it",
     ),
-    Way(pattern=r"python (tools|examples)/\w+\.py .*", quick="parse", slow=True),
+    Way(pattern=r"python ((tools|examples)/)?\w+\.py .*", quick="parse", slow=True),
     Way(pattern=r"torchrun .* train\.py -d configs local/.*", quick="none", slow=True),
     Way(pattern=r"tail .* runs/quickstart/.*", quick="none", slow=True),
     Way(pattern=r"sbatch .*", quick="none", why="a cluster"),

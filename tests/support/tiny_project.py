@@ -79,6 +79,7 @@ def environment(root: Path) -> dict[str, str]:
 def _texts(root: Path) -> None:
     drawn = random.Random(0)
     (root / "corpus").mkdir()
+    chats = []
     for name, words in WORDS.items():
         lines = [
             json.dumps({"text": " ".join(drawn.choices(words.split(), k=drawn.randint(40, 160)))})
@@ -86,6 +87,11 @@ def _texts(root: Path) -> None:
         ]
         for path in (root / f"{name}.jsonl", root / "corpus" / f"{name}.jsonl"):
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for _ in range(20):
+            asked, said = (" ".join(drawn.choices(words.split(), k=12)) for _ in range(2))
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            chats.append(json.dumps({"text": f"{asked} {said}", "conversation": turns}))
+    (root / "chats.jsonl").write_text("\n".join(chats) + "\n", encoding="utf-8")
 
 
 def _data(root: Path) -> None:
@@ -105,13 +111,15 @@ def _data(root: Path) -> None:
                 append_eod=True,
             )
         )
+    _chat_model(root, tokenizer)
     quickstart = root / "data" / "quickstart"
     quickstart.mkdir()
     shutil.copy(tokenizer, quickstart / "tokenizer.json")
     for number, domain in enumerate(QUICKSTART):
         for part in PARTS:
             _copy(own, quickstart / domain / f"{part}_text_document", number)
-    _copy(own, root / "data" / "code_text_document", 0)
+    for number, name in enumerate(("code", "web")):
+        _copy(own, root / "data" / f"{name}_text_document", number)
     for corpus in CORPORA:
         text = (ROOT / "configs" / "data" / f"{corpus}.yml").read_text(encoding="utf-8")
         for number, prefix in enumerate(re.findall(r"train: (\S+)", text)):
@@ -120,6 +128,20 @@ def _data(root: Path) -> None:
     (root / "data" / "gpt2-vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     (root / "data" / "gpt2-merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+
+
+def _chat_model(root: Path, tokenizer: Path) -> None:
+    """Make what a chat model's folder has of its tokenizer."""
+    folder = root / "models" / "chat"
+    folder.mkdir(parents=True)
+    shutil.copy(tokenizer, folder / "tokenizer.json")
+    template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _copy(own: Path, prefix: Path, number: int) -> None:
