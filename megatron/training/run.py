@@ -12,11 +12,13 @@ import torch
 
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config
+from megatron.engine.frozen import PRECISIONS
 from megatron.engine.runtime import Runtime, open_board
 from megatron.engine.universal import universal_info
 from megatron.launch.stop import StopFlag
 from megatron.model.accounting import parameter_count
 from megatron.model.gpt import GPT
+from megatron.model.kernels import attention_kernels
 from megatron.monitor.overhead import overhead_text
 from megatron.training.agreement import Agreement
 from megatron.training.build import Parts, build, run_facts
@@ -91,6 +93,7 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
     parts = build(config, runtime, domains, checked.mixer, say)
     layout = parts.topology.layout
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
+    say(f"attention: {_kernels(config, runtime)}")
     start = restore(checked, runtime, parts, source, say) if source is not None else 0
     milestones = _milestones(config, runtime, checked, store, parts, heartbeat, source)
     if runtime.rank == 0:
@@ -243,6 +246,15 @@ def _universal_info(config: Config) -> dict[str, Any]:
     assert config.model.vocab_size is not None
     whole = GPT(config.model, seed=config.training.seed, device="meta")
     return universal_info(dict(whole.named_parameters()), config.model.vocab_size)
+
+
+def _kernels(config: Config, runtime: Runtime) -> str:
+    """Return in words which kernel each kind of attention runs on."""
+    told = attention_kernels(
+        config.model, device=runtime.device, dtype=PRECISIONS[config.precision]
+    )
+    said = [f"{kind} by torch's {kernel} kernel" for kind, kernel in told.items()]
+    return ", ".join(said) or "none"
 
 
 def _write_config(config: Config) -> None:

@@ -198,12 +198,16 @@ def _hidden_mask(spec: ModelSpec, setting: Setting) -> float:
 
 
 def _attention_masks(spec: ModelSpec, setting: Setting) -> float:
-    """Attention matrices, which only a CPU's kernel keeps, and only for dropout."""
-    if spec.attention_dropout == 0 or not setting.on_cpu:
-        return 0.0
+    """Attention matrices, which only unfused kernels keep, and masks that no two blocks share."""
     heads = spec.num_attention_heads / setting.tensor_size
     matrix = setting.tokens(spec) * (spec.seq_length or 0) * heads
-    return matrix * setting.width * (3 if setting.width == 4 else 6)
+    if spec.pos_emb == "rpe":
+        # Probabilities and the bias, by head and block.
+        return matrix * setting.width * 2
+    own = setting.tokens(spec) * (spec.seq_length or 0) if spec.reset_attention_mask else 0.0
+    if spec.attention_dropout == 0 or not setting.on_cpu:
+        return own * (heads * setting.width if spec.pos_emb == "alibi" else 1)
+    return own + matrix * setting.width * (3 if setting.width == 4 else 6)
 
 
 def _head(spec: ModelSpec, setting: Setting) -> int:
