@@ -293,12 +293,13 @@ def _throughput(config: Config, runtime: Runtime) -> Throughput:
 
 
 def _eod_id(config: Config, domains: OpenDomains) -> int | None:
-    """Return the end-of-document token as the data's sidecars state it."""
+    """Return the end-of-document token: the configuration's, or as the data's sidecars state it."""
     if not config.training.eod_mask_loss:
         return None
-    if domains.eod_id is not None:
-        return domains.eod_id
+    for known in (config.model.eod_token_id, domains.eod_id):
+        if known is not None:
+            return known
     raise DataError(
-        "eod_mask_loss is on, but no domain's .meta.json names the end-of-document token; "
-        "preprocess the data again with --append-eod, or switch eod_mask_loss off"
+        "eod_mask_loss is on, but no domain's .meta.json names the end-of-document token; set "
+        "eod_token_id, preprocess the data again with --append-eod, or switch eod_mask_loss off"
     )

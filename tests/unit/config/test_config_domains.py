@@ -43,6 +43,12 @@ def test_lists_with_weights(load):
     assert (a.valid_weight, b.valid_weight, a.test_weight) == (1.0, 1.0, None)
 
 
+@pytest.mark.option(
+    "valid_data_paths",
+    "valid_data_weights",
+    "test_data_paths",
+    "test_data_weights",
+)
 @pytest.mark.option("test_data_weights")
 def test_lists_of_other_lengths_are_matched_by_name_and_the_rest_is_only_measured(load):
     config = own(
@@ -60,6 +66,7 @@ def test_lists_of_other_lengths_are_matched_by_name_and_the_rest_is_only_measure
     assert (last.test, last.test_weight, last.valid) == (("t/last",), 2.0, None)
 
 
+@pytest.mark.option("train_label_data_paths", "valid_label_data_paths", "test_label_data_paths")
 @pytest.mark.option("train_label_data_paths", "valid_label_data_paths", "test_label_data_paths")
 def test_labels_stand_in_the_order_of_the_paths(load):
     config = own(

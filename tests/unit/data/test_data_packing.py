@@ -108,6 +108,7 @@ def batches(domains: list[Domain], *, ranks: int = 1, **options: Any) -> list[Mi
     return found
 
 
+@pytest.mark.option("pack_impl")
 @pytest.mark.parametrize("how", ["pack_until_overflow", "unpacked"])
 def test_every_document_is_read_once_an_epoch_and_padding_never_counts(
     prefix: str, how: Any
@@ -140,6 +141,7 @@ def test_every_document_is_read_once_an_epoch_and_padding_never_counts(
     assert total == pytest.approx(6)  # micro-batches: their mean is the mean over the tokens
 
 
+@pytest.mark.option("allow_chopped")
 @pytest.mark.option("allow_chopped")
 def test_chopped_documents_are_cut_off_or_left_out(prefix: str) -> None:
     chopped, whole = (
@@ -227,6 +229,7 @@ def test_no_document_long_enough_is_an_error(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.option("curriculum_learning")
 def test_a_curriculum_cuts_rows_and_counts_what_is_left(prefix: str) -> None:
     domain = open_domain("a", [prefix], seq_length=SEQ, seed=3)
     long, short = batches([domain]), batches([domain], lengths=lambda step: 4 if step == 1 else SEQ)
