@@ -23,7 +23,7 @@ from megatron.exchange.weights import join, load_file, parameters, partition_of,
 
 _MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-_NEOX_GLOBALS = DEEPSPEED_GLOBALS | {
+NEOX_GLOBALS = DEEPSPEED_GLOBALS | {
     # States of random number generators, which are arrays of numpy.
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct",
@@ -113,7 +113,7 @@ def stored_parts(folder: Path, layer: int, names: Sequence[str]) -> list[torch.T
         if layered and int(match.group(1)) != layer:
             continue
         path = folder / match.string
-        vet_file(path, allowed=_NEOX_GLOBALS)
+        vet_file(path, allowed=NEOX_GLOBALS)
         content = load_file(path, vetted=True)
         module = content if layered else content.get("module") or {}
         prefix = "" if layered else f"sequential.{layer}."
@@ -140,7 +140,7 @@ class NeoxWeights:
         self._pipeline = bool(layered)
         self.ranks = len({m.group(2) for m in layered} if layered else {m.group(1) for m in whole})
         for match in layered or whole:
-            vet_file(folder / match.string, allowed=_NEOX_GLOBALS)
+            vet_file(folder / match.string, allowed=NEOX_GLOBALS)
         self._open: dict[str, Mapping[str, Any]] = {}
         self._layers: dict[int, list[Mapping[str, Any]]] = {}
         self._check_names({int(match.group(1)) for match in layered})
