@@ -101,7 +101,6 @@ SAMPLING_KEYS = frozenset(
 
 _NEXT_TO_TOKENS = "train on plain tokens: name the data under domains"
 _PAIRS = Refusal(instead=f"reward and preference data are not offered; {_NEXT_TO_TOKENS}")
-_MUP = Refusal(instead="µP is not offered; tune learning rate and init_method_std directly")
 _DEEPSPEED = "to hand it to DeepSpeed unchanged, put it under deepspeed_extra_args"
 _RWKV = Refusal(instead="RWKV blocks are not offered; remove the key")
 _TE = Refusal(instead="TransformerEngine layers are not offered; use precision: bf16")
@@ -124,9 +123,10 @@ REFUSED: dict[str, Refusal] = {
     "moe_num_experts": Refusal(
         instead="mixtures of experts are not offered yet; use 1", neutral=(0, 1)
     ),
-    "use_mup": _MUP,
-    "coord_check": _MUP,
-    "save_base_shapes": _MUP,
+    "coord_check": Refusal(instead="run tools/coord_check.py, which trains models of its own"),
+    "save_base_shapes": Refusal(
+        instead="no file of shapes is needed; set mup_base_hidden_size to the base model's width"
+    ),
     # optimizer, schedule, numbers
     "scheduler": Refusal(instead="use lr_decay_style, lr_decay_iters, warmup and min_lr"),
     "amp": Refusal(instead="use precision: bf16 or precision: fp16"),
@@ -187,7 +187,7 @@ _DERIVED = "worked out from the other keys"
 _UNUSED = "GPT-NeoX itself does not use it"
 _MONITOR = "metrics.jsonl and report.html hold what is recorded"
 _PREFERENCE = "belongs to preference training"
-_MUP_DETAIL = "belongs to µP"
+_MUP_DETAIL = "the base model of µP is named by mup_base_hidden_size"
 
 _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     _KERNELS: (
@@ -292,9 +292,11 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "csv_monitor",
         "comms_logger",
     ),
+    "the snapshot goes into the run's own folder": ("memory_profiling_path",),
     "sums of squares are taken as gradients come by, and no gradient is kept": (
         "gradient_noise_scale_cpu_offload",
     ),
+    "traces and snapshots are kept in run_dir": ("memory_profiling_path",),
     "optimizers are handed to DeepSpeed as objects": ("zero_allow_untested_optimizer",),
     _PREFERENCE: (
         "dpo_fp32",
@@ -314,11 +316,6 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ),
     _MUP_DETAIL: (
         "base_shapes_file",
-        "mup_init_scale",
-        "mup_attn_temp",
-        "mup_output_temp",
-        "mup_embedding_mult",
-        "mup_rp_embedding_mult",
         "mup_width_scale",
     ),
     "checkpoints are not sent to S3": ("s3_chunk_size",),

@@ -43,7 +43,7 @@ def parity_page(root: Path) -> str:
     for system in SYSTEMS:
         parts += ["", f"## {_TITLES[system]}: keys", *_keys(system, shown)]
     for system in SYSTEMS:
-        parts += ["", f"## {_TITLES[system]}: tools", *_tools(system)]
+        parts += ["", f"## {_TITLES[system]}: tools", *_tools(system, root)]
     return "\n".join(parts) + "\n"
 
 
@@ -86,15 +86,18 @@ def _link(test: str) -> str:
     return f"[{name}](../{path})"
 
 
-def _tools(system: str) -> Iterator[str]:
+def _tools(system: str, root: Path) -> Iterator[str]:
     yield "\n| theirs | here | by | flags |"
     yield "|---|---|---|---|"
     for tool in TOOLS:
         if tool.system == system:
-            by = f"`{tool.ours}`" if tool.ours else tool.reason
+            # In code marks only what is in this repository: the documents' test looks for it.
+            by = f"`{tool.ours}`" if tool.ours and (root / tool.ours).is_file() else tool.ours
+            by = by or tool.reason
             if tool.ours and tool.reason:
                 by += f": {tool.reason}"
-            yield f"| `{tool.path}` | {tool.state} | {_escape(by)} | {_escape(_flags(tool))} |"
+            state = tool.state if not tool.ours or by.startswith("`") else "not yet"
+            yield f"| {tool.path} | {state} | {_escape(by)} | {_escape(_flags(tool))} |"
 
 
 def _flags(tool: Tool) -> str:

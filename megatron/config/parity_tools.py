@@ -86,18 +86,14 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         system=ODM,
         path="bigram_model.py",
-        state="refused",
-        reason="a baseline of the paper alone; `mixing: {method: auto}` counts bigrams of its own",
-        flags=dict.fromkeys(
-            (
-                "--save_path",
-                "--dataset_name",
-                "--train_samples",
-                "--train",
-                "--evaluate_samples",
-                "--evaluate",
-            ),
-            "–",
+        ours="bigram_model.py",
+        flags=_same(
+            "--save_path",
+            "--dataset_name",
+            "--train_samples",
+            "--train",
+            "--evaluate_samples",
+            "--evaluate",
         ),
     ),
     Tool(
@@ -293,8 +289,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         system=NEOX,
         path="tools/datasets/dataset_token_count.py",
-        state="mapped",
-        ours="tools/inspect_dataset.py",
+        ours="tools/dataset_token_count.py",
     ),
     Tool(
         system=NEOX,
@@ -316,10 +311,7 @@ TOOLS: tuple[Tool, ...] = (
             **_same("--input", "--jsonl-keys", "--no-mask", "--generation-role", "--only-last"),
             **_same("--num-docs", "--tokenizer-path", "--ftfy", "--output-prefix"),
             **_same("--dataset-impl", "--workers", "--log-interval"),
-            **dict.fromkeys(
-                ("--for-rm", "--reward-key", "--binary-reward"),
-                "refused: preference training is not offered",
-            ),
+            **_same("--for-rm", "--reward-key", "--binary-reward"),
         },
     ),
     Tool(
