@@ -75,15 +75,9 @@ WAYS = (
     # Its libraries take many seconds to import before it parses anything.
     Way(pattern=r"python examples/huggingface_trainer\.py .*", quick="none", slow=True),
     Way(
-        pattern=r"python tools/preprocess_data_with_(mask|chat_template)\.py .*"
-        r"|python tools/dataset_token_count\.py --labels .*",
-        quick="parse",
-        why="wants conversations; tests/unit/ingest/test_ingest_labels.py makes and reads some",
-    ),
-    Way(
         pattern=r"python bigram_model\.py .*",
         quick="parse",
-        why="wants data of its own; tests/unit/data/test_data_bigram.py runs it",
+        why="wants a test part of 1025 tokens; tests/unit/data/test_data_bigram.py runs it",
     ),
     Way(pattern=r"python ((tools|examples)/)?\w+\.py .*", quick="parse", slow=True),
     Way(pattern=r"torchrun .* train\.py -d configs local/.*", quick="none", slow=True),
