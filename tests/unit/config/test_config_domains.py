@@ -49,7 +49,6 @@ def test_lists_with_weights(load):
     "test_data_paths",
     "test_data_weights",
 )
-@pytest.mark.option("test_data_weights")
 def test_lists_of_other_lengths_are_matched_by_name_and_the_rest_is_only_measured(load):
     config = own(
         load,
@@ -66,7 +65,6 @@ def test_lists_of_other_lengths_are_matched_by_name_and_the_rest_is_only_measure
     assert (last.test, last.test_weight, last.valid) == (("t/last",), 2.0, None)
 
 
-@pytest.mark.option("train_label_data_paths", "valid_label_data_paths", "test_label_data_paths")
 @pytest.mark.option("train_label_data_paths", "valid_label_data_paths", "test_label_data_paths")
 def test_labels_stand_in_the_order_of_the_paths(load):
     config = own(

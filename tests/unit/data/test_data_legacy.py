@@ -100,7 +100,6 @@ def test_damage_is_told(pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.option("data_impl")
-@pytest.mark.option("data_impl")
 @pytest.mark.parametrize(("impl", "wrong"), [("mmap", 0), ("cached", 1), ("lazy", 1)])
 def test_data_impl_says_which_format_there_has_to_be(
     pair: tuple[str, str], impl: str, wrong: int

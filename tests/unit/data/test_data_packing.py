@@ -142,7 +142,6 @@ def test_every_document_is_read_once_an_epoch_and_padding_never_counts(
 
 
 @pytest.mark.option("allow_chopped")
-@pytest.mark.option("allow_chopped")
 def test_chopped_documents_are_cut_off_or_left_out(prefix: str) -> None:
     chopped, whole = (
         open_domain("a", [prefix], seq_length=SEQ, seed=3, pack_impl="unpacked", allow_chopped=chop)
