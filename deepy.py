@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.config import Config
+    from megatron.launch.command import LaunchPlan
+    from megatron.launch.remote import RemotePlan
     from megatron.launch.request import LaunchRequest
 
 ROOT = Path(__file__).resolve().parent
@@ -80,6 +82,9 @@ USING_FLAGS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
         {"metavar": "FILE", "help": "where generate.py writes"},
     ),
 )
+
+# Programs that look at a model, and their folders in the run's.
+USES = {"evaluate.py": "evaluation", "generate.py": "generation"}
 
 # The flags of --sbatch: (flag, metavar, help).
 SBATCH_FLAGS = (
@@ -274,6 +279,10 @@ def main(argv: list[str]) -> int:
         print(job_script(script, arguments, request, config), end="")
         return 0
     run_dir = Path(config.checkpoint.run_dir)
+    uses = script.name if script.parent == ROOT and script.name in USES else None
+    if uses is not None:
+        # Beside the run itself, which may be training meanwhile.
+        run_dir = run_dir / USES[uses]
     log_dir = Path(config.logging.log_dir) if config.logging.log_dir else run_dir / "logs"
     plan = plan_launch(
         script,
@@ -282,7 +291,7 @@ def main(argv: list[str]) -> int:
         log_dir=log_dir,
         save_timeout=config.checkpoint.save_timeout,
     )
-    if arguments.check:
+    if arguments.check and uses is None:
         from megatron.training.check import check
 
         return check(config, world_size=plan.ranks, gpus=plan.gpus)
@@ -290,11 +299,46 @@ def main(argv: list[str]) -> int:
         print(plan.shell())
         return 0
 
+    if uses is not None:
+        return use_model(uses, config, plan, run_dir, log_dir, check=arguments.check)
+
     from megatron.launch.start import start
     from megatron.training.check import preflight
 
     preflight(config, world_size=plan.ranks, gpus=plan.gpus).domains.close()
     return start(plan, run_dir, log_dir, save_timeout=config.checkpoint.save_timeout)
+
+
+def use_model(
+    script: str,
+    config: Config,
+    plan: LaunchPlan | RemotePlan,
+    folder: Path,
+    log_dir: Path,
+    *,
+    check: bool,
+) -> int:
+    """Start the ranks of a program that looks at a model, or check that they could start."""
+    from megatron.errors import ConfigError
+    from megatron.launch.command import LaunchPlan
+    from megatron.launch.keyboard import passed_on
+    from megatron.launch.start import start
+    from megatron.training.inference_options import preflight_inference
+
+    preflight_inference(config, world_size=plan.ranks, gpus=plan.gpus, script=script)
+    if check:
+        print(f"check: everything that {script} needs is there")
+        return 0
+    typed = script == "generate.py" and config.generation.text_gen_type == "interactive"
+    if not typed:
+        return start(plan, folder, log_dir, save_timeout=config.checkpoint.save_timeout)
+    if not isinstance(plan, LaunchPlan):
+        raise ConfigError(
+            "text_gen_type: interactive needs its ranks on this machine; use input-file, or "
+            "launcher: local"
+        )
+    with passed_on(folder):
+        return start(plan, folder, log_dir, save_timeout=config.checkpoint.save_timeout)
 
 
 def job_script(

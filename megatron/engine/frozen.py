@@ -22,6 +22,11 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 class FrozenModel(ABC):
     """What reads a frozen model's losses; see :class:`megatron.engine.engine.TrainEngine`."""
 
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The layers that this rank holds."""
+
     @abstractmethod
     def evaluate(
         self,
@@ -54,6 +59,12 @@ class FrozenSequential(FrozenModel):
         """
         self._model: Any = model.to(device=device, dtype=PRECISIONS[precision]).eval()
         self._model.requires_grad_(False)
+
+    @property
+    def module(self) -> nn.Module:
+        """See :class:`FrozenModel`."""
+        module: nn.Module = self._model
+        return module
 
     def evaluate(
         self,

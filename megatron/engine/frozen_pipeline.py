@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import nn
 
 from megatron.engine.engine import LossFunction
 from megatron.engine.frozen import FrozenModel
@@ -47,6 +48,12 @@ class FrozenPipeline(FrozenModel):
             model=stage, config=dict(config), dist_init_required=False
         )
         self._stage = stage
+
+    @property
+    def module(self) -> nn.Module:
+        """See :class:`FrozenModel`."""
+        module: nn.Module = self._stage
+        return module
 
     def evaluate(
         self,

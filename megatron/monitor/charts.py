@@ -13,6 +13,7 @@ from megatron.monitor.record import (
     AuditRecord,
     FloatArray,
     StepRecord,
+    TaskRecord,
     ValidationRecord,
     is_logged,
 )
@@ -64,6 +65,10 @@ class ChartSink:
     def validation(self, record: ValidationRecord) -> None:
         """Send a validation."""
         self.emit(validation_scalars(record), record.step)
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Send an evaluation by tasks."""
+        self.emit(task_scalars(record), record.step)
 
     def audit(self, record: AuditRecord) -> None:
         """Ignore: sample lists are for files."""
@@ -140,6 +145,17 @@ def validation_scalars(record: ValidationRecord) -> Scalars:
     if record.seconds is not None:
         scalars[f"runtime/{group}_seconds"] = record.seconds
     return finite(scalars)
+
+
+def task_scalars(record: TaskRecord) -> Scalars:
+    """Return the named numbers of an evaluation by tasks."""
+    return finite(
+        {
+            f"test/{task}/{metric}": value
+            for task, metrics in record.tasks.items()
+            for metric, value in metrics.items()
+        }
+    )
 
 
 def by_domain(name: str, domains: Sequence[str], values: Sequence[float]) -> Scalars:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from megatron.monitor.interval import Interval
-from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord, is_logged
+from megatron.monitor.record import AuditRecord, StepRecord, TaskRecord, ValidationRecord, is_logged
 from megatron.monitor.throughput import duration, short
 
 LINE_WIDTH = 100
@@ -32,6 +32,10 @@ class View(Protocol):
 
     def validation(self, record: ValidationRecord, first: ValidationRecord) -> None:
         """Show a validation beside the first one that this process saw."""
+        ...
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Show an evaluation by tasks."""
         ...
 
     def close(self) -> None:
@@ -81,6 +85,10 @@ class ConsoleSink:
         """Show a validation and the change since the first."""
         first = self._first.setdefault(record.split, record)
         self._view.validation(record, first)
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Show an evaluation by tasks."""
+        self._view.tasks(record)
 
     def audit(self, record: AuditRecord) -> None:
         """Ignore: sample lists are for files."""
@@ -145,6 +153,10 @@ class PlainView:
             cells.append(f"and {len(record.valid_loss) - MOST_DOMAINS} more domains")
         self._print([head, *wrap(cells)])
 
+    def tasks(self, record: TaskRecord) -> None:
+        """Print the metrics."""
+        self._print(task_lines(record))
+
     def close(self) -> None:
         """Nothing is held back."""
 
@@ -177,6 +189,17 @@ def by_share(interval: Interval) -> list[int]:
     if count <= MOST_DOMAINS:
         return list(range(count))
     return [int(k) for k in np.argsort(-np.nan_to_num(interval.share), kind="stable")]
+
+
+def task_lines(record: TaskRecord) -> list[str]:
+    """Return the metrics of an evaluation by tasks, one task beside the other."""
+    cells = [
+        f"{task} {name} {value:.4g}"
+        for task, metrics in record.tasks.items()
+        for name, value in metrics.items()
+        if "_stderr" not in name
+    ]
+    return [f"step {record.step} · evaluation by tasks", *wrap(cells)]
 
 
 def loss_text(loss: float) -> str:

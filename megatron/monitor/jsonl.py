@@ -22,6 +22,7 @@ from megatron.monitor.record import (
     METRICS_VECTORS,
     AuditRecord,
     StepRecord,
+    TaskRecord,
     ValidationRecord,
     is_logged,
 )
@@ -30,9 +31,13 @@ METRICS = "metrics.jsonl"
 MIXTURE = "mixture.jsonl"
 SAMPLES = "samples.jsonl"
 RUN_INFO = "run.json"
+EVALUATIONS = "evaluations.jsonl"
+"""What ``evaluate.py`` measured of the run's checkpoints: lines like those of the metrics."""
 ALL_STEPS = "all"
 """Key of the whole training time beside the kinds of overhead in ``metrics.jsonl``."""
 
+# What is measured between two steps: its field of a line, and its kind.
+_MEASURED = {"valid_loss": "valid", "test_loss": "test", "tasks": "tasks"}
 _AVERAGE = re.compile(r"/(weighted_)?avg_")
 
 _log = logging.getLogger(__name__)
@@ -79,11 +84,11 @@ class JsonlSink:
         self._last_step = self._last_audit = resume_step or 0
         # A run that stopped right after a validation measures it again on resume.
         self._validated = {
-            (resume_step, "valid" if "valid_loss" in record else "test")
+            (resume_step, kind)
             for record in metrics.at_last
-            if resume_step is not None
-            and metrics.last_step == resume_step
-            and ("valid_loss" in record or "test_loss" in record)
+            if resume_step is not None and metrics.last_step == resume_step
+            for name, kind in _MEASURED.items()
+            if name in record
         }
         if resume_step and (mixture.last_step or 0) < resume_step:
             _log.warning(
@@ -115,11 +120,18 @@ class JsonlSink:
 
     def validation(self, record: ValidationRecord) -> None:
         """Write a validation, unless the same one stands there already."""
-        key = (record.step, record.split)
-        if key in self._validated:
-            return
-        self._validated = {kept for kept in self._validated if kept[0] == record.step} | {key}
-        self._metrics.write(validation_line(record))
+        if self._is_new(record.step, record.split):
+            self._metrics.write(validation_line(record))
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Write an evaluation by tasks, unless the same one stands there already."""
+        if self._is_new(record.step, "tasks"):
+            self._metrics.write(tasks_line(record))
+
+    def _is_new(self, step: int, kind: str) -> bool:
+        new = (step, kind) not in self._validated
+        self._validated = {kept for kept in self._validated if kept[0] == step} | {(step, kind)}
+        return new
 
     def audit(self, record: AuditRecord) -> None:
         """Write the samples of a step, if auditing is on."""
@@ -226,6 +238,15 @@ def validation_line(record: ValidationRecord) -> str:
         line["bits_per_byte"] = named(record.bits_per_byte)
     if record.review is not None:
         line["review"] = record.review
+    if record.seconds is not None:
+        line["seconds"] = number(record.seconds)
+    return dumps(line)
+
+
+def tasks_line(record: TaskRecord) -> str:
+    """Return the line of ``metrics.jsonl`` for an evaluation by tasks."""
+    tasks = {task: named(metrics) for task, metrics in record.tasks.items()}
+    line: dict[str, Any] = {"step": record.step, "tasks": tasks}
     if record.seconds is not None:
         line["seconds"] = number(record.seconds)
     return dumps(line)

@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron.monitor.console import change_text, headline, loss_text
+from megatron.monitor.console import change_text, headline, loss_text, task_lines
 from megatron.monitor.interval import Interval
-from megatron.monitor.record import FloatArray, StepRecord, ValidationRecord
+from megatron.monitor.record import FloatArray, StepRecord, TaskRecord, ValidationRecord
 
 REFRESH_SECONDS = 0.5
 BAR = 24
@@ -66,6 +66,10 @@ class LiveView:
                 f"step {record.step} · {record.split} loss {loss_text(record.average)}"
             )
         self._draw()
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Print the metrics above the table."""
+        self._console.print("\n".join(task_lines(record)), markup=False)
 
     def close(self) -> None:
         """Draw the last state and leave it standing."""

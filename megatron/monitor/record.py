@@ -225,6 +225,21 @@ class ValidationRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskRecord:
+    """One evaluation by tasks.
+
+    Attributes:
+        step: training steps done when it was measured.
+        tasks: metrics of each task by name.
+        seconds: duration; a time field.
+    """
+
+    step: int
+    tasks: Mapping[str, Mapping[str, float]]
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditRecord:
     """The ordered global list of samples of one step.
 

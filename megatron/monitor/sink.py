@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from megatron.errors import NeomixError
-from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord
+from megatron.monitor.record import AuditRecord, StepRecord, TaskRecord, ValidationRecord
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,10 @@ class Sink(Protocol):
 
     def validation(self, record: ValidationRecord) -> None:
         """Take a measurement of held-out losses."""
+        ...
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Take an evaluation by tasks."""
         ...
 
     def audit(self, record: AuditRecord) -> None:
@@ -85,6 +89,10 @@ class SinkGroup:
     def validation(self, record: ValidationRecord) -> None:
         """Hand a validation to every sink."""
         self._each("validation", record)
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Hand an evaluation by tasks to every sink."""
+        self._each("tasks", record)
 
     def audit(self, record: AuditRecord) -> None:
         """Hand a plan's samples to every sink."""

@@ -35,6 +35,7 @@ from megatron.training.compatible import (
 from megatron.training.counting import counter
 from megatron.training.domains import OpenDomains, open_run_domains, start_weights
 from megatron.training.edits import find_edits
+from megatron.training.inference_options import check_tasks
 from megatron.training.layout import layer_bounds, run_layout
 from megatron.training.plan import checkpoint_bytes
 from megatron.training.reference_options import check_reference_source
@@ -79,6 +80,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
     data_size = run_layout(config, world_size).data_size
     micro, accumulation, total = resolve_batch(config.batch, data_size)
     check_device(config, on_cpu=gpus == 0)
+    check_tasks(config)
     deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=data_size)
     domains = open_run_domains(config)
     try:

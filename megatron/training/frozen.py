@@ -58,7 +58,7 @@ def share_reference(
         check_reference(found, config)
         return found.manifest.step
 
-    return find_reference(given, step=_on_first(runtime, find), verified=False, say=say)
+    return find_reference(given, step=on_first(runtime, find), verified=False, say=say)
 
 
 def share_weights(
@@ -82,11 +82,17 @@ def share_weights(
         CheckpointError: it cannot be converted, or there is no room.
     """
     store = CheckpointStore(cache)
-    return Path(_on_first(runtime, lambda: str(_whole_parameters(reference, store, say))))
+    return Path(on_first(runtime, lambda: str(_whole_parameters(reference, store, say))))
 
 
-def _on_first(runtime: Runtime, work: Callable[[], Any]) -> Any:
-    """Return on every rank what ``work`` returns on the first, or raise its error there too."""
+def on_first(runtime: Runtime, work: Callable[[], Any]) -> Any:
+    """Return on every rank what ``work`` returns on the first, or raise its error there too.
+
+    Collective; what it returns is JSON-able.
+
+    Raises:
+        CheckpointError: ``work`` failed.
+    """
     answer: dict[str, Any] = {}
     if runtime.rank == 0:
         try:
@@ -164,6 +170,20 @@ def build_frozen(
         accumulation=accumulation,
         data_size=topology.data_size,
     )
+
+
+def reload_frozen(model: FrozenModel, files: Path, topology: Topology) -> None:
+    """Fill a frozen model with the weights of another checkpoint of the same architecture.
+
+    Args:
+        model: built by :func:`build_frozen`.
+        files: folder of the weights in the universal format.
+        topology: this rank's place.
+
+    Raises:
+        CheckpointError: the weights are not of that model.
+    """
+    load_weights(model.module, _checkpoint(files, model.module, topology))
 
 
 def describe_frozen(reference: ReferenceCheckpoint, config: Config, topology: Topology) -> str:

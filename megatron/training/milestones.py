@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ from megatron.training.saving import Saver
 from megatron.training.stall import SAVING, VALIDATING, Heartbeat
 
 FloatArray = npt.NDArray[np.float64]
+TaskNumbers = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,9 @@ class Milestones:
         eval_interval: steps between two validations.
         saves_at: whether a checkpoint is due after a step.
         weights: the mixture's start weights [K], for the weighted average.
+        tasks: evaluates the model by tasks, on all ranks, and returns metrics by task (nothing
+            on ranks other than the first); None where no tasks are asked for.
+        tasks_interval: steps between two evaluations by tasks.
         heartbeat: is told when a measurement or a save begins.
     """
 
@@ -57,8 +61,11 @@ class Milestones:
     eval_interval: int
     saves_at: Callable[[int], bool]
     weights: FloatArray
+    tasks: Callable[[], TaskNumbers | None] | None = None
+    tasks_interval: int = 1
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     _validated: int = field(default=-1, init=False)
+    _evaluated: int = field(default=-1, init=False)
     _saved: int = field(default=-1, init=False)
 
     def before_first(self) -> None:
@@ -78,14 +85,17 @@ class Milestones:
         self.agreement.after_step(step)
         over = ending in (Ending.COMPLETE, Ending.EXHAUSTED)
         validate = over or step % self.eval_interval == 0
+        evaluate = self.tasks is not None and (over or step % self.tasks_interval == 0)
         save = ending is not None or self.saves_at(step)
-        if not (validate or save):
+        if not (validate or evaluate or save):
             return
         self.throughput.pause()
         if validate:
             self._validate(step)
         if over:
             self._measure(self.test, step, "test")
+        if evaluate:
+            self._evaluate(step)
         if save:
             self._save(step)
         self.throughput.resume()
@@ -106,6 +116,17 @@ class Milestones:
         self.recorder.validation(
             step, held_out.loss, split=split, weights=self.weights, seconds=seconds, review=review
         )
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluate by tasks; collective."""
+        if self.tasks is None or self._evaluated == step:
+            return
+        self.heartbeat.at(VALIDATING, step)
+        started = time.perf_counter()
+        found = self.tasks()
+        if found is not None:
+            self.recorder.tasks(step, found, seconds=time.perf_counter() - started)
+        self._evaluated = step
 
     def _review(self, step: int, held_out: HeldOut) -> str | None:
         """Tell the controller, and the user of what it did."""

@@ -12,7 +12,13 @@ import torch
 from megatron.engine.engine import StepOutcome
 from megatron.mixing.exhaustion import ExhaustionWatch
 from megatron.monitor.overhead import Overhead
-from megatron.monitor.record import AuditRecord, StepRecord, ValidationRecord, is_logged
+from megatron.monitor.record import (
+    AuditRecord,
+    StepRecord,
+    TaskRecord,
+    ValidationRecord,
+    is_logged,
+)
 from megatron.monitor.sink import SinkGroup
 from megatron.monitor.throughput import Throughput
 from megatron.signals.ledger import StepTotals
@@ -193,6 +199,10 @@ class RunRecorder:
                 review=review,
             )
         )
+
+    def tasks(self, step: int, found: Mapping[str, Mapping[str, float]], *, seconds: float) -> None:
+        """Record an evaluation by tasks: metrics by task."""
+        self._sinks.tasks(TaskRecord(step=step, tasks=found, seconds=seconds))
 
 
 def _mean(totals: StepTotals, total: FloatArray | None) -> FloatArray | None:

@@ -79,14 +79,23 @@ def find_reference(
             f"{name}: {path} is of step 0, of a model that has learnt nothing; "
             "give a checkpoint of a later step"
         )
-    if manifest.layout.get("zero_stage") == 0:
-        raise CheckpointError(
-            f"{name}: {path} was written under ZeRO stage 0 (forced by deepspeed_extra_args), "
-            "whose checkpoints only their own layout can load; train the reference under stage 1"
-        )
+    check_loadable(path, manifest, name)
     config = recorded_config(folder, path, name)
     check_same_model(manifest, model_facts(config))
     return ReferenceCheckpoint(path=path, manifest=manifest, config=config)
+
+
+def check_loadable(path: Path, manifest: Manifest, name: str) -> None:
+    """Check that other layouts can load a checkpoint.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    if manifest.layout.get("zero_stage") == 0:
+        raise CheckpointError(
+            f"{name}: {path} was written under ZeRO stage 0 (forced by deepspeed_extra_args), "
+            "whose checkpoints only their own layout can load; train under stage 1"
+        )
 
 
 def recorded_config(given: Path, path: Path, name: str) -> Config:

@@ -29,8 +29,9 @@ from megatron.training.compatible import (
     layout_facts,
     model_facts,
 )
+from megatron.training.live_tasks import live_tasks
 from megatron.training.loop import Ending, Loop
-from megatron.training.milestones import Milestones
+from megatron.training.milestones import Milestones, TaskNumbers
 from megatron.training.plan import checkpoint_bytes
 from megatron.training.product import NAME as MIXTURE
 from megatron.training.product import write_mixture
@@ -95,7 +96,8 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
     say(f"attention: {_kernels(config, runtime)}")
     start = restore(checked, runtime, parts, source, say) if source is not None else 0
-    milestones = _milestones(config, runtime, checked, store, parts, heartbeat, source)
+    tasks = live_tasks(config, runtime, parts)
+    milestones = _milestones(config, runtime, checked, store, parts, heartbeat, source, tasks)
     if runtime.rank == 0:
         _write_config(config)
     parts.sinks.start(start or None, _description(config, checked, parts))
@@ -153,6 +155,7 @@ def _milestones(
     parts: Parts,
     heartbeat: Heartbeat,
     source: Source | None,
+    tasks: Callable[[], TaskNumbers | None] | None,
 ) -> Milestones:
     weights = checked.weights / checked.weights.sum()
     last = config.training.train_iters
@@ -203,6 +206,8 @@ def _milestones(
         eval_interval=config.training.eval_interval,
         saves_at=lambda step: config.checkpoint.saves_at(step, last),
         weights=weights,
+        tasks=tasks,
+        tasks_interval=config.evaluation.eval_tasks_interval or config.training.eval_interval,
         heartbeat=heartbeat,
     )
 

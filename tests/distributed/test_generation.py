@@ -12,12 +12,18 @@ from support import runs
 from support.gloo import run_ranks
 from support.training import Harness
 
+from megatron.engine.runtime import Runtime
 from megatron.errors import DataError
-from megatron.inference.generate import generate
+from megatron.inference.crew import Crew, Decoding
+from megatron.inference.generate import Prompt, generate
 from megatron.inference.sample import Sampling
+from megatron.inference.score import Request
 from megatron.model.gpt import GPT
+from megatron.tokenizer import build_tokenizer
+from megatron.training.inference import crew_of
 
 PROMPTS = [[3, 14, 15, 9, 26], [53, 58], [97]]
+REQUESTS = [Request([3, 4, 5], [6, 7]), Request([9], [10, 11, 12]), Request([0], [1])]
 STEPS = 3
 NEW = 6
 
@@ -44,39 +50,37 @@ def body(rank: int, world_size: int, files: list[Path]) -> list[dict[str, Any]]:
         harness.run(STEPS)
         engine, topology = harness.parts.engine, harness.parts.topology
 
-        continued = partial(
-            generate,
-            engine,
-            PROMPTS,
-            topology=topology,
-            vocab_size=120,
-            padded_vocab_size=harness.config.model.padded_vocab_size(topology.tensor_size),
-            seq_length=16,
-            max_new_tokens=NEW,
-        )
-        greedy = continued()
+        tokenizer = build_tokenizer("CharLevelTokenizer")
+        crew = crew_of(harness.config, harness.runtime, topology, engine, tokenizer, rows=2)
+        continued = partial(continuations, crew)
         before = harness.parts.validation.measure(engine).loss
+        greedy = shared(harness.runtime, continued(Decoding()))
         results.append(
             {
                 "greedy": greedy,
-                "drawn": continued(sampling=Sampling(temperature=1.0, top_k=50, seed=7)),
-                "stopped": continued(stop_token=greedy[0][2]),
+                "recomputed": continued(Decoding(recompute=True)),
+                "drawn": continued(Decoding(sampling=Sampling(temperature=1.0, top_k=50, seed=7))),
+                "stopped": continued(Decoding(stop_token=greedy[0][2])),
+                "scores": crew.lead(lambda crew: [list(one) for one in crew.score(REQUESTS)]),
                 "before": before,
                 "after": harness.parts.validation.measure(engine).loss,
                 "parameters": harness.parameters() if world_size == 1 else None,
             }
         )
         with pytest.raises(DataError, match="prompt 0 holds the token id 120"):
-            generate(
-                engine,
-                [[120]],
-                topology=topology,
-                vocab_size=120,
-                padded_vocab_size=128,
-                seq_length=16,
-                max_new_tokens=1,
-            )
+            generate(crew.model, [Prompt(tokens=[120], number=0, new_tokens=1)])
     return results
+
+
+def continuations(crew: Crew, decoding: Decoding) -> list[list[int]] | None:
+    """Continue the prompts; None on ranks that only follow."""
+    prompts = [Prompt(tokens=t, number=n, new_tokens=NEW) for n, t in enumerate(PROMPTS)]
+    return crew.lead(lambda crew: [one.tokens for one in crew.generate(prompts, decoding)])
+
+
+def shared(runtime: Runtime, value: Any) -> Any:
+    """Return rank 0's value."""
+    return runtime.broadcast(value)
 
 
 def test_every_layout_continues_alike(tmp_path: Path) -> None:
@@ -88,11 +92,15 @@ def test_every_layout_continues_alike(tmp_path: Path) -> None:
         write(tmp_path, pipe_parallel_size=2),
         write(tmp_path, zero_optimization={"stage": 3}),
     ]
-    for rank in run_ranks(body, 2, layouts):
-        for layout, found in zip(layouts, rank, strict=True):
-            for kind in ("greedy", "drawn", "stopped"):
-                assert found[kind] == whole[kind], (layout.stem, kind)
-            assert found["before"].tolist() == found["after"].tolist()
+    assert whole["recomputed"] == whole["greedy"]
+    leader, follower = run_ranks(body, 2, layouts)
+    for layout, found, other in zip(layouts, leader, follower, strict=True):
+        for kind in ("greedy", "recomputed", "drawn", "stopped"):
+            assert found[kind] == whole[kind], (layout.stem, kind)
+        for one, expected in zip(found["scores"], whole["scores"], strict=True):
+            assert one == [pytest.approx(expected[0], abs=1e-4), expected[1]], layout.stem
+        assert other["drawn"] is None
+        assert found["before"].tolist() == found["after"].tolist()
     assert len({tuple(row) for row in whole["greedy"]}) == len(PROMPTS)
     assert all(len(row) == NEW for row in whole["greedy"])
     assert (

@@ -27,7 +27,7 @@ TORCH_AT_TOP = {
     "exchange",
 }
 # Modules about one optional library, which are themselves imported where they are needed.
-ABOUT = {"megatron/monitor/live.py": "rich"}
+ABOUT = {"megatron/monitor/live.py": "rich", "megatron/inference/harness.py": "lm_eval"}
 LIGHT = {"numpy", "pydantic", "pydantic_core", "yaml", "typing_extensions"}
 MIXING_MAY = {"numpy", "scipy"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

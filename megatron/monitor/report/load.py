@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from megatron.errors import RunError
-from megatron.monitor.jsonl import METRICS, MIXTURE, RUN_INFO
+from megatron.monitor.jsonl import EVALUATIONS, METRICS, MIXTURE, RUN_INFO
 from megatron.monitor.record import FloatArray
 from megatron.monitor.report.ledger import Ledger, bin_limit, bin_width, read_ledger
 from megatron.monitor.report.lines import LineCount, last_step, read_lines
@@ -44,6 +44,19 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskEvaluation:
+    """What lm-eval's tasks found.
+
+    Attributes:
+        step: steps done when it was measured.
+        metrics: value by task and metric.
+    """
+
+    step: int
+    metrics: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunData:
     """Everything that the report says about one run.
 
@@ -56,6 +69,7 @@ class RunData:
         ledger: ``mixture.jsonl``, summed.
         validations: on the validation split, by rising step.
         tests: on the test split.
+        tasks: evaluations by tasks, in training and by ``evaluate.py``, by rising step.
         metric_steps: last step of each bin of ``metrics``, ``[M]``.
         metrics: binned means of the logged numbers, each ``[M]``.
         overhead: seconds that mixing took by kind, and those of all steps, as logged.
@@ -72,6 +86,7 @@ class RunData:
     ledger: Ledger
     validations: tuple[Validation, ...]
     tests: tuple[Validation, ...]
+    tasks: tuple[TaskEvaluation, ...]
     metric_steps: FloatArray
     metrics: Mapping[str, FloatArray]
     overhead: Mapping[str, float]
@@ -170,6 +185,7 @@ def load_run(path: Path, name: str) -> RunData:
         ledger=ledger,
         validations=metrics.validations,
         tests=metrics.tests,
+        tasks=read_tasks(path, count),
         metric_steps=metrics.steps,
         metrics=metrics.columns,
         overhead=metrics.overhead,
@@ -219,6 +235,19 @@ def read_metrics(path: Path, ledger: Ledger, count: LineCount) -> Metrics:
         validations=tuple(validations[step] for step in sorted(validations)),
         tests=tuple(tests[step] for step in sorted(tests)),
     )
+
+
+def read_tasks(path: Path, count: LineCount) -> tuple[TaskEvaluation, ...]:
+    """Read what tasks found in training and, in place of that, by ``evaluate.py``."""
+    found: dict[int, dict[tuple[str, str], float]] = {}
+    for name in (METRICS, EVALUATIONS):
+        for record in read_lines(path / name, count) if (path / name).is_file() else ():
+            tasks = record.get("tasks")
+            for task, metrics in tasks.items() if isinstance(tasks, dict) else ():
+                found.setdefault(record["step"], {}).update(
+                    {(task, metric): float(v) for metric, v in metrics.items() if _is_number(v)}
+                )
+    return tuple(TaskEvaluation(step=step, metrics=found[step]) for step in sorted(found))
 
 
 def _validation(record: Mapping[str, Any], name: str, ledger: Ledger) -> Validation:

@@ -38,6 +38,7 @@ from megatron.monitor.report.summary import (
     run_sentences,
     tiles,
 )
+from megatron.monitor.report.tasks import task_section
 from megatron.monitor.throughput import short
 
 
@@ -88,6 +89,7 @@ def page(runs: Sequence[RunData], comparison: Comparison | None) -> str:
         "HEAD": head(runs, comparison, title),
         "COMPARISON": comparison_table(runs, comparison) if comparison is not None else "",
         "TABLES": "\n".join(run_table(run, i, len(runs)) for i, run in enumerate(runs)),
+        "TASKS": task_section(runs),
         "COST": cost_section(runs),
         "NOTES": notes(runs),
     }
