@@ -40,9 +40,11 @@ def test_every_local_configuration_goes_with_every_mixture(local, mixing):
 
 
 @pytest.mark.parametrize("parallel", names("parallel"))
-def test_every_layout_goes_with_the_quickstart(parallel):
-    plain = load("local/quickstart", "mixing/odm")
-    config = load("local/quickstart", "mixing/odm", parallel)
+def test_every_layout_goes_with_the_quickstart_or_a_model_of_a_billion(parallel):
+    # The quickstart's four heads and layers do not divide by eight.
+    files = ("models/1B", "data/slimpajama") if "8" in parallel else ("local/quickstart",)
+    plain = load(*files, "mixing/odm")
+    config = load(*files, "mixing/odm", parallel)
     assert config != plain
     assert not config.ignored
 
