@@ -183,11 +183,6 @@ OPEN = frozenset(
         "log_param_norm",
         "maximum_tokens",
         "memory_profiling",
-        "mup_attn_temp",
-        "mup_embedding_mult",
-        "mup_init_scale",
-        "mup_output_temp",
-        "mup_rp_embedding_mult",
         "no_load_optim",
         "num_samples",
         "profile",
@@ -203,7 +198,6 @@ OPEN = frozenset(
         "text_gen_type",
         "top_k",
         "top_p",
-        "use_mup",
     }
 )
 
