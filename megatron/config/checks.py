@@ -18,6 +18,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_tensor_ranks(config, draft)
     _check_mixers(config, draft)
     _check_prompt(config, draft)
+    _check_mup(config, draft)
     _check_pipeline(config, draft)
     _check_offload(config, draft)
     _check_extra(config, draft)
@@ -119,6 +120,27 @@ def _check_prompt(config: Config, draft: Draft) -> None:
             "model",
             "soft_prompt_tuning",
             "init_string needs a tokenizer; set tokenizer_type and vocab_file",
+        )
+
+
+def _check_mup(config: Config, draft: Draft) -> None:
+    """Rates by width are known for Adam's kind, and every stage has all groups of parameters."""
+    if not config.model.use_mup:
+        return
+    if config.optimizer.type not in ("adamw", "adam", "adam8bit", "lion"):
+        _add(
+            draft,
+            "model",
+            "use_mup",
+            f"scales learning rates as Adam wants it, not {config.optimizer.type}; use Adam",
+        )
+    if config.parallel.stages > 2:
+        _add(
+            draft,
+            "model",
+            "use_mup",
+            "goes with at most 2 stages of a pipeline: those between the ends have no embedding, "
+            "whose learning rate is one of its own; use pipe_parallel_size: 2",
         )
 
 

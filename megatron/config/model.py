@@ -192,6 +192,22 @@ class ModelConfig(Group):
     """Standard deviation of `normal` and `scaled_normal`."""
     output_layer_init_method: InitMethod = "scaled_normal"
     """How the output projections of attention and MLP start."""
+    use_mup: bool = False
+    """Maximal update parametrisation (Yang et al. 2022): learning rate and initialisation that are
+    tuned on a narrow model hold for a wide one. See docs/model.md. GPT-NeoX reads the base model
+    from a file of shapes, here `mup_base_hidden_size` says it."""
+    mup_base_hidden_size: Count | None = None
+    """`hidden_size` of the base model of `use_mup`, whose learning rate and initialisation hold."""
+    mup_init_scale: Positive = 1.0
+    """`use_mup`: all drawn weights are multiplied with it."""
+    mup_attn_temp: Positive = 1.0
+    """`use_mup`: attention's scores are divided by it, beside the size of a head (not its root)."""
+    mup_output_temp: Positive = 1.0
+    """`use_mup`: logits are divided by it, beside the multiple of the base model's width."""
+    mup_embedding_mult: Positive = 1.0
+    """`use_mup`: embedded tokens are multiplied with it."""
+    mup_rp_embedding_mult: Positive = 1.0
+    """`use_mup`: the vectors of `learned` and `sinusoidal` positions are multiplied with it."""
     soft_prompt_tuning: SoftPromptConfig | None = None
     """Prompt tuning (Lester et al. 2021): `enabled: true` trains `n_tokens` (10; also
     `num_tokens`) vectors that stand before the tokens, and nothing else; they start as the
@@ -253,6 +269,7 @@ class ModelConfig(Group):
                 "of at least 2",
             )
         self._check_attention()
+        self._check_mup()
         length = self.seq_length or self.max_position_embeddings
         if length is None:
             raise invalid("seq_length", "required, and given in none of the files")
@@ -270,6 +287,20 @@ class ModelConfig(Group):
         }
         self.__dict__.update(filled)
         return self
+
+    def _check_mup(self) -> None:
+        if not self.use_mup:
+            return
+        if self.mup_base_hidden_size is None:
+            raise invalid(
+                "use_mup", "needs mup_base_hidden_size, the hidden_size of the base model"
+            )
+        if {"gmlp", "amlp"} & set(self.attention_config or ()):
+            raise invalid("use_mup", "is not worked out for gmlp and amlp blocks")
+        for field in ("init_method", "output_layer_init_method"):
+            method = getattr(self, field)
+            if method.startswith("xavier") or method.endswith("orthogonal"):
+                raise invalid(field, "has no scale for use_mup to set; use normal or small_init")
 
     def _prompt(self) -> SoftPromptConfig | None:
         prompt = self.soft_prompt_tuning

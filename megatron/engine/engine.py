@@ -98,7 +98,7 @@ class TrainEngine(ABC):
             lr: learning rate of this step.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         skipped_before = self._engine.skipped_steps
         self._train(step, micro_batches)
         return StepOutcome(

@@ -12,6 +12,7 @@ from megatron.errors import ConfigError, did_you_mean
 from megatron.model.init import initializer
 from megatron.model.kv_cache import CachingModule
 from megatron.model.masking import Masking, MaskTables
+from megatron.model.mup import attention_scale
 from megatron.model.norm import Norm, build_norm
 from megatron.model.relative import own_slopes
 from megatron.model.rotary import Rotary
@@ -60,6 +61,7 @@ class SelfAttention(CachingModule):
         self.dropout = dropout
         self.dropout_rate = spec.attention_dropout
         self.head_size = head_size(spec)
+        self.scale = attention_scale(spec)
         self.heads = spec.num_attention_heads // ranks
         self.kv_heads = kv_heads(spec) // ranks
         hidden, shared = spec.hidden_size, kv_heads(spec) * self.head_size
@@ -173,6 +175,7 @@ class SelfAttention(CachingModule):
             attn_mask=mask,
             is_causal=mask is None,
             enable_gqa=self.heads != self.kv_heads,
+            scale=self.scale,
         )
         if not self.training or self.dropout_rate == 0.0:
             return attend()

@@ -10,6 +10,7 @@ from megatron.model.carried import Carried, Value
 from megatron.model.dropout import Dropout
 from megatron.model.init import initializer
 from megatron.model.kv_cache import CachingModule, document_starts
+from megatron.model.mup import embedding_multipliers, output_multiplier
 from megatron.model.norm import build_norm
 from megatron.model.positions import build_positions
 from megatron.model.relative import RelativeBias
@@ -56,7 +57,7 @@ class Embedding(CachingModule):
             vocabulary=vocabulary(spec),
             padded=spec.padded_vocab_size(scope.topology.tensor_size),
             hidden=spec.hidden_size,
-            initializer=initializer(spec.init_method, spec),
+            initializer=initializer(spec.init_method, spec, hidden=False),
         )
         self.dropout = Dropout(rate=spec.hidden_dropout, layer=-1, place="embedding", rng=dropout)
         self.topology = scope.topology
@@ -75,6 +76,8 @@ class Embedding(CachingModule):
             if positions and spec.soft_prompt_tuning is not None
             else None
         )
+        self.multiplier, self.position_multiplier = embedding_multipliers(spec)
+        self.output_multiplier = output_multiplier(spec)
         self.resets_positions, self.document_end = spec.reset_position_ids, _document_end(spec)
 
     def forward(self, tokens: torch.Tensor) -> Value:
@@ -83,10 +86,11 @@ class Embedding(CachingModule):
         What blocks must know of positions beside it comes along; see
         :mod:`megatron.model.carried`.
         """
-        embedded: torch.Tensor = self.word_embeddings(tokens)
+        embedded = _times(self.word_embeddings(tokens), self.multiplier)
         starts = self._starts(tokens)
         if self.position_embeddings is not None:
             added = self.position_embeddings(self._positions(tokens, starts))
+            added = _times(added, self.position_multiplier)
             embedded = embedded + added.to(embedded.dtype)
         bias, length = None, tokens.shape[1]
         if self.soft_prompt is not None:
@@ -110,6 +114,11 @@ class Embedding(CachingModule):
         else:
             slots = self.cache.slots(tokens.device)
         return slots - starts if starts is not None and self.resets_positions else slots
+
+
+def _times(x: torch.Tensor, multiplier: float) -> torch.Tensor:
+    """Multiply, unless with 1."""
+    return x if multiplier == 1.0 else x * multiplier
 
 
 def _document_end(spec: ModelSpec) -> int | None:
@@ -152,17 +161,18 @@ class OutputWeight(nn.Module):
     def __init__(self, scope: ParameterScope, spec: ModelSpec) -> None:
         """Make the weight; rows that pad the vocabulary are 0."""
         super().__init__()
+        self.multiplier = output_multiplier(spec)
         ids, padded = vocabulary(spec), spec.padded_vocab_size(scope.topology.tensor_size)
         self.weight = scope.parameter(
             "weight",
             (ids, spec.hidden_size),
-            initializer(spec.init_method, spec),
+            initializer(spec.init_method, spec, hidden=False),
             Partition(dim=0, blocks=(padded,), padded_from=ids),
         )
 
     def forward(self, hidden: torch.Tensor) -> Output:
-        """Return ``hidden`` and the weight."""
-        return hidden, self.weight
+        """Return ``hidden`` (times µP's multiplier) and the weight."""
+        return _times(hidden, self.multiplier), self.weight
 
 
 class OutputLayer(nn.Module):
@@ -181,4 +191,4 @@ class OutputLayer(nn.Module):
 
 def tied_output(embedding: Embedding, hidden: torch.Tensor) -> Output:
     """Return ``hidden`` and the embedding's weight: the last layer where the two are one."""
-    return hidden, embedding.word_embeddings.weight
+    return _times(hidden, embedding.output_multiplier), embedding.word_embeddings.weight

@@ -16,13 +16,21 @@ from torch import nn
 
 from megatron.model.attention import build_rotary
 from megatron.model.block import TransformerBlock
-from megatron.model.embedding import Embedding, FinalNorm, Output, OutputLayer, tied_output
+from megatron.model.embedding import (
+    Embedding,
+    FinalNorm,
+    Output,
+    OutputLayer,
+    OutputWeight,
+    tied_output,
+)
 from megatron.model.gmlp import GMLPBlock
 from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
 from megatron.model.masking import MaskTables
 from megatron.model.norm import Norm
 from megatron.model.soft_prompt import freeze_all_but_prompt
 from megatron.model.spec import MIXERS, ModelSpec, attention_types
+from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
@@ -212,25 +220,44 @@ class GPT(nn.Module):
         return self.loss_fn(value, labels)
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, *, width: float = 1.0, decay_embeddings: bool = True
+) -> list[dict[str, Any]]:
     """Divide what is trained into what decays and what does not (norms and biases).
 
     Args:
         model: any module of this package's layers.
         weight_decay: of the first group.
+        width: multiple of the base model's width under µP.  Matrices between hidden layers are a
+            group of their own then, with an ``lr_scale`` of one over it; they decay by as much
+            per step as they would in the base model.
+        decay_embeddings: whether input, position and output embeddings decay.
 
     Returns:
         Groups for a torch optimizer, with a ``name``; an empty one is left out.
     """
     decayed: list[nn.Parameter] = []
+    hidden: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for module in model.modules():
         norm = isinstance(module, Norm)
+        spare = isinstance(module, Embedding | OutputLayer | OutputWeight)
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            (spared if norm or name == "bias" else decayed).append(parameter)
-    groups = [
+            if norm or name == "bias" or (spare and not decay_embeddings):
+                spared.append(parameter)
+            elif width != 1.0 and isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                hidden.append(parameter)
+            else:
+                decayed.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": hidden,
+            "weight_decay": weight_decay * width,
+            "name": "hidden",
+            "lr_scale": 1.0 / width,
+        },
         {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
         {"params": spared, "weight_decay": 0.0, "name": "not_decayed"},
     ]

@@ -27,7 +27,9 @@ class LearnedPositions(nn.Module):
         self.topology = scope.topology
         self.offset = spec.opt_pos_emb_offset
         shape = (position_rows(spec), spec.hidden_size)
-        self.weight = scope.parameter("weight", shape, initializer(spec.init_method, spec))
+        self.weight = scope.parameter(
+            "weight", shape, initializer(spec.init_method, spec, hidden=False)
+        )
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """Look up int64 ``[B or 1, S]``: this rank's part of S if the sequence is divided."""

@@ -104,6 +104,13 @@ class ModelSpec(Protocol):
         attention_dropout: of attention probabilities.
         use_bias_in_attn_linear: biases in attention's projections.
         use_bias_in_mlp: biases in the MLP's projections.
+        use_mup: maximal update parametrisation, see :mod:`megatron.model.mup`.
+        mup_base_hidden_size: width of the base model.
+        mup_init_scale: all drawn weights are multiplied with it.
+        mup_attn_temp: scores of attention are divided by it.
+        mup_output_temp: logits are divided by it.
+        mup_embedding_mult: embedded tokens are multiplied with it.
+        mup_rp_embedding_mult: vectors of positions are.
         soft_prompt_tuning: a learned prompt, beside which nothing is trained; None = none.
         checkpoint_activations: recompute blocks in backward.
         checkpoint_num_layers: blocks recomputed together.
@@ -187,6 +194,20 @@ class ModelSpec(Protocol):
     def use_bias_in_attn_linear(self) -> bool: ...
     @property
     def use_bias_in_mlp(self) -> bool: ...
+    @property
+    def use_mup(self) -> bool: ...
+    @property
+    def mup_base_hidden_size(self) -> int | None: ...
+    @property
+    def mup_init_scale(self) -> float: ...
+    @property
+    def mup_attn_temp(self) -> float: ...
+    @property
+    def mup_output_temp(self) -> float: ...
+    @property
+    def mup_embedding_mult(self) -> float: ...
+    @property
+    def mup_rp_embedding_mult(self) -> float: ...
     @property
     def soft_prompt_tuning(self) -> SoftPrompt | None: ...
     @property

@@ -16,6 +16,7 @@ from megatron.engine.sequential import SequentialEngine
 from megatron.model.domain_loss import DomainLoss
 from megatron.model.gpt import GPT, layers, param_groups
 from megatron.model.layer_run import recomputed_blocks
+from megatron.model.mup import width_multiplier
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
 from megatron.signals.validation import LossObserver
@@ -98,7 +99,12 @@ def _row_length(config: Config) -> Callable[[int], int] | None:
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return build_optimizer(
-        param_groups(model, config.optimizer.weight_decay),
+        param_groups(
+            model,
+            config.optimizer.weight_decay,
+            width=width_multiplier(config.model),
+            decay_embeddings=config.optimizer.decay_embeddings,
+        ),
         kind=config.optimizer.type,
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,

@@ -94,6 +94,7 @@ def write(folder: Path, layout: dict[str, Any]) -> tuple[Path, Path]:
     )
 
 
+@pytest.mark.option("soft_prompt_tuning")
 @pytest.mark.parametrize(
     "layout",
     [

@@ -51,6 +51,13 @@ class TestSpec:
     attention_dropout: float = 0.0
     use_bias_in_attn_linear: bool = True
     use_bias_in_mlp: bool = True
+    use_mup: bool = False
+    mup_base_hidden_size: int | None = None
+    mup_init_scale: float = 1.0
+    mup_attn_temp: float = 1.0
+    mup_output_temp: float = 1.0
+    mup_embedding_mult: float = 1.0
+    mup_rp_embedding_mult: float = 1.0
     soft_prompt_tuning: SoftPrompt | None = None
     checkpoint_activations: bool = False
     checkpoint_num_layers: int = 1

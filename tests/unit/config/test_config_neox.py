@@ -312,6 +312,48 @@ def test_tied_norms_belong_to_one_residual(load):
 
 
 @pytest.mark.option("num_unique_layers")
+def test_soft_prompts(load):
+    block = "soft_prompt_tuning: {enabled: true, num_tokens: 7, init_range: 0.1}\n"
+    config = load(block)
+    assert config.model.soft_prompt_tuning.n_tokens == 7
+    assert load(block.replace("num_tokens", "n_tokens")) == config
+    assert load("soft_prompt_tuning: {enabled: false, n_tokens: 7}\n") == load()
+    for other, problem in (
+        ("pipe_parallel_size: 2\n", "pipeline"),
+        ("zero_stage: 3\n", "ZeRO 3"),
+        ("reset_attention_mask: true\n", "reset_attention_mask"),
+        ("attention_config: [gmlp, global]\n", "gmlp"),
+    ):
+        with pytest.raises(ConfigError, match=f"soft_prompt_tuning.*{problem}"):
+            load(block + other)
+    with pytest.raises(ConfigError, match="init_string needs a tokenizer"):
+        load("soft_prompt_tuning: {enabled: true, init_string: Once}\n")
+    with pytest.raises(ConfigError, match="mean the same"):
+        load("soft_prompt_tuning: {enabled: true, num_tokens: 7, n_tokens: 8}\n")
+
+
+def test_mixer_blocks(load):
+    config = load("attention_config: [[[gmlp, amlp], all]]\ngmlp_attn_dim: 8\n")
+    assert config.model.attention_config == ("gmlp", "amlp")
+    with pytest.raises(ConfigError, match="not divided among tensor ranks"):
+        load("attention_config: [gmlp, global]\nmodel_parallel_size: 2\n")
+
+
+def test_mup(load):
+    block = "use_mup: true\nmup_base_hidden_size: 16\n"
+    assert load(block + "base_shapes_file: shapes\n").ignored[0].startswith("base_shapes_file")
+    for text, problem in (
+        ("use_mup: true\n", "needs mup_base_hidden_size"),
+        (block + "init_method: xavier_normal\n", "init_method.*no scale"),
+        (block + "pipe_parallel_size: 3\nnum_layers: 3\n", "at most 2 stages"),
+        (block + "attention_config: [gmlp, global]\n", "not worked out"),
+        (block + "save_base_shapes: true\n", "save_base_shapes.*mup_base_hidden_size"),
+        (block + "coord_check: true\n", "coord_check.py"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            load(text, without=["num_layers"] if "num_layers" in text else ())
+
+
 def test_unique_layers_are_only_checked(load):
     (noted,) = load("num_unique_layers: 1\n").ignored
     assert "layers do not share weights" in noted

@@ -52,6 +52,7 @@ def _block(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x + F.linear(torch.stack(rows, dim=1), linear.weight, linear.bias)
 
 
+@pytest.mark.option("gmlp_attn_dim")
 def test_blocks_are_their_formula() -> None:
     model = _shaken()
     x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
