@@ -35,6 +35,25 @@ SPECS = [
     for recompute in (False, True)
     for untied in (False, True)
 ]
+# One norm for both halves of a block with a scale of one number, under µP; no parameters in norms.
+TIED = dataclasses.replace(
+    NEOX,
+    norm="scalenorm",
+    gpt_j_tied=True,
+    use_mup=True,
+    mup_base_hidden_size=16,
+    mup_embedding_mult=3.0,
+)
+BARE = dataclasses.replace(LLAMA, norm="non_parametric_layernorm")
+OTHERS = [
+    TIED,
+    BARE,
+    dataclasses.replace(NEOX, use_bias_in_norms=False),
+    dataclasses.replace(LLAMA, rms_norm_epsilon_outside_root=True),
+]
+MIXED = dataclasses.replace(
+    NEOX, attention_config=("gmlp", "amlp"), gmlp_attn_dim=8, checkpoint_activations=True
+)
 MICRO_BATCHES = 2
 
 
@@ -88,7 +107,7 @@ def _tensor_parallel(rank: int, world_size: int, specs: list[TestSpec]) -> list[
 
 @pytest.mark.parametrize(
     ("ranks", "specs"),
-    [(2, SPECS), (4, SPECS[::3]), pytest.param(4, SPECS, marks=pytest.mark.slow)],
+    [(2, [*SPECS, *OTHERS]), (4, SPECS[::3]), pytest.param(4, SPECS, marks=pytest.mark.slow)],
 )
 def test_tensor_ranks_are_one_model(ranks: int, specs: list[TestSpec]) -> None:
     results = run_ranks(_tensor_parallel, ranks, specs)
@@ -193,7 +212,7 @@ def _whole(spec: TestSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def test_two_stages_are_one_model() -> None:
-    specs = [NEOX, LLAMA]
+    specs = [NEOX, LLAMA, TIED, BARE, MIXED]
     ranks = run_ranks(_pipelines, 2, specs)
     for index, spec in enumerate(specs):
         losses, weights = _whole(spec)
