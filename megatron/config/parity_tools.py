@@ -160,7 +160,7 @@ TOOLS: tuple[Tool, ...] = (
         ours="deepy.py",
         reason=_OVERRIDES,
     ),
-    Tool(system=ODM, path="tools/upload.py", ours="tools/upload_checkpoint.py"),
+    Tool(system=ODM, path="tools/upload.py", ours="tools/upload.py"),
     *(
         Tool(system=ODM, path=f"tools/{name}.sh", state="mapped", ours="deepy.py", reason=_CLUSTER)
         for name in ("kill", "killall", "sync", "sync_cmd", "syncdir")
@@ -276,7 +276,7 @@ TOOLS: tuple[Tool, ...] = (
         reason=_ANY_LAYOUT,
         flags=_MERGE,
     ),
-    Tool(system=NEOX, path="tools/ckpts/upload.py", ours="tools/upload_checkpoint.py"),
+    Tool(system=NEOX, path="tools/ckpts/upload.py", ours="tools/upload.py"),
     Tool(
         system=NEOX,
         path="tools/datasets/merge_datasets.py",
