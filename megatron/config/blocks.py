@@ -10,17 +10,16 @@ from megatron.config.draft import Draft
 from megatron.config.neox import Refusal, is_off
 from megatron.config.node import Node, node_of
 from megatron.config.optimisation import LossScaleConfig
+from megatron.config.optimizers import KINDS, MAPPED, NAMES, OPTIMIZER_PARAMS, REFUSED_KINDS
 from megatron.config.suggest import did_you_mean
 
-OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "fusedadam": "adamw"}
-_LATER = "is not offered; use Adam or AdamW"
 _PARAMS = {
     "lr": "lr",
-    "betas": "betas",
-    "eps": "eps",
     "weight_decay": "weight_decay",
     "max_grad_norm": "gradient_clipping",
+    **{name: name for name in OPTIMIZER_PARAMS},
 }
+_ADAM_NAMES = tuple(name for name, kind in NAMES.items() if kind in ("adam", "adamw"))
 # parameters that are fine as long as they have this value
 _FIXED: dict[str, Any] = {"bias_correction": True, "amsgrad": False}
 
@@ -100,6 +99,8 @@ def read_optimizer(draft: Draft, node: Node) -> None:
     if decoupled is not None and decoupled.value is not None:
         if not isinstance(decoupled.value, bool):
             draft.problems.add(decoupled, "should be true or false")
+        elif kind is not None and str(kind.value).lower() not in _ADAM_NAMES:
+            draft.problems.add(decoupled, f"belongs to Adam, and the type is {kind.value}")
         elif decoupled.value is False and kind is not None and str(kind.value).lower() == "adamw":
             draft.problems.add(decoupled, "contradicts type: AdamW; use type: Adam")
         elif decoupled.value is False:
@@ -110,12 +111,62 @@ def put_optimizer_type(draft: Draft, node: Node) -> None:
     """Set the kind of optimizer from GPT-NeoX's name of it."""
     name = node.value
     if not isinstance(name, str):
-        draft.problems.add(node, "should be Adam or AdamW")
+        draft.problems.add(node, "should be the name of an optimizer, such as Adam")
         return
-    if name.lower() not in OPTIMIZERS:
-        draft.problems.add(node, f"{_LATER}{did_you_mean(name, ('Adam', 'AdamW'))}")
+    lowered = name.lower()
+    if lowered in REFUSED_KINDS:
+        draft.problems.add(node, f"refused: {name} {REFUSED_KINDS[lowered]}")
+    elif lowered not in NAMES:
+        known = ("Adam", "AdamW", "Adam8bit", "CPU_Adam", "Lion", "SGD", "SM3", "madgrad_wd")
+        text = f"is not offered; use one of {', '.join(known)}"
+        draft.problems.add(node, text + did_you_mean(name, known))
+    else:
+        if lowered in MAPPED:
+            draft.ignore(f"{node.name}: {name}", MAPPED[lowered])
+        draft.put("optimizer", "type", replace(node, value=NAMES[lowered]))
+
+
+def read_bnb(draft: Draft, node: Node) -> None:
+    """Read ``use_bnb_optimizer``: Adam with state of 8 bits."""
+    if not isinstance(node.value, bool):
+        draft.problems.add(node, "should be true or false")
+    elif node.value:
+        draft.groups.setdefault("", {})["use_bnb_optimizer"] = node
+
+
+def complete_optimizer(draft: Draft) -> None:
+    """Fill in what a kind of optimizer has by default, and refuse what it has not."""
+    fields = draft.groups.setdefault("optimizer", {})
+    eight = draft.groups.get("", {}).pop("use_bnb_optimizer", None)
+    kind = fields.get("type")
+    name = str(kind.value) if kind is not None else "adamw"
+    if eight is not None:
+        if name not in ("adam", "adamw", "adam8bit"):
+            draft.problems.add(eight, f"belongs to Adam, and the optimizer is {name}")
+        name = "adam8bit"
+        fields["type"] = replace(kind or eight, value=name)
+    if name not in KINDS:
         return
-    draft.put("optimizer", "type", replace(node, value=OPTIMIZERS[name.lower()]))
+    known = KINDS[name]
+    for key in sorted(set(OPTIMIZER_PARAMS) - known.params.keys()):
+        if (given := fields.get(key)) is not None:
+            draft.problems.add(given, f"{name} has no such parameter{_offer(known.params)}")
+    if kind is None and eight is None:
+        return
+    place = fields["type"]
+    defaults = {**known.params, **({} if known.lr is None else {"lr": known.lr})}
+    if not known.decays:
+        if (decay := fields.pop("weight_decay", None)) is not None and decay.value:
+            draft.ignore(decay.name, f"{name} knows no weight decay")
+        defaults["weight_decay"] = 0.0
+    for key, value in defaults.items():
+        if key not in fields:
+            plain = list(value) if isinstance(value, tuple) else value
+            fields[key] = node_of(plain, place.mark, key)
+
+
+def _offer(params: Iterable[str]) -> str:
+    return f"; it has lr, weight_decay{''.join(f', {name}' for name in params)}"
 
 
 def _coupled(draft: Draft, node: Node) -> None:

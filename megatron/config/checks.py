@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from megatron.config.attention import MIXERS
 from megatron.config.config import Config
@@ -21,6 +22,8 @@ def check(config: Config, draft: Draft) -> None:
     _check_mup(config, draft)
     _check_pipeline(config, draft)
     _check_offload(config, draft)
+    _check_optimizer(config, draft)
+    _check_statistics(config, draft)
     _check_extra(config, draft)
     _check_targets(config, draft)
     _check_weights(config, draft)
@@ -185,6 +188,53 @@ def _check_pipeline(config: Config, draft: Draft) -> None:
                     f"stage 0 is forced, under which DeepSpeed {what} in a pipeline; use stage 1, "
                     f"no {remedy} or no pipeline",
                 )
+
+
+def _check_optimizer(config: Config, draft: Draft) -> None:
+    """What looks at a parameter's shape, or on a device alone, finds both."""
+    kind = config.optimizer.type
+    if kind == "sm3" and (config.zero_stage not in (1, 2) or "offload_optimizer" in _zero(config)):
+        where = (
+            "offload_optimizer"
+            if "offload_optimizer" in _zero(config)
+            else f"ZeRO stage {config.zero_stage}"
+        )
+        _add(
+            draft,
+            "optimizer",
+            "type",
+            f"SM3 keeps sums over whole rows and columns, which {where} leaves no room for; use "
+            "zero_optimization: {stage: 1} or 2 without offload, or Adam",
+        )
+    if kind == "adam8bit" and "offload_optimizer" in _zero(config):
+        _add(
+            draft,
+            "optimizer",
+            "type",
+            "8-bit state lives on a CUDA device; remove offload_optimizer, or use Adam",
+        )
+
+
+def _check_statistics(config: Config, draft: Draft) -> None:
+    """What is measured of gradients can be, in this layout."""
+    logging, tied = config.logging, not config.model.no_weight_tying
+    if logging.log_gradient_noise_scale and config.parallel.stages > 1 and tied:
+        _add(
+            draft,
+            "logging",
+            "log_gradient_noise_scale",
+            "a pipeline's first and last stage each hold half of the tied weights' gradient, and "
+            "add them up once a step only; use no_weight_tying: true, or no pipeline",
+        )
+    if config.zero_stage == 0:
+        for key in logging.statistics_keys:
+            _add(draft, "logging", key, "is read off ZeRO's flat parts; use stage 1, not 0")
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    """Return the options of ZeRO, those that are handed to DeepSpeed unread among them."""
+    forced = config.deepspeed.get("zero_optimization")
+    return {**config.zero.options, **(forced if isinstance(forced, dict) else {})}
 
 
 def _check_extra(config: Config, draft: Draft) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from megatron.config.config import FLAT_GROUPS, Config
+from megatron.config.optimizers import KINDS
 from megatron.config.source import scalar
 
 
@@ -65,11 +66,14 @@ def _mixing(mixing: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
-    params = {key: optimizer[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    kind = KINDS[optimizer["type"]]
+    # `adam` alone would be read as GPT-NeoX's, which is `adamw`.
+    params = {key: optimizer[key] for key in ("lr", *kind.params)}
     if optimizer["type"] == "adam":
         params["adam_w_mode"] = False
     return {
         "optimizer": {"type": optimizer["type"], "params": params},
+        **{key: optimizer[key] for key in ("weight_decay", "decay_embeddings")},
         "gradient_clipping": optimizer["gradient_clipping"],
     }
 

@@ -14,6 +14,7 @@ from megatron.config.data import DomainConfig
 from megatron.config.mixing import MixingConfig, option_model
 from megatron.config.neox import REFUSED, WITHOUT_EFFECT
 from megatron.config.optimisation import LossScaleConfig, OptimizerConfig
+from megatron.config.optimizers import OPTIMIZER_PARAMS
 from megatron.config.schema import MAPPED, properties, properties_of_config
 from megatron.config.system import ZeroConfig
 from megatron.registry import mixing_methods
@@ -128,9 +129,9 @@ def _methods() -> str:
 
 def _optimizer() -> str:
     fields = properties(OptimizerConfig)
-    fields["type"]["enum"] = ["AdamW", "Adam"]
+    fields["type"]["enum"] = ["AdamW", "Adam", "Adam8bit", "Lion", "SGD", "SM3", "madgrad_wd"]
     fields["type"]["default"] = "AdamW"
-    names = {key: f"params.{key}" for key in ("lr", "betas", "eps", "weight_decay")}
+    names = {key: f"params.{key}" for key in ("lr", "weight_decay", *OPTIMIZER_PARAMS)}
     shown = {names.get(key, key): schema for key, schema in fields.items()}
     shown["params.adam_w_mode"] = {
         "type": "boolean",
@@ -138,7 +139,8 @@ def _optimizer() -> str:
         "description": "False: weight decay is added to the gradient.",
     }
     note = "`lr`, `weight_decay` and `gradient_clipping` may also stand outside the block.\n"
-    shown["gradient_clipping (outside the block)"] = shown.pop("gradient_clipping")
+    for key in ("gradient_clipping", "decay_embeddings"):
+        shown[f"{key} (outside the block)"] = shown.pop(key)
     return _rows(shown, {"params.lr"}) + "\n" + note
 
 

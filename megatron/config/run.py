@@ -148,6 +148,9 @@ class CheckpointConfig(Group):
     finetune_optimizer: bool = False
     """With `finetune`: take the optimizer's state, too, so that the first steps are no colder than
     those that they follow."""
+    no_load_optim: bool = False
+    """Leave the optimizer's state of a checkpoint where it is: weights, data, mixing and the step
+    go on, and the optimizer starts afresh. Every launch does so as long as it is set."""
     save_timeout: Positive = 600.0
     """Seconds that a stopped run may take to save before it is killed."""
 
@@ -159,6 +162,8 @@ class CheckpointConfig(Group):
             raise invalid("checkpoint_factor", "under checkpoint_scale: linear, give save_interval")
         if self.finetune_optimizer and not self.finetune:
             raise invalid("finetune_optimizer", "it belongs to finetune: true")
+        if self.finetune_optimizer and self.no_load_optim:
+            raise invalid("no_load_optim", "contradicts finetune_optimizer")
         return self
 
     @property
@@ -170,6 +175,14 @@ class CheckpointConfig(Group):
     def load_dir(self) -> str:
         """Folder that the run starts from."""
         return self.load or self.save_dir
+
+    def takes_optimizer(self, *, weights_only: bool) -> bool:
+        """Tell whether the optimizer's state is taken from a checkpoint.
+
+        Args:
+            weights_only: whether a new run begins with the checkpoint's weights.
+        """
+        return self.finetune_optimizer if weights_only else not self.no_load_optim
 
     def saves_at(self, step: int, train_iters: int) -> bool:
         """Tell whether a checkpoint is due after ``step`` (0 = before the first step)."""
@@ -187,6 +200,14 @@ class CheckpointConfig(Group):
         return round(due) == step
 
 
+_STATISTICS = {
+    "log_grad_norm": "gradient_norms",
+    "log_param_norm": "parameter_norms",
+    "log_grad_pct_zeros": "pct_grad_zeros",
+    "log_optimizer_states": "optimizer_state_norms",
+}
+
+
 class LoggingConfig(Group):
     """What is shown and recorded beside the ledgers in `run_dir`."""
 
@@ -194,6 +215,27 @@ class LoggingConfig(Group):
     """Steps between two lines on the console and in `metrics.jsonl`."""
     log_dir: Text | None = None
     """Folder of the ranks' output files. Default: `logs` in `run_dir`."""
+    log_grad_norm: bool = False
+    """Record the gradient norm of every parameter, before clipping, under `gradient_norms/…`."""
+    log_param_norm: bool = False
+    """Record the norm of every parameter's fp32 weights under `parameter_norms/…`."""
+    log_grad_pct_zeros: bool = False
+    """Record how many numbers of every gradient are 0, in per cent, under `pct_grad_zeros/…`."""
+    log_optimizer_states: bool = False
+    """Record the norm of every parameter's optimizer state under `optimizer_state_norms/…`."""
+    log_gradient_noise_scale: bool = False
+    """Record the simple gradient noise scale (McCandlish et al. 2018, appendix A) in samples, from
+    the gradients of micro-batches and that of the whole batch, as `noise_scale`."""
+    gradient_noise_scale_n_batches: Count = 5
+    """Steps that a noise scale is averaged over, the logged step the last of them."""
+    profile: bool = False
+    """Write a trace of torch's profiler for rank 0 into `profile` in `run_dir`."""
+    profile_step_start: Count = 10
+    """First step of the trace."""
+    profile_step_stop: Count = 12
+    """Step before which the trace ends."""
+    memory_profiling: bool = False
+    """Keep the allocations of the same steps in rank 0's CUDA memory, for torch's memory viewer."""
     use_tensorboard: bool = False
     """Write TensorBoard events."""
     tensorboard_dir: Text | None = None
@@ -225,3 +267,20 @@ class LoggingConfig(Group):
     """Further facts to record with the experiment, by name."""
     peak_theoretical_tflops: Positive | None = None
     """Peak TFLOP/s of one device; gives the model FLOP utilisation in the log."""
+
+    @model_validator(mode="after")
+    def _trace(self) -> Self:
+        traced = self.profile or self.memory_profiling
+        if traced and self.profile_step_stop <= self.profile_step_start:
+            raise invalid("profile_step_stop", "should be above profile_step_start")
+        return self
+
+    @property
+    def statistics_keys(self) -> tuple[str, ...]:
+        """The keys that ask for numbers of every parameter."""
+        return tuple(key for key in _STATISTICS if getattr(self, key))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Which numbers of every parameter are recorded, by their names in the log."""
+        return tuple(_STATISTICS[key] for key in self.statistics_keys)

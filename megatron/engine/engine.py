@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron.engine.universal import plain_path
+from megatron.engine.observer import StepObserver
+from megatron.engine.optimizer import describe_flat_parts
+from megatron.engine.sm3 import Groups
+from megatron.engine.universal import ADAM_STATE, plain_path
 from megatron.engine.universal_load import UniversalCheckpoint, load_universal
 from megatron.errors import CheckpointError
 from megatron.parallel.partition import Partition
@@ -34,10 +37,12 @@ class StepOutcome:
         skipped: the update was dropped because a gradient was not finite.
         grad_norm: global gradient norm before clipping, still on the device where
             DeepSpeed left it, or None if it computed none.
+        statistics: what observers measured, by name.
     """
 
     skipped: bool
     grad_norm: float | torch.Tensor | None
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainEngine(ABC):
@@ -64,8 +69,29 @@ class TrainEngine(ABC):
         self._optimizer = optimizer
         self.partitions = dict(partitions)
         self._before_micro_batch = before_micro_batch or (lambda step, micro: None)
+        self._observers: list[StepObserver] = []
+        self._state: Sequence[str] = ADAM_STATE
         self._writer = _RecordingWriter(engine.checkpoint_engine)
         engine.checkpoint_engine = self._writer
+
+    def describe_optimizer(self, state: Sequence[str], groups: Groups) -> None:
+        """Say what the optimizer keeps, and tell it what its flat parameters are made of.
+
+        Args:
+            state: names of its elementwise tensors; ``step`` among them where it counts.
+            groups: of data ranks and of tensor ranks.
+        """
+        self._state = state
+        describe_flat_parts(self._engine.optimizer, self.partitions, groups)
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer, around the one that it was given."""
+        return self._engine.optimizer
+
+    def observe(self, observer: StepObserver) -> None:
+        """Let an observer measure every step from now on."""
+        self._observers.append(observer)
 
     @property
     def module(self) -> nn.Module:
@@ -97,14 +123,18 @@ class TrainEngine(ABC):
             micro_batches: ``accumulation`` pairs of tokens [B, S] and labels, on the device.
             lr: learning rate of this step.
         """
+        for observer in self._observers:
+            observer.begin(step, loss_scale=self.loss_scale)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         skipped_before = self._engine.skipped_steps
         self._train(step, micro_batches)
-        return StepOutcome(
-            skipped=self._engine.skipped_steps > skipped_before,
-            grad_norm=self._engine.get_global_grad_norm(),
-        )
+        skipped = self._engine.skipped_steps > skipped_before
+        grad_norm = self._engine.get_global_grad_norm()
+        statistics: dict[str, float] = {}
+        for observer in self._observers:
+            statistics |= observer.end(step, grad_norm=grad_norm, skipped=skipped)
+        return StepOutcome(skipped=skipped, grad_norm=grad_norm, statistics=statistics)
 
     @abstractmethod
     def _train(self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]]) -> None:
@@ -215,7 +245,7 @@ class TrainEngine(ABC):
                 "its checkpoint, whose other form has no frozen weights; resume with that layout"
             )
         if not frozen:
-            load_universal(self._engine, checkpoint, weights_only=weights_only)
+            load_universal(self._engine, checkpoint, weights_only=weights_only, state=self._state)
             return
         with torch.no_grad():
             for name, parameter in frozen.items():

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 OPTIMIZER_STATE = "zero/optimizer_state.pt"
 """Loss scale and hyperparameters in a universal checkpoint; parameters have folders beside it."""
 
+ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+"""State of Adam's kinds, the only one that DeepSpeed's conversion knows."""
+
+_BASE_STATE = "base_optimizer_state"
 _TIED = r"tied_modules\."
 
 
@@ -99,7 +104,9 @@ def check_convertible(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> No
         )
 
 
-def convert_to_universal(source: Path, target: Path, *, workers: int = 1) -> None:
+def convert_to_universal(
+    source: Path, target: Path, *, workers: int = 1, state: Sequence[str] = ADAM_STATE
+) -> None:
     """Write the universal form of the DeepSpeed checkpoint ``source`` into ``target``.
 
     With one worker no more than one rank's part of the state, or one parameter, is in memory.
@@ -108,14 +115,23 @@ def convert_to_universal(source: Path, target: Path, *, workers: int = 1) -> Non
         source: folder of the checkpoint.
         target: folder to write into; made if it is not there.
         workers: processes, each of which needs that memory.
+        state: names of the optimizer's elementwise tensors; ``step`` among them where it counts.
 
     Raises:
         CheckpointError: DeepSpeed could not convert it; its own message is quoted.
         OSError: the disk refuses.
     """
+    target.mkdir(parents=True, exist_ok=True)
+    if set(state) == set(ADAM_STATE):
+        _convert(source, target, workers)
+    else:
+        _convert_in_passes(source, target, workers, [name for name in state if name != "step"])
+    _keep_common_state(target / OPTIMIZER_STATE)
+
+
+def _convert(source: Path, target: Path, workers: int) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    target.mkdir(parents=True, exist_ok=True)
     chatter = io.StringIO()
     try:
         with (
@@ -140,7 +156,69 @@ def convert_to_universal(source: Path, target: Path, *, workers: int = 1) -> Non
             f"cannot convert {source} to the universal format: {type(error).__name__}: {error}; "
             "resume with the layout that wrote it, or start in another run_dir"
         ) from error
-    _keep_common_state(target / OPTIMIZER_STATE)
+
+
+def _convert_in_passes(source: Path, target: Path, workers: int, names: list[str]) -> None:
+    """Convert the state of another optimizer under the names of Adam's, two tensors at a time."""
+    pairs = [names[first : first + 2] for first in range(0, len(names), 2)] or [[]]
+    for number, pair in enumerate(pairs):
+        with tempfile.TemporaryDirectory(prefix="state-", dir=target.parent) as place:
+            disguised, converted = Path(place) / "source", Path(place) / "target"
+            disguise(source, disguised, pair)
+            converted.mkdir()
+            _convert(disguised, converted, workers)
+            _take(converted, target, pair, everything=number == 0)
+
+
+def _take(converted: Path, target: Path, pair: Sequence[str], *, everything: bool) -> None:
+    """Move what was converted into the target, state tensors under their own names."""
+    own = {f"{adams}.pt": f"{name}.pt" for adams, name in zip(ADAM_STATE, pair, strict=False)}
+    adams_files = {f"{name}.pt" for name in ADAM_STATE[:2]}
+    for file in sorted(path for path in converted.rglob("*") if path.is_file()):
+        if file.name in adams_files and file.name not in own:
+            continue
+        if not everything and file.name not in own:
+            continue
+        to = target / file.relative_to(converted).with_name(own.get(file.name, file.name))
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(file, to)
+
+
+def disguise(source: Path, target: Path, pair: Sequence[str]) -> None:
+    """Write a checkpoint whose optimizer looks like Adam, as DeepSpeed's conversion wants it.
+
+    Args:
+        source: folder of the checkpoint.
+        target: folder to make; files without optimizer state are links.
+        pair: state tensors that stand in for ``exp_avg`` and ``exp_avg_sq``; where there are
+            fewer than two, zeros do.
+    """
+    import torch
+
+    target.mkdir()
+    for file in source.iterdir():
+        if not file.name.endswith("_optim_states.pt"):
+            (target / file.name).symlink_to(file.absolute())
+            continue
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+        outer = content["optimizer_state_dict"]
+        flat = outer.get("fp32_flat_groups", outer.get("single_partition_of_fp32_groups"))
+        inner = outer["optimizer_state_dict" if "fp32_flat_groups" in outer else _BASE_STATE]
+        held = inner["state"]
+        inner["state"] = {
+            index: _as_adam(held.get(index, {}), weights, pair)
+            for index, weights in enumerate(flat)
+        }
+        torch.save(content, target / file.name)
+
+
+def _as_adam(held: Mapping[str, Any], weights: Any, pair: Sequence[str]) -> dict[str, Any]:
+    import torch
+
+    tensors = [held.get(name) for name in pair] + [None] * (2 - len(pair))
+    filled = [torch.zeros_like(weights) if one is None else one for one in tensors]
+    step = held.get("step", torch.tensor(0.0))
+    return dict(zip(ADAM_STATE, (*filled, step), strict=True))
 
 
 @contextlib.contextmanager

@@ -9,38 +9,19 @@ the parameters that it holds a part of, and cuts that part out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.engine.universal import OPTIMIZER_STATE
+from megatron.engine.fragments import FlatPart, flat_parts, is_stage_3
+from megatron.engine.universal import ADAM_STATE, OPTIMIZER_STATE
 from megatron.errors import CheckpointError
 from megatron.parallel.partition import Partition
 
 _WEIGHTS = "fp32"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fragment:
-    """A piece of one parameter in a flat part of the optimizer's state.
-
-    Attributes:
-        name: the parameter's name.
-        shape: this tensor rank's shape of it.
-        start: where the piece begins in the parameter, flattened.
-        size: numbers in it.
-        offset: where it begins in the flat part.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-    offset: int
+_STEP = "step"
 
 
 class UniversalCheckpoint:
@@ -71,7 +52,7 @@ class UniversalCheckpoint:
 
         Args:
             name: global name of the parameter.
-            key: ``fp32``, ``exp_avg`` or ``exp_avg_sq``.
+            key: ``fp32``, or the name of a state tensor such as ``exp_avg``.
             shape: of the part.
 
         Raises:
@@ -124,7 +105,13 @@ class UniversalCheckpoint:
             ) from error
 
 
-def load_universal(engine: Any, checkpoint: UniversalCheckpoint, *, weights_only: bool) -> None:
+def load_universal(
+    engine: Any,
+    checkpoint: UniversalCheckpoint,
+    *,
+    weights_only: bool,
+    state: Sequence[str] = ADAM_STATE,
+) -> None:
     """Load weights, and unless ``weights_only`` the optimizer's state, into DeepSpeed's engine.
 
     Collective; every rank takes its own part.
@@ -133,16 +120,18 @@ def load_universal(engine: Any, checkpoint: UniversalCheckpoint, *, weights_only
         engine: DeepSpeed's engine with ZeRO 1 to 3.
         checkpoint: what is loaded.
         weights_only: leave the optimizer as it was initialised.
+        state: names of the optimizer's elementwise tensors; ``step`` among them where it counts.
 
     Raises:
         CheckpointError: the files do not fit the model, or the optimizer is on NVMe.
     """
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp16_partitioned_groups_flat"):
-        _load_stage_3(optimizer, checkpoint, weights_only=weights_only)
+    wanted = () if weights_only else state
+    if is_stage_3(optimizer):
+        _load_stage_3(optimizer, checkpoint, wanted)
     else:
-        for flat, fragments in _fragments(optimizer):
-            _fill(flat, optimizer.optimizer.state, fragments, checkpoint, weights_only=weights_only)
+        for part in flat_parts(optimizer):
+            _fill(part, optimizer.optimizer.state, checkpoint, wanted)
         optimizer.update_lp_params()
     if weights_only:
         return
@@ -168,54 +157,27 @@ def _divide(
 
 
 def _fill(
-    flat: torch.Tensor,
-    states: Any,
-    fragments: Sequence[_Fragment],
-    checkpoint: UniversalCheckpoint,
-    *,
-    weights_only: bool,
+    part: FlatPart, states: Any, checkpoint: UniversalCheckpoint, state: Sequence[str]
 ) -> None:
-    """Fill one flat part of the fp32 weights and of the moments; padding becomes 0."""
-    keys = (_WEIGHTS,) if weights_only else (_WEIGHTS, *_MOMENTS)
-    for key in keys:
-        if not fragments and key != _WEIGHTS:
+    """Fill one flat part of the fp32 weights and of the optimizer's state; padding becomes 0."""
+    flat = part.flat
+    for key in (_WEIGHTS, *state):
+        if key == _STEP or (not part.fragments and key != _WEIGHTS):
             continue  # the optimizer makes a state of its own for padding alone
         filled = flat.data.zero_() if key == _WEIGHTS else torch.zeros_like(flat.data)
-        for one in fragments:
-            part = checkpoint.part(one.name, key, one.shape).reshape(-1)
-            filled.narrow(0, one.offset, one.size).copy_(part.narrow(0, one.start, one.size))
+        for one in part.fragments:
+            stored = checkpoint.part(one.name, key, one.shape).reshape(-1)
+            filled.narrow(0, one.offset, one.size).copy_(stored.narrow(0, one.start, one.size))
         if key != _WEIGHTS:
             states[flat][key] = filled
-    if not weights_only and fragments:
+    if _STEP in state and part.fragments:
         # A tensor of its own: the fused optimizer advances it in place.
-        states[flat]["step"] = torch.tensor(
-            checkpoint.step(fragments[0].name), dtype=torch.float32, device=flat.device
+        states[flat][_STEP] = torch.tensor(
+            checkpoint.step(part.fragments[0].name), dtype=torch.float32, device=flat.device
         )
 
 
-def _fragments(optimizer: Any) -> Iterator[tuple[torch.Tensor, list[_Fragment]]]:
-    """Yield this rank's flat part of every parameter group, and what lies in it (ZeRO 1, 2)."""
-    groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
-    for group, parameters in zip(optimizer.optimizer.param_groups, groups, strict=True):
-        found = []
-        for parameter in parameters:
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                continue
-            own, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-            found.append(
-                _Fragment(
-                    name=optimizer.param_names[parameter],
-                    shape=tuple(parameter.shape),
-                    start=own.start,
-                    size=own.numel,
-                    offset=flat.start,
-                )
-            )
-        yield group["params"][0], found
-
-
-def _load_stage_3(optimizer: Any, checkpoint: UniversalCheckpoint, *, weights_only: bool) -> None:
+def _load_stage_3(optimizer: Any, checkpoint: UniversalCheckpoint, state: Sequence[str]) -> None:
     if optimizer.swap_optimizer or any(
         part is None for part in optimizer.fp16_partitioned_groups_flat
     ):
@@ -225,37 +187,15 @@ def _load_stage_3(optimizer: Any, checkpoint: UniversalCheckpoint, *, weights_on
         )
     optimizer.checkpoint_event_prologue()
     groups = zip(
-        optimizer.fp16_groups,
-        optimizer.fp32_partitioned_groups_flat,
+        flat_parts(optimizer),
         optimizer.fp16_partitioned_groups_flat,
         optimizer.fp16_partitioned_groups,
         strict=True,
     )
-    for parameters, flat, model_flat, model_parts in groups:
-        fragments = list(_stage_3_fragments(optimizer, parameters))
-        _fill(flat, optimizer.optimizer.state, fragments, checkpoint, weights_only=weights_only)
-        model_flat.data.copy_(flat.data)
+    for part, model_flat, model_parts in groups:
+        _fill(part, optimizer.optimizer.state, checkpoint, state)
+        model_flat.data.copy_(part.flat.data)
         updated = optimizer.unflatten(model_flat, model_parts)
         for held, value in zip(model_parts, updated, strict=True):
             held.data = value.data
     optimizer.checkpoint_event_epilogue()
-
-
-def _stage_3_fragments(optimizer: Any, parameters: Sequence[Any]) -> Iterator[_Fragment]:
-    """Yield what lies in a flat part: of every parameter an equal share, the last one padded."""
-    offset = 0
-    for parameter in parameters:
-        share = parameter.partition_numel()
-        start = share * torch.distributed.get_rank(
-            group=optimizer._get_param_partition_group(parameter)
-        )
-        size = max(0, min(share, parameter.ds_numel - start))
-        if size:
-            yield _Fragment(
-                name=optimizer.param_names[parameter],
-                shape=tuple(parameter.ds_shape),
-                start=start,
-                size=size,
-                offset=offset,
-            )
-        offset += share

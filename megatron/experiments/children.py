@@ -18,11 +18,11 @@ import numpy as np
 
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config
-from megatron.engine.schedule import learning_rate
 from megatron.errors import ConfigError, RunError
 from megatron.experiments.bounds import FloatArray, free_bounds
 from megatron.experiments.designs import well_spread
 from megatron.experiments.study import KEY_LENGTH, PlannedRun, Variant, static_overrides
+from megatron.training.schedule import run_schedule
 
 PARENT: Final = "parent"
 CHILD: Final = "child"
@@ -178,12 +178,4 @@ def child_variants(
 
 def rate_after(config: Config, step: int) -> float:
     """Return the learning rate of the step after ``step``, or of the last one."""
-    schedule, iters = config.schedule, config.training.train_iters
-    return learning_rate(
-        min(step + 1, iters),
-        lr=config.optimizer.lr,
-        min_lr=schedule.min_lr,
-        style=schedule.lr_decay_style,
-        warmup_steps=schedule.warmup_steps(iters),
-        decay_steps=schedule.decay_steps(iters),
-    )
+    return run_schedule(config).rate(min(step + 1, config.training.train_iters))

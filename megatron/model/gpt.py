@@ -24,7 +24,7 @@ from megatron.model.embedding import (
     OutputWeight,
     tied_output,
 )
-from megatron.model.gmlp import GMLPBlock
+from megatron.model.gmlp import GMLPTransformerBlock
 from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
 from megatron.model.masking import MaskTables
 from megatron.model.norm import Norm
@@ -130,7 +130,9 @@ def layers(
 def _block(kind: str, shared: dict[str, Any], **arguments: Any) -> LayerDescription:
     """Describe a block by its kind of attention; ``shared`` is for those that attend."""
     if kind in MIXERS:
-        return LayerDescription(module_type=GMLPBlock, arguments=arguments, recomputable=True)
+        return LayerDescription(
+            module_type=GMLPTransformerBlock, arguments=arguments, recomputable=True
+        )
     return LayerDescription(
         module_type=TransformerBlock, arguments={**arguments, **shared}, recomputable=True
     )

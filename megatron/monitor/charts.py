@@ -97,6 +97,8 @@ def step_scalars(record: StepRecord, interval: Interval, samples_seen: FloatArra
         "runtime/mfu": record.mfu,
     }
     scalars.update({name: value for name, value in runtime.items() if value is not None})
+    for name, value in record.statistics.items():
+        scalars[name if "/" in name else f"train/{name}"] = value
     if record.seconds:
         scalars["runtime/samples_per_sec"] = float(record.samples.sum()) / record.seconds
     total = max(1.0, float(samples_seen.sum()))

@@ -214,6 +214,7 @@ def metrics_line(record: StepRecord, overhead: Mapping[str, float]) -> str:
     for name in ("grad_norm", "loss_scale", "seconds", "eta_seconds", "mfu"):
         if (value := getattr(record, name)) is not None:
             line[name] = number(value)
+    line |= {name: number(value) for name, value in record.statistics.items()}
     for name in METRICS_VECTORS:
         if (values := getattr(record, name)) is not None:
             line[name] = named(dict(zip(record.domains, values.tolist(), strict=True)))

@@ -84,6 +84,8 @@ class StepRecord:
         mfu: share of the machine's peak arithmetic (0 to 1), if a peak is known; a time field.
         grad_norm: norm of the gradient before clipping.
         loss_scale: fp16's loss scale.
+        statistics: further numbers of a logged step by name: ``noise_scale``,
+            ``gradient_norms/NAME`` and the like.
         loss_weight: weight of each token of a domain, when the method weights losses.
         valid_loss: validation loss that was measured for the controller at this step,
             NaN where not measured.
@@ -142,6 +144,7 @@ class StepRecord:
     estimates: Mapping[str, Any] = field(default_factory=dict)
     overhead: Mapping[str, float] = field(default_factory=dict)
     extra_tokens: Mapping[str, int] = field(default_factory=dict)
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Bring numbers and arrays to Python's and NumPy's 64-bit types, check the shapes."""

@@ -17,7 +17,6 @@ from megatron.data.loader import Loader
 from megatron.data.sampler import Sampler
 from megatron.engine.engine import TrainEngine
 from megatron.engine.runtime import Runtime, sum_on_host
-from megatron.engine.schedule import learning_rate
 from megatron.errors import DataError
 from megatron.mixing.base import Signal
 from megatron.mixing.controller import Controller
@@ -44,6 +43,8 @@ from megatron.training.planner import Planner
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
 from megatron.training.reference import ReferenceReader, reference_source
+from megatron.training.schedule import run_schedule
+from megatron.training.statistics import attach_statistics
 from megatron.training.token_costs import TokenCosts, foresight_tokens
 
 
@@ -120,6 +121,7 @@ def build(
     )
     observer = LossObserver(ledger)
     engine = build_engine(config, topology, batch, observer)
+    attach_statistics(config, engine, topology, batch, runtime.device)
     eod_id = _eod_id(config, domains)
     held_out = HeldOutUses(config, runtime, topology, batch, domains, observer, eod_id)
     sampler = _sampler(config, domains, batch)
@@ -215,7 +217,7 @@ def build(
         overhead=overhead,
         validation=held_out.reported,
         test=held_out.test,
-        learning_rate=_learning_rate(config),
+        learning_rate=run_schedule(config).rate,
         samples_seen=lambda: sampler.samples_seen,
     )
 
@@ -266,22 +268,6 @@ def _loader(
         vocab_size=config.model.vocab_size,
         pin_memory=runtime.device.type == "cuda",
     )
-
-
-def _learning_rate(config: Config) -> Callable[[int], float]:
-    schedule, iters = config.schedule, config.training.train_iters
-
-    def rate(step: int) -> float:
-        return learning_rate(
-            step,
-            lr=config.optimizer.lr,
-            min_lr=schedule.min_lr,
-            style=schedule.lr_decay_style,
-            warmup_steps=schedule.warmup_steps(iters),
-            decay_steps=schedule.decay_steps(iters),
-        )
-
-    return rate
 
 
 def _throughput(config: Config, runtime: Runtime) -> Throughput:

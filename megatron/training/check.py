@@ -292,7 +292,7 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
         edits.check_allowed(allowed=config.data.allow_domain_edits)
         told = edits.lines(learns=bool(checked.mixer.needs))
         start = f"resume: the run goes on after step {manifest.step} from {path}"
-    bare = weights_only and not config.checkpoint.finetune_optimizer
+    bare = not config.checkpoint.takes_optimizer(weights_only=weights_only)
     converted = how_to_load(manifest, layout, weights_only=bare) == "convert"
     say(start + (", which is converted to this run's layout first" if converted else ""))
     for line in told:

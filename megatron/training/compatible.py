@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from megatron.checkpoint.manifest import Manifest
 from megatron.config import Config
-from megatron.engine.universal import check_convertible
+from megatron.config.optimisation import OptimizerConfig
+from megatron.engine.universal import ADAM_STATE, check_convertible
 from megatron.errors import CheckpointError
 from megatron.parallel.layout import Layout
 from megatron.training.layout import layer_bounds
@@ -31,6 +32,9 @@ NOT_ARCHITECTURE = {
     "mlp_multiple_of",
 }
 
+OPTIMIZER = "optimizer"
+"""Name of what :func:`layout_facts` says of the optimizer."""
+
 IMPORTED = "imported"
 """Key of a manifest's ``extra`` that says from which other program's files a checkpoint comes."""
 
@@ -52,7 +56,71 @@ def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
         "padded_vocab_size": config.model.padded_vocab_size(layout.tensor_size),
         "zero_stage": config.zero_stage,
         "precision": config.precision,
+        **_optimizer_facts(config.optimizer),
     }
+
+
+def optimizer_state(optimizer: OptimizerConfig) -> tuple[str, ...]:
+    """Name what an optimizer keeps of every number, and ``step`` where it counts its steps."""
+    return (*optimizer.state, *(("step",) if optimizer.kind.counts else ()))
+
+
+def _optimizer_facts(optimizer: OptimizerConfig) -> dict[str, object]:
+    """Return which state the files hold; nothing is said of Adam's, which is the usual one."""
+    if optimizer.type in ("adam", "adamw"):
+        return {}
+    state = list(optimizer_state(optimizer))
+    return {
+        OPTIMIZER: {
+            "type": optimizer.type,
+            "state": state,
+            "convertible": optimizer.kind.convertible,
+        }
+    }
+
+
+def saved_state(layout: Mapping[str, Any], path: object, *, weights_only: bool) -> tuple[str, ...]:
+    """Return the names of the optimizer's tensors that a conversion carries over.
+
+    Args:
+        layout: of the checkpoint.
+        path: its folder, for the message.
+        weights_only: whether only the weights are wanted.
+
+    Raises:
+        CheckpointError: that optimizer's state belongs to the layout that wrote it.
+    """
+    saved = layout.get(OPTIMIZER)
+    if saved is None:
+        return ADAM_STATE
+    if saved["convertible"]:
+        return tuple(saved["state"])
+    if weights_only:
+        return ()
+    raise CheckpointError(
+        f"{path} holds the state of {saved['type']}, which belongs to the layout that wrote it and "
+        "cannot be laid out anew; resume with that layout, or set no_load_optim: true to go on "
+        "with an optimizer that starts afresh"
+    )
+
+
+def _check_same_optimizer(
+    manifest: Manifest, saved: Mapping[str, Any], layout: Mapping[str, Any]
+) -> None:
+    """Refuse the state of another kind of optimizer.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if saved.get(OPTIMIZER) != layout.get(OPTIMIZER):
+        names = [(one.get(OPTIMIZER) or {"type": "Adam"})["type"] for one in (saved, layout)]
+        detail = " with other parameters" if names[0] == names[1] else ""
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} was written by the optimizer {names[0]} and "
+            f"the run has {names[1]}{detail}, which keeps another state; take the checkpoint's "
+            "optimizer, or set no_load_optim: true to go on with one that starts afresh (or "
+            "finetune: true to begin a new run with the weights alone)"
+        )
 
 
 def how_to_load(
@@ -70,9 +138,12 @@ def how_to_load(
         universal format; ``"convert"`` where they must be converted to it first.
 
     Raises:
-        CheckpointError: the layouts cannot be converted into each other.
+        CheckpointError: the layouts cannot be converted into each other, or the optimizer is
+            another one.
     """
     saved = dict(manifest.layout)
+    if not weights_only:
+        _check_same_optimizer(manifest, saved, layout)
     if saved.get("universal"):
         check_convertible(saved, layout)
         return "universal"
@@ -82,6 +153,7 @@ def how_to_load(
     if whole and all(saved.get(key) == layout.get(key) for key in keys):
         return "directly"
     check_convertible(saved, layout)
+    saved_state(saved, f"the checkpoint of step {manifest.step}", weights_only=weights_only)
     return "convert"
 
 

@@ -14,6 +14,7 @@ from megatron.checkpoint.store import CheckpointStore
 from megatron.checkpoint.vet import UNIVERSAL_GLOBALS, vet_checkpoint
 from megatron.engine.universal import convert_to_universal
 from megatron.errors import CheckpointError, RunError
+from megatron.training.compatible import saved_state
 
 UNIVERSAL = "universal"
 
@@ -64,7 +65,8 @@ def write_universal(
     temporary = store.begin(manifest.step, kind=kind, bytes_needed=needed)
     try:
         with disk_errors(temporary, needed=needed):
-            convert_to_universal(source, temporary, workers=workers)
+            state = saved_state(manifest.layout, source, weights_only=True)
+            convert_to_universal(source, temporary, workers=workers, state=state)
             shutil.copyfile(source / STATE_NAME, temporary / STATE_NAME)
         files = [file for file in temporary.rglob("*") if file.is_file()]
         return store.commit(

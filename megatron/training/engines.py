@@ -20,6 +20,7 @@ from megatron.model.mup import width_multiplier
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
 from megatron.signals.validation import LossObserver
+from megatron.training.compatible import optimizer_state
 from megatron.training.layout import layer_bounds
 from megatron.training.soft_prompt import start_prompt
 
@@ -56,6 +57,7 @@ def build_engine(
     def before_micro_batch(step: int, micro: int) -> None:
         dropout.begin(step=step, micro_batch=micro)
 
+    groups = (topology.data_group, topology.tensor_group)
     if topology.pipe_size == 1:
         model = GPT(
             config.model, topology, seed=config.training.seed, loss_fn=loss_fn, dropout=dropout
@@ -67,6 +69,7 @@ def build_engine(
             config=settings,
             before_micro_batch=before_micro_batch,
         )
+        sequential.describe_optimizer(optimizer_state(config.optimizer), groups)
         start_prompt(config, sequential)
         return sequential
     # DeepSpeed chooses its device when it is imported, which start_runtime has prepared.
@@ -80,13 +83,15 @@ def build_engine(
         dropout=dropout,
         recomputed=recomputed_blocks(config.model),
     )
-    return PipelineEngine(
+    pipeline = PipelineEngine(
         stage=stage,
         optimizer=_optimizer(config, stage),
         config=settings,
         before_micro_batch=before_micro_batch,
         row_length=_row_length(config),
     )
+    pipeline.describe_optimizer(optimizer_state(config.optimizer), groups)
+    return pipeline
 
 
 def _row_length(config: Config) -> Callable[[int], int] | None:
@@ -107,6 +112,5 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         ),
         kind=config.optimizer.type,
         lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
+        **config.optimizer.params,
     )

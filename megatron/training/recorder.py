@@ -123,6 +123,7 @@ class RunRecorder:
                 # Reading the norm waits for the device, so only a logged step does.
                 grad_norm=_number(outcome.grad_norm) if logged else None,
                 loss_scale=self._loss_scale() if self._loss_scale and logged else None,
+                statistics=outcome.statistics,
                 loss_weight=decision.loss_weights,
                 **self._held_out(planned.valid_loss),
                 loss_error=totals.standard_error if logged else None,

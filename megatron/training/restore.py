@@ -179,7 +179,7 @@ def find_source(
         own=own,
         layout=layout,
         weights_only=weights_only,
-        optimizer=config.checkpoint.finetune_optimizer or not weights_only,
+        optimizer=config.checkpoint.takes_optimizer(weights_only=weights_only),
         say=say,
     )
 
@@ -241,7 +241,7 @@ def restore(
     edits.check_allowed(allowed=config.data.allow_domain_edits)
     parts.planner.load_state_dict(follow_edits(bundle["planner"], edits, checked.mixer))
     parts.guard.load_state_dict(bundle["guard"])
-    say(f"loaded {source.checkpoint}")
+    say(f"loaded {source.checkpoint}{'' if source.optimizer else ' without its optimizer'}")
     for line in edits.lines(learns=bool(checked.mixer.needs)):
         say(line)
     if manifest.config_hash != config.hash():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ from megatron.training.restore import (
     restore,
 )
 from megatron.training.saving import Saver
+from megatron.training.schedule import (
+    FACT,
+    schedule_facts,
+    schedule_note,
+    with_checkpoint_schedule,
+)
 from megatron.training.stall import ENDING, RESTORING, Heartbeat, Watchdog
 from megatron.training.summary import startup_report
 
@@ -91,6 +98,8 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
             f"{config.training.train_iters} steps); raise train_iters to go on"
         )
         return EXIT_DONE
+    checked = follow_schedule(checked, source, say)
+    config = checked.config
     parts = build(config, runtime, domains, checked.mixer, say)
     layout = parts.topology.layout
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
@@ -172,6 +181,7 @@ def _milestones(
         fingerprints=known_fingerprints(source, checked.domains),
         facts={
             **run_facts(config),
+            FACT: schedule_facts(config),
             "weights": dict(zip(checked.domains.names, weights.tolist(), strict=True)),
         },
         universal_info=_universal_info(config),
@@ -244,6 +254,24 @@ def _complete(checked: Checked, source: Source) -> bool:
     allowed = config.data.allow_domain_edits
     edits_since(source, checked).check_allowed(allowed=allowed)
     return False
+
+
+def follow_schedule(
+    checked: Checked, source: Source | None, say: Callable[[str], None]
+) -> Checked:
+    """Let a resumed run follow its checkpoint's learning-rate schedule where that is asked for.
+
+    Raises:
+        CheckpointError: the checkpoint does not say what its schedule was.
+    """
+    if source is None or source.weights_only:
+        return checked
+    config = checked.config
+    if config.schedule.use_checkpoint_lr_scheduler:
+        return replace(checked, config=with_checkpoint_schedule(config, source.manifest))
+    if (note := schedule_note(config, source.manifest)) is not None:
+        say(note)
+    return checked
 
 
 def _universal_info(config: Config) -> dict[str, Any]:

@@ -164,7 +164,11 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
         inventory = stage_inventory(model, first, last, tensor_size=layout.tensor_size)
         prompt = [one for one in inventory if one.name == PROMPT]
         held = states(
-            prompt or inventory, zero, data_size=layout.data_size, accumulation=accumulation
+            prompt or inventory,
+            zero,
+            data_size=layout.data_size,
+            accumulation=accumulation,
+            state_bytes=state_bytes(config),
         )
         count = sum(one.count for one in inventory)
         if prompt:  # all the rest is there, and that is all
@@ -214,7 +218,7 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Estimate the size of a checkpoint: master weights, two moments, and weights beside.
+    """Estimate the size of a checkpoint: master weights, the optimizer's state, weights beside.
 
     ZeRO-3 writes no weights beside the master's.  Padding, headers and the run's own state
     are allowed for with 2 % and 128 KiB.
@@ -226,7 +230,16 @@ def checkpoint_bytes(config: Config) -> int:
         for first, last in pairwise(layer_bounds(config))
     )
     beside = 0 if zero.stage == 3 else zero.width
-    return int(counts * ranks * (12 + beside) * 1.02) + (1 << 17)
+    return int(counts * ranks * (4 + state_bytes(config) + beside) * 1.02) + (1 << 17)
+
+
+def state_bytes(config: Config) -> int:
+    """Return what the optimizer keeps beside the fp32 weights, in bytes for each number.
+
+    SM3's sums over rows and columns, and the scales of 8-bit blocks, are left out: they are
+    thousandths of it.
+    """
+    return config.optimizer.kind.slot_bytes * len(config.optimizer.state)
 
 
 def _stage_flops(config: Config, layout: Layout, first: int, last: int) -> float:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from megatron.model.inventory import ParameterSize
 from megatron.training.plan.zero import ZeroSettings
 
-_MASTER, _MOMENTS = 4, 8
+_MASTER, ADAM_MOMENTS = 4, 8
 _ALIGNMENT = 2  # numbers; DeepSpeed starts every partition at a multiple of four bytes
 
 
@@ -21,7 +21,7 @@ class States:
         weights: as the model computes with them (stage 3: this rank's part).
         gradients: as they are added up over micro-batches.
         master: float32 weights that the optimizer updates.
-        moments: of Adam, float32.
+        moments: the optimizer's state beside them (of Adam two float32 numbers for each).
         bucket: buffers of gradients on their way to other ranks.
         gathered: parameters that stage 3 has gathered from other ranks, at most.
         arriving: a second copy of this rank's gradients while a micro-batch's are added
@@ -54,6 +54,7 @@ def states(
     *,
     data_size: int,
     accumulation: int,
+    state_bytes: int = ADAM_MOMENTS,
 ) -> States:
     """Work out the bytes for the parameters of one stage and tensor rank.
 
@@ -62,18 +63,23 @@ def states(
         zero: DeepSpeed's settings.
         data_size: data-parallel ranks.
         accumulation: micro-batches per step.
+        state_bytes: of the optimizer beside the master weights, for each number.
     """
     groups = [
         [one.count for one in parameters if one.decayed == decayed] for decayed in (True, False)
     ]
     groups = [group for group in groups if group]
     if zero.stage == 3:
-        return _whole_division(groups, zero, data_size)
-    return _flat_division(groups, zero, data_size, accumulation)
+        return _whole_division(groups, zero, data_size, state_bytes)
+    return _flat_division(groups, zero, data_size, accumulation, state_bytes)
 
 
 def _flat_division(
-    groups: list[list[int]], zero: ZeroSettings, data_size: int, accumulation: int
+    groups: list[list[int]],
+    zero: ZeroSettings,
+    data_size: int,
+    accumulation: int,
+    state_bytes: int,
 ) -> States:
     """Stages 0 to 2: weights are whole, in one flat buffer a group, cut into equal parts."""
     ranks = data_size if zero.stage else 1
@@ -88,7 +94,7 @@ def _flat_division(
     host = 0
     gradients = {0: total * added, 1: total * added, 2: owned}[zero.stage]
     master = own * _MASTER if zero.stage or width < _MASTER else 0
-    moments = own * _MOMENTS
+    moments = own * state_bytes
     updating = owned + (0 if compact else largest * added) + (largest * 4 if added < 4 else 0)
     if zero.stage == 0:
         updating = gradients + (total * 4 if added < 4 else 0)
@@ -101,7 +107,7 @@ def _flat_division(
         bucket, reducing = 0, min(total, zero.bucket) * added
     if zero.optimizer_on_host and zero.stage:
         # Master weights, their gradients, moments, a copy in the model's format; and the sums.
-        host = own * (_MASTER + 4 + _MOMENTS + width) + (own * width if accumulation > 1 else 0)
+        host = own * (_MASTER + 4 + state_bytes + width) + (own * width if accumulation > 1 else 0)
         largest_parameter = max(map(max, groups))
         bucket += largest_parameter * width
         master = moments = updating = arriving = reducing = 0
@@ -120,7 +126,9 @@ def _flat_division(
     )
 
 
-def _whole_division(groups: list[list[int]], zero: ZeroSettings, data_size: int) -> States:
+def _whole_division(
+    groups: list[list[int]], zero: ZeroSettings, data_size: int, state_bytes: int
+) -> States:
     """Stage 3: every parameter is cut by itself; small ones are kept whole beside."""
     counts = [count for group in groups for count in group]
     own = sum(-(-count // data_size) for count in counts)
@@ -133,7 +141,7 @@ def _whole_division(groups: list[list[int]], zero: ZeroSettings, data_size: int)
     weights, gradients = own * width, own * added
     # Weights that are float32 already are meant not to be copied, and are: DeepSpeed compares
     # a tensor's device with a device's name.
-    master, moments = own * _MASTER, own * _MOMENTS
+    master, moments = own * _MASTER, own * state_bytes
     updating = min(own, zero.sub_group) * 4
     host = 0
     if zero.optimizer_on_host:

@@ -94,7 +94,7 @@ def test_bounds_may_name_groups(load):
         ("use_wandb: 1\n", "should be true or false"),
         ("wandb_run_name: 7\n", "should be a text"),
         ("norm: layernom\n", "did you mean 'layernorm'?"),
-        ("optimizer-type: SM3\n", "SM3.*is not offered; use Adam or AdamW"),
+        ("optimizer-type: SN3\n", "SN3.*is not offered; use one of Adam, .*did you mean 'SM3'"),
         ("mixing: {method: omd}\n", "unknown mixing method; did you mean 'odm'"),
         ("mixing: {method: odm, smothing_factor: 1}\n", "did you mean 'smoothing_factor'?"),
         ("mixing: {method: odm, smoothing_factor: x}\n", "mixing.smoothing_factor: 'x'"),

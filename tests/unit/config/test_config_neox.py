@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config import load_config
 from megatron.config.canonical import FIELDS, accepted_keys, known_keys
 from megatron.config.neox import REFUSED, WITHOUT_EFFECT
 from megatron.errors import ConfigError
@@ -198,9 +199,68 @@ def test_optimizer_forms(load):
     for text in ("amsgrad=true", "bias_correction=false", "momentum=0.9"):
         with pytest.raises(ConfigError, match=text.split("=")[0]):
             load("", f"optimizer.params.{text}")
-    for name in ("OneBitAdam", "CPU_Adam", "CPU_torch_Adam", "SM3", "madgrad_wd", "sgd", "lion"):
-        with pytest.raises(ConfigError, match="is not offered; use Adam or AdamW"):
+    for name in ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Muon"):
+        with pytest.raises(ConfigError, match=f"refused: {name} .*; use "):
             load("", f"optimizer.type={name}")
+
+
+@pytest.mark.option("optimizer", "optimizer_type", "use_bnb_optimizer")
+def test_every_kind_of_optimizer_has_its_own_defaults(load):
+    drop = "optimizer=null"
+
+    def given(text):
+        return load("", drop, f"optimizer={text}").optimizer
+
+    sm3 = given("{type: SM3}")
+    assert (sm3.type, sm3.lr, sm3.weight_decay) == ("sm3", 0.1, 0.0)
+    assert sm3.params == {"momentum": 0.0, "beta": 0.0, "eps": 1e-30}
+    madgrad = given("{type: madgrad_wd, params: {weight_decay: 0.3}}")
+    assert (madgrad.lr, madgrad.weight_decay) == (0.01, 0.3)
+    assert madgrad.params == {"momentum": 0.9, "eps": 1e-6}
+    assert given("{type: Lion, params: {lr: 1e-4}}").params == {"betas": (0.9, 0.99)}
+    assert given("{type: SGD, params: {lr: 1, momentum: 0.5}}").state == ("momentum_buffer",)
+    assert given("{type: SGD, params: {lr: 1}}").state == ()
+    host = load("", drop, "optimizer={type: CPU_Adam, params: {lr: 1}}")
+    assert host.optimizer.type == "adamw"
+    assert "offload_optimizer" in host.ignored[0]
+    assert given("{type: CPU_torch_Adam, params: {lr: 1}}").type == "adam"
+    assert load("use_bnb_optimizer: true\n").optimizer.type == "adam8bit"
+    for kind, wrong in (
+        ("Lion", "eps: 1e-8"),
+        ("SM3", "betas: [0.9, 0.9]"),
+        ("Adam", "beta: 0.5"),
+        ("SGD", "eps: 1e-8"),
+    ):
+        with pytest.raises(ConfigError, match="has no such parameter; it has lr, weight_decay"):
+            given(f"{{type: {kind}, params: {{lr: 1, {wrong}}}}}")
+    with pytest.raises(ConfigError, match="belongs to Adam, and the optimizer is lion"):
+        load("use_bnb_optimizer: true\n", "optimizer.type=Lion")
+    for zero in ("{stage: 3}", "{stage: 1, cpu_offload: true}"):
+        with pytest.raises(ConfigError, match="SM3 keeps sums over whole rows and columns"):
+            load("", drop, "optimizer={type: SM3}", f"zero_optimization={zero}")
+
+
+@pytest.mark.parametrize("kind", ["SM3", "madgrad_wd", "Lion", "SGD", "Adam8bit", "CPU_torch_Adam"])
+def test_a_resolved_optimizer_loads_to_itself(load, tmp_path, kind):
+    text = f"{{type: {kind}, params: {{lr: 0.5}}}}"
+    config = load("decay_embeddings: false\n", "optimizer=null", f"optimizer={text}")
+    assert not config.optimizer.decay_embeddings
+    path = tmp_path / "resolved.yml"
+    path.write_text(config.resolved_yaml())
+    assert load_config([str(path)]) == config
+
+
+@pytest.mark.option("override_lr_scheduler", "use_checkpoint_lr_scheduler", "lr_decay_style")
+def test_schedules_are_checked_against_each_other(load):
+    assert load("lr_end: 1e-5\nlr-decay-style: linear_warmup_cosine\n").schedule.min_lr == 1e-5
+    assert load("warmup_iters: 7\n").schedule.warmup_steps(1000) == 7.0
+    for text, message in (
+        ("lr_formula: fork\nlr_decay_style: wsd\n", "the fork has no style wsd"),
+        ("lr_decay_style: wsd\nwsd_decay_shape: exponential\n", "exponential needs min_lr"),
+        ("override_lr_scheduler: true\nuse_checkpoint_lr_scheduler: true\n", "contradicts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(text)
 
 
 @pytest.mark.option("bf16", "fp16", "precision", "loss_scale")
