@@ -57,7 +57,8 @@ def layer_names(spec: ModelSpec) -> list[str]:
     """
     last = "OutputLayer" if spec.no_weight_tying else "Embedding"
     blocks = [
-        "GMLPBlock" if kind in MIXERS else "TransformerBlock" for kind in attention_types(spec)
+        "GMLPTransformerBlock" if kind in MIXERS else "TransformerBlock"
+        for kind in attention_types(spec)
     ]
     return ["Embedding", *blocks, "FinalNorm", last]
 

@@ -136,11 +136,12 @@ class TinyAttention(nn.Module):
         return out
 
 
-class GMLPBlock(nn.Module):
+class GMLPTransformerBlock(nn.Module):
     """``x + output_linear(sgu(act(input_linear(norm(x)))))``, one of these for attention and MLP.
 
     The width is that of the MLP, ``intermediate_size``, which the unit halves to.  Of a gated
     activation it takes what the gate goes through.  (GPT-NeoX leaves the residual out.)
+    ``pipe_partition_method: type:transformer`` deals it out with the other blocks.
     """
 
     def __init__(

@@ -122,6 +122,9 @@ def _gmlp_saved(spec: ModelSpec, setting: Setting, kind: str) -> float:
     numbers = 7 * gate + rows + setting.residual(spec) + norm_saved(spec, setting)
     if kind == "amlp":
         numbers += 4 * tokens * spec.gmlp_attn_dim
+        if setting.on_cpu:  # the plain kernel: queries and keys scaled, and the chances
+            float32 = 2 * spec.gmlp_attn_dim + (spec.seq_length or 0)
+            numbers += 4 * setting.tokens(spec) * float32
     return numbers + _hidden_mask(spec, setting)
 
 

@@ -60,7 +60,11 @@ def test_blocks_are_their_formula() -> None:
         block = model.get_submodule(name)
         torch.testing.assert_close(block(x), _block(block, x), rtol=1e-5, atol=1e-5)
     assert model.get_submodule("1").sgu.attn is None
-    assert layer_names(SPEC)[1:4] == ["GMLPBlock", "GMLPBlock", "TransformerBlock"]
+    assert layer_names(SPEC)[1:4] == [
+        "GMLPTransformerBlock",
+        "GMLPTransformerBlock",
+        "TransformerBlock",
+    ]
 
 
 def test_the_unit_starts_as_nothing() -> None:
