@@ -30,7 +30,11 @@ from megatron.model.masking import MaskTables
 from megatron.model.norm import Norm
 from megatron.model.soft_prompt import freeze_all_but_prompt
 from megatron.model.spec import MIXERS, ModelSpec, attention_types
-from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
@@ -243,7 +247,7 @@ def param_groups(
     spared: list[nn.Parameter] = []
     for module in model.modules():
         norm = isinstance(module, Norm)
-        spare = isinstance(module, Embedding | OutputLayer | OutputWeight)
+        spare = isinstance(module, VocabParallelEmbedding | Embedding | OutputWeight)
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue

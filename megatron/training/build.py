@@ -40,6 +40,7 @@ from megatron.training.held_out import HeldOutUses, contributes
 from megatron.training.layout import run_layout
 from megatron.training.loop import Reader
 from megatron.training.planner import Planner
+from megatron.training.profiling import attach_profiler
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
 from megatron.training.reference import ReferenceReader, reference_source
@@ -122,6 +123,7 @@ def build(
     observer = LossObserver(ledger)
     engine = build_engine(config, topology, batch, observer)
     attach_statistics(config, engine, topology, batch, runtime.device)
+    attach_profiler(config, engine, runtime)
     eod_id = _eod_id(config, domains)
     held_out = HeldOutUses(config, runtime, topology, batch, domains, observer, eod_id)
     sampler = _sampler(config, domains, batch)

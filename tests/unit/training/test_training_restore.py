@@ -38,7 +38,7 @@ def prepare(store: CheckpointStore, own: CheckpointStore, layout: dict[str, Any]
     )
 
 
-def converted(source: Path, target: Path, *, workers: int) -> None:
+def converted(source: Path, target: Path, *, workers: int, state: Any) -> None:
     (target / "weights.json").write_text("{}")
 
 
@@ -90,7 +90,7 @@ def test_a_conversion_goes_elsewhere_where_it_cannot_be_written(
 def test_what_fails_on_rank_0_is_told_to_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(source: Path, target: Path, *, workers: int) -> None:
+    def fails(source: Path, target: Path, *, workers: int, state: Any) -> None:
         raise CheckpointError("no way")
 
     monkeypatch.setattr("megatron.training.conversion.convert_to_universal", fails)
