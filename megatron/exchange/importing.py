@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,11 +134,13 @@ def write_configuration(imported: Imported, folder: Path, final: Path) -> Config
         f"#   load: {final}\n#   finetune: true\n{content}"
     )
     (folder / MODEL_NAME).write_text(text, encoding="utf-8")
-    # A configuration is whole or none: the rest is what no one who looks for a model reads.
+    # A configuration is whole or none: evaluation and generation find the checkpoint by it, and
+    # the rest is what no one who looks for a model reads.
+    place = json.dumps(str(final))
     rest = [
-        f"run_dir={final}", "train_iters=1", "train_micro_batch_size_per_gpu=1",
-        "optimizer.params.lr=0.0001", "domains={none: {train: none}}",
-        f"precision={imported.precision}",
+        f"run_dir={place}", f"load={place}", "finetune=true", "train_iters=1",
+        "train_micro_batch_size_per_gpu=1", "optimizer.params.lr=0.0001",
+        "domains={none: {train: none}}", f"precision={imported.precision}",
     ]  # fmt: skip
     config = load_config([str(folder / MODEL_NAME)], overrides=rest)
     (folder / _CONFIG_NAME).write_text(config.resolved_yaml(), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def write_tokenizer(
         DataError: transformers' form of it gives other ids.
     """
     library = transformers("writing a tokenizer")
-    theirs = _theirs(library, settings, tokenizer)
+    if settings.tokenizer_type == "SPMTokenizer":
+        theirs = _sentencepiece(library, folder, settings, tokenizer)
+    else:
+        theirs = _theirs(library, settings, tokenizer)
     theirs.model_max_length = length
     if pad is not None:
         theirs.pad_token = theirs.convert_ids_to_tokens(pad)
@@ -132,8 +136,6 @@ def _backend(settings: TokenizerConfig, tokenizer: Tokenizer) -> Any:
     if tokenizer.name == "CharLevelTokenizer":
         return _byte_backend()
     try:
-        if tokenizer.name == "SPMTokenizer":
-            return _sentencepiece_backend(settings)
         return _tiktoken_backend(tokenizer, settings)
     except Exception as error:
         raise DataError(
@@ -142,14 +144,37 @@ def _backend(settings: TokenizerConfig, tokenizer: Tokenizer) -> Any:
         ) from error
 
 
-def _sentencepiece_backend(settings: TokenizerConfig) -> Any:
-    class Slow:
-        vocab_file = settings.vocab_file
-        add_prefix_space = True
-        legacy = True
+def _sentencepiece(
+    library: Any, folder: Path, settings: TokenizerConfig, tokenizer: Tokenizer
+) -> Any:
+    """Return what a sentencepiece model does, as far as the fast library can do it.
 
-    converters = importlib.import_module("transformers.convert_slow_tokenizer")
-    return converters.SpmConverter(Slow()).converted()
+    A space is put before every text, and spaces are letters, as Llama's model has it.
+    """
+    from tokenizers import normalizers
+
+    model = folder / "tokenizer.model"
+    shutil.copyfile(str(settings.vocab_file), model)
+    content = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
+    try:
+        backend = library.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        ).backend_tokenizer
+    except Exception as error:  # whatever the library raises over its files
+        raise DataError(
+            f"{settings.vocab_file} has no form that transformers loads ({error}); leave the "
+            "tokenizer out with --no_save_tokenizer"
+        ) from error
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.pre_tokenizer = None
+    model.unlink()
+    eod = backend.id_to_token(tokenizer.eod)
+    return library.PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, eos_token=eod, bos_token=eod
+    )
 
 
 def _tiktoken_backend(tokenizer: Tokenizer, settings: TokenizerConfig) -> Any:
