@@ -74,6 +74,9 @@ def test_the_same_steps_in_every_layout_and_after_a_resume(
         assert np.array_equal(resumed["parameters"][name], value), name
     if kind != "SM3":
         convert(saved, optimizer_state(load_config([str(files["one"])]).optimizer))
+        fresh = pools.call(train_on, 2, files["zero2"], saved, AT, STEPS, False, True)[0]
+        assert fresh["losses"][0] == whole["losses"][AT]
+        assert fresh["losses"][1] != whole["losses"][AT + 1]
         for ranks, name in ((1, "one"), (2, "tensor")):
             elsewhere = pools.call(train_on, ranks, files[name], saved, AT, STEPS, True)[0]
             same(elsewhere, {key: value[AT:] for key, value in whole.items() if key in (

@@ -73,7 +73,14 @@ def train_and_save(
 
 
 def train_on(
-    rank: int, world: int, file: Path, saved: Path, first: int, last: int, universal: bool
+    rank: int,
+    world: int,
+    file: Path,
+    saved: Path,
+    first: int,
+    last: int,
+    universal: bool,
+    weights_only: bool = False,
 ) -> dict[str, Any]:
     """Take up what :func:`train_and_save` saved, and train to ``last``."""
     harness = Watched(file)
@@ -84,9 +91,10 @@ def train_on(
                 saved / "universal",
                 tensor_rank=topology.tensor_rank,
                 tensor_size=topology.tensor_size,
+                weights_only=weights_only,
             )
         else:
-            engine.load(saved, "step")
+            engine.load(saved, "step", weights_only=weights_only)
         harness.go_on(first, last)
         return _seen(harness)
     finally:
