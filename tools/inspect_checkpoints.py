@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", metavar="DIR[,DIR2]", help="one checkpoint, or two")
     parser.add_argument(
         "--attributes", nargs="+", default=[], metavar="A/B",
-        help="only what lies under these names: a file, keys in it, or the end of such a path",
+        help="only what lies under these names: a file, keys in it, or a part of such a path",
     )  # fmt: skip
     parser.add_argument(
         "-i", "--interactive", action="store_true", help="open Python with `content` (and `other`)"

@@ -63,14 +63,8 @@ _TRAIN_TOKENIZER = _same(
 )
 _NO_UPLOAD = "a separate step, on the exported folder"
 _INSPECT = {
-    "dir": "the folder",
-    "--attributes": "all are listed",
-    "--interactive": "not offered; `python -i` on the loaded file",
-    "-i": "not offered; `python -i` on the loaded file",
-    "--compare": "run it on both and compare the two texts",
-    "-c": "run it on both and compare the two texts",
-    "--diff": "run it on both and compare the two texts",
-    "-d": "run it on both and compare the two texts",
+    "dir": "`DIR[,DIR2]`",
+    **_same("--attributes", "--interactive", "-i", "--compare", "-c", "--diff", "-d"),
 }
 _ANY_LAYOUT = "a checkpoint is loaded under any layout, so that nothing has to be merged"
 _MERGE = {"--input_dir": "`load`", "--output_dir": "`save`"}
@@ -120,9 +114,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         system=ODM,
         path="tools/inspect_checkpoints.py",
-        state="mapped",
-        ours="tools/convert_checkpoint.py",
-        reason="`--info`",
+        ours="tools/inspect_checkpoints.py",
         flags=_INSPECT,
     ),
     Tool(
@@ -263,9 +255,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         system=NEOX,
         path="tools/ckpts/inspect_checkpoints.py",
-        state="mapped",
-        ours="tools/convert_checkpoint.py",
-        reason="`--info`",
+        ours="tools/inspect_checkpoints.py",
         flags=_INSPECT,
     ),
     Tool(

@@ -75,7 +75,8 @@ def describe_value(value: Any, width: int = 80) -> str:
 def select(content: dict[str, Any], attributes: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield the leaves under each of the given paths; all of them where none is given.
 
-    A path is a file's name and keys in it with ``/``, or the end of a longer one.
+    A path is a file's name and keys in it with ``/``, or a part of a longer one; a dot in a
+    parameter's name divides like ``/``.
 
     Raises:
         CheckpointError: nothing lies under a path.
@@ -85,11 +86,15 @@ def select(content: dict[str, Any], attributes: Sequence[str]) -> Iterator[tuple
         yield from every.items()
         return
     for wanted in attributes:
-        path = f"/{wanted.strip('/')}/"
-        matches = {name: value for name, value in every.items() if path in f"/{name}/"}
+        path = _parts(wanted.strip("/"))
+        matches = {name: value for name, value in every.items() if path in _parts(name)}
         if not matches:
             raise CheckpointError(f"nothing is called {wanted}; leave --attributes out to see all")
         yield from matches.items()
+
+
+def _parts(path: str) -> str:
+    return f"/{path.replace('.', '/')}/"
 
 
 def differences(

@@ -20,6 +20,7 @@ from megatron.engine.universal_load import UniversalCheckpoint
 from megatron.errors import CheckpointError
 from megatron.model.gpt import GPT
 from megatron.parallel.partition import Partition
+from megatron.training.compatible import saved_state
 from megatron.training.conversion import is_universal
 
 
@@ -210,5 +211,6 @@ def open_weights(
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".universal-", dir=scratch) as place:
         with disk_errors(scratch, needed=2 * manifest.total_bytes):
-            convert_to_universal(path, Path(place))
+            state = saved_state(manifest.layout, path, weights_only=True)
+            convert_to_universal(path, Path(place), state=state)
         yield UniversalWeights(Path(place), model)

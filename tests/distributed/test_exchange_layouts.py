@@ -44,7 +44,10 @@ LEFT_OUT = {("neox", "zero3"), ("llama", "bf16")}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"model_parallel_size": 2},
     "pipe": {"pipe_parallel_size": 2},
-    "zero3": {"zero_optimization": {"stage": 3}},
+    "zero3": {
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "Lion", "params": {"lr": 1e-3}},
+    },
     "bf16": {"model_parallel_size": 2, "precision": "bfloat16"},
 }
 

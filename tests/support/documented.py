@@ -79,6 +79,16 @@ WAYS = (
         quick="parse",
         why="wants a test part of 1025 tokens; tests/unit/data/test_data_bigram.py runs it",
     ),
+    Way(
+        pattern=r"python tools/upload\.py .*",
+        quick="parse",
+        why="needs a network; tests/unit/exchange uploads to a stand-in",
+    ),
+    Way(
+        pattern=r"python tools/convert_checkpoint\.py --input neox/.*",
+        quick="parse",
+        why="a checkpoint of tens of gigabytes; tests/unit/exchange makes small ones",
+    ),
     Way(pattern=r"python ((tools|examples)/)?\w+\.py .*", quick="parse", slow=True),
     Way(pattern=r"torchrun .* train\.py -d configs local/.*", quick="none", slow=True),
     Way(pattern=r"tail .* runs/quickstart/.*", quick="none", slow=True),
@@ -100,6 +110,8 @@ LEFT_BEHIND = {
     "runs/studies/long": "a sweep, as the page says",
     "bench.yml": "the page shows the file",
     "chats.jsonl": "a user's conversations",
+    "neox": "a checkpoint of GPT-NeoX and its configuration",
+    "my-name/quickstart": "a name on the hub",
     "models/chat": "a tokenizer with a chat template",
 }
 
