@@ -67,7 +67,7 @@ def _block(bench: Bench, spec: Any) -> dict[str, list[torch.Tensor]]:
 
     def run(call: Callable[[DropoutRng, nn.Module, torch.Tensor], torch.Tensor], step: int) -> Any:
         rng = _rng(bench, step)
-        block = TransformerBlock(bench.scope(), spec, layer=2, rotary=None, dropout=rng)
+        block = TransformerBlock(bench.scope(), spec, layer=1, rotary=None, dropout=rng)
         x = bench.sequence(bench.draw("x", BATCH, LENGTH, HIDDEN)).clone().requires_grad_()
         out = call(rng, block, x)
         # Another micro-batch goes forward before this one comes back.
