@@ -25,7 +25,6 @@ from megatron.data.index_format import token_dtype
 from megatron.data.ingest.chat import (
     ChatDocument,
     ChatSettings,
-    chat_tokenizer,
     check_settings,
     encode_conversations,
 )
@@ -33,6 +32,7 @@ from megatron.data.ingest.stamps import stamp
 from megatron.data.sidecar import Sidecar, write_sidecar
 from megatron.data.writer import TokenWriter
 from megatron.errors import ConfigError, DataError, run_command
+from megatron.tokenizer.chat import chat_tokenizer
 
 
 def _parser() -> argparse.ArgumentParser:

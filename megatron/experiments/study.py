@@ -341,9 +341,7 @@ class _Planner:
         total = resolve_batch(config.batch, run_layout(config, ranks).data_size)[2]
         weights = start_weights(config.mixing, config.domains, domains)
         key = run_key(config, fingerprints)
-        rows = config.data.tokens_per_row(
-            config.training.train_iters, config.model.context_length
-        )
+        rows = config.data.tokens_per_row(config.training.train_iters, config.model.context_length)
         tokens = total * rows
         return PlannedRun(
             name=variant.name,
@@ -372,9 +370,7 @@ class _Planner:
     def _open(self, config: Config) -> tuple[OpenDomains, dict[str, str]]:
         """Open a run's data, or return what another run of the study has opened."""
         named = {
-            name: domain.model_dump(
-                mode="json", exclude={"weight", "valid_weight", "test_weight"}
-            )
+            name: domain.model_dump(mode="json", exclude={"weight", "valid_weight", "test_weight"})
             for name, domain in config.domains.items()
         }
         facts = [

@@ -37,9 +37,7 @@ def _count(domain: Domain, tokens: float, length: int, vocab_size: int | None) -
     """Return the count loss of one domain, nats per token; 0 where there is too little of it."""
     if domain.pack_impl != "packed" or domain.infilling is not None:
         # Counted as running text: padding and moved tokens would be learnt, too.
-        domain = Domain(
-            domain.name, domain.sources, seq_length=domain.seq_length, seed=domain.seed
-        )
+        domain = Domain(domain.name, domain.sources, seq_length=domain.seq_length, seed=domain.seed)
     # Those that are measured on come on top of those that are counted.
     wanted = int(tokens / length * HELD_OUT / (HELD_OUT - 1))
     total = min(domain.num_windows(0), max(wanted, HELD_OUT))

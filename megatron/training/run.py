@@ -256,9 +256,7 @@ def _complete(checked: Checked, source: Source) -> bool:
     return False
 
 
-def follow_schedule(
-    checked: Checked, source: Source | None, say: Callable[[str], None]
-) -> Checked:
+def follow_schedule(checked: Checked, source: Source | None, say: Callable[[str], None]) -> Checked:
     """Let a resumed run follow its checkpoint's learning-rate schedule where that is asked for.
 
     Raises:

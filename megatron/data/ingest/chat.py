@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.data.ingest.sources import Source, find_sources
 from megatron.data.ingest.streams import read_blocks
 from megatron.data.samples import UNTRAINED
 from megatron.errors import ConfigError, DataError, MissingExtraError
+from megatron.tokenizer.chat import chat_tokenizer
 
 _CHUNK = 25
 
@@ -52,31 +53,6 @@ class ChatDocument:
     labels: list[int]
     text_bytes: int
     reward: int | None = None
-
-
-@lru_cache(maxsize=1)
-def chat_tokenizer(path: str) -> Any:
-    """Load a tokenizer that has a chat template.
-
-    Raises:
-        MissingExtraError: transformers is not there.
-        DataError: there is no tokenizer, or it has no chat template.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise MissingExtraError("transformers", "train", "a chat template") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--tokenizer-path {path}: no Hugging Face tokenizer: {reason}") from None
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"--tokenizer-path {path}: the tokenizer has no chat template; take one of a chat "
-            "model, or add a chat_template.jinja to the folder"
-        )
-    return tokenizer
 
 
 def read_conversations(inputs: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -92,7 +92,8 @@ def cadence(config: Config, domains: OpenDomains, *, gpus: int) -> Cadence:
     curriculum = config.data.curriculum_learning
     if curriculum is not None and curriculum.enabled:
         raise ConfigError(
-            "curriculum_learning: methods are compared at steps of equally many tokens; leave it out"
+            "curriculum_learning: methods are compared at steps of equally many tokens; "
+            "leave it out"
         )
     config = complete(config, domains)
     micro, _, total = resolve_batch(
