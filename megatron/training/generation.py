@@ -84,14 +84,18 @@ def generate_run(config: Config, runtime: Runtime, stop: StopFlag, say: Say) -> 
     if options.text_gen_type == "interactive":
         crew.lead(lambda crew: _converse(crew, options, decoding, stop))
     else:
-        crew.lead(lambda crew: _write(crew, options, decoding, stop, say))
+        crew.lead(lambda crew: write_file(crew, options, decoding, stop, say))
     return stop.exit_code if any(runtime.gather(stop.requested)) else 0
 
 
-def _write(
+def write_file(
     crew: Crew, options: GenerationConfig, decoding: Decoding, stop: StopFlag, say: Say
 ) -> None:
-    """Write samples to the output file, line by line."""
+    """Write samples to the output file, line by line.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     conditional = options.text_gen_type == "input-file"
     prompts = read_prompts(options) if conditional else [""]
     default = f"{options.sample_input_file}.output.jsonl" if conditional else "samples.txt"

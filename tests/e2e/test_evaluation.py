@@ -15,6 +15,7 @@ from support import local_tasks, runs
 from megatron.config import load_config
 from megatron.errors import NeomixError
 from megatron.monitor.report.page import write_report
+from megatron.training.inference import task_request
 from megatron.training.inference_options import find_model, preflight_inference
 
 
@@ -57,6 +58,7 @@ def run(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.option("eval_tasks", "eval_results_prefix")
 def test_live_and_saved_models_agree_in_other_layouts(run, tmp_path):
     live = {
         record["step"]: record["tasks"]
@@ -131,6 +133,13 @@ def test_what_cannot_start_is_said_before_it_starts(run, script, changes, said):
     config = load_config([str(run)], overrides=changes)
     with pytest.raises(NeomixError, match=re.escape(said)):
         preflight_inference(config, world_size=1, gpus=0, script=script)
+
+
+@pytest.mark.option("eval_num_fewshot")
+def test_examples_are_asked_for(run):
+    config = load_config([str(run)], overrides=["eval_num_fewshot=2"])
+    assert task_request(config).num_fewshot == 2
+    assert task_request(load_config([str(run)])).num_fewshot is None
 
 
 def test_the_newest_checkpoint_is_taken(run):

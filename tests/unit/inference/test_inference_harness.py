@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from support import local_tasks
 from support.hugging import gpt_neox, shaken
 from support.model_spec import TestSpec
 
+from megatron.config.evaluation import GenerationConfig
 from megatron.engine.frozen import FrozenSequential
 from megatron.errors import ConfigError, DataError
 from megatron.inference.crew import Crew, Decoding
@@ -21,8 +23,11 @@ from megatron.inference.sample import Sampling
 from megatron.inference.samples import write_samples
 from megatron.inference.score import Request
 from megatron.inference.tasks import TaskRequest, TaskSet, match, numbers
+from megatron.launch.stop import StopFlag
+from megatron.model.kv_cache import KVCache
 from megatron.parallel.topology import Topology
 from megatron.tokenizer import build_tokenizer
+from megatron.training.generation import decoding_of, write_file
 
 LONGEST = 48
 """Tokens that the model takes, fewer than some contexts have."""
@@ -222,6 +227,42 @@ def test_texts_end_at_stop_strings_and_say_what_hinders_them(both):
     three = list(write_samples(crew, prompts[:1], drawn, maximum_tokens=4, repeats=3))
     assert len({sample.text for sample in three}) == 3
     assert all(len(sample.logits or []) == sample.length for sample in three)
+
+
+@pytest.mark.option("maximum_tokens", "num_samples", "prompt_end", "recompute", "return_logits")
+@pytest.mark.option("sample_input_file", "sample_output_file", "text_gen_type")
+def test_samples_are_written_as_asked(both, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("ab cab\nbad### dab add###\n")
+
+    def written(**keys: Any) -> list[dict[str, Any]]:
+        options = GenerationConfig(**keys)
+        decoding = decoding_of(options, seed=3, stop_token=-1)
+        write_file(both.crew, options, decoding, StopFlag(), lambda line: None)
+        assert options.sample_output_file is not None
+        text = Path(options.sample_output_file).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    # A cache would be attached to the model; whoever recomputes has none.
+    monkeypatch.setattr(KVCache, "attached", None)
+    asked = written(
+        text_gen_type="input-file",
+        sample_input_file=str(prompts),
+        sample_output_file=str(tmp_path / "new" / "out.jsonl"),
+        prompt_end="###",
+        num_samples=2,
+        maximum_tokens=3,
+        temperature=1.5,
+        return_logits=True,
+        recompute=True,
+    )
+    assert [one["context"] for one in asked] == ["ab cab\nbad"] * 2 + ["dab add"] * 2
+    assert [one["length"] for one in asked] == [len(one["logits"]) for one in asked] == [3] * 4
+    with pytest.raises(TypeError):
+        written(text_gen_type="unconditional", sample_output_file=str(tmp_path / "none"))
+    monkeypatch.undo()
+    free = written(text_gen_type="unconditional", sample_output_file=str(tmp_path / "free"))
+    assert [(one["context"], one["length"]) for one in free] == [("", LONGEST - 1)]
 
 
 def test_scores_are_those_of_a_naive_loop(both):

@@ -129,7 +129,7 @@ def test_the_plan_counts_each_optimizers_state(tmp_path: Path) -> None:
     assert sizes["SGD",][1] < sizes["Lion",][1] < sizes["Adam",][1] < sizes["madgrad_wd",][1]
 
 
-@pytest.mark.option("decay_embeddings", "weight_decay")
+@pytest.mark.option("weight_decay")
 def test_norms_and_biases_never_decay_and_embeddings_as_asked(tmp_path: Path) -> None:
     config = configured(tmp_path, no_weight_tying=True)
     model = GPT(config.model, seed=1)
