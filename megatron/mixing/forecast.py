@@ -68,9 +68,16 @@ class FittedForecast:
         freedom = max(1, len(self._n) - _PARAMETERS)
         variance = max(float(residual @ residual) / freedom, 1e-16)
         prior = np.array([1.0, max(float(self._values.max()), 1e-6), 1.0]) * _PRIOR
-        precision = slope.T @ slope / variance + np.diag(prior**-2.0)
-        here = self._slope(np.array([float(step)]))[0]
-        return float(np.sqrt(max(float(here @ np.linalg.solve(precision, here)), 0.0)))
+        # By directions: each knows its variance, where a matrix of all could not be inverted.
+        with np.errstate(over="ignore", invalid="ignore"):
+            known = self._slope(self._n) * prior / np.sqrt(variance)
+            here = self._slope(np.array([float(step)]))[0] * prior
+        if not (np.isfinite(known).all() and np.isfinite(here).all()):
+            return float("inf")
+        _, strengths, directions = np.linalg.svd(known)
+        spread = directions @ here
+        spread[: len(strengths)] /= np.hypot(1.0, strengths)
+        return float(np.linalg.norm(spread))
 
     def model_error(self, step: int) -> float:
         """Return :data:`MODEL_ERROR` of the fall since the last point, nats per token."""
