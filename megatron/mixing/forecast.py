@@ -63,21 +63,20 @@ class FittedForecast:
         It is carried there through the law, with a wide prior on the law's parameters, so
         that what the points leave open stays open.
         """
-        slope = self._slope(self._n)
         residual = self._values - np.array([self.value(n) for n in self._n])
         freedom = max(1, len(self._n) - _PARAMETERS)
-        variance = max(float(residual @ residual) / freedom, 1e-16)
         prior = np.array([1.0, max(float(self._values.max()), 1e-6), 1.0]) * _PRIOR
         # By directions: each knows its variance, where a matrix of all could not be inverted.
         with np.errstate(over="ignore", invalid="ignore"):
+            variance = max(float(residual @ residual) / freedom, 1e-16)
             known = self._slope(self._n) * prior / np.sqrt(variance)
             here = self._slope(np.array([float(step)]))[0] * prior
-        if not (np.isfinite(known).all() and np.isfinite(here).all()):
-            return float("inf")
-        _, strengths, directions = np.linalg.svd(known)
-        spread = directions @ here
-        spread[: len(strengths)] /= np.hypot(1.0, strengths)
-        return float(np.linalg.norm(spread))
+            if not (np.isfinite(known).all() and np.isfinite(here).all()):
+                return float("inf")
+            _, strengths, directions = np.linalg.svd(known)
+            spread = directions @ here
+            spread[: len(strengths)] /= np.hypot(1.0, strengths)
+            return float(np.linalg.norm(spread))
 
     def model_error(self, step: int) -> float:
         """Return :data:`MODEL_ERROR` of the fall since the last point, nats per token."""

@@ -18,7 +18,8 @@ from megatron.registry import mixing_methods
 FOLDER = Path(__file__).parents[3] / "configs" / "mixing"
 FILES = sorted(FOLDER.glob("*.yml"))
 BANDITS = {"odm", "smoothed_mean", "smoothed_mean_exp", "exp3", "ema"}
-SHARED = {"method", "draw", "unit", "weights", "weights_alpha", "validation_samples"}  # not the method's
+# Not the method's.
+SHARED = {"method", "draw", "unit", "weights", "weights_alpha", "validation_samples"}
 QUICKSTART_STEPS, QUICKSTART_DOMAINS = 200, 7
 
 
