@@ -91,6 +91,7 @@ def test_live_and_saved_models_agree_in_other_layouts(run, tmp_path):
     assert "local_choice" in page
 
 
+@pytest.mark.slow
 def test_generation_is_the_same_under_a_pipeline_and_at_the_keyboard(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("ab cab\nbad dab add\n\nfade\n", encoding="utf-8")

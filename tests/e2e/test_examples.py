@@ -345,6 +345,7 @@ def test_a_method_that_needs_more_is_refused(method: str, tmp_path: Path) -> Non
         trainer(tmp_path, method=method, option=option)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_of_twice_the_batch(tmp_path: Path) -> None:
     arguments = ["--cpu", "--steps", "16", "--output_dir", str(tmp_path)]
     one = run(HUGGINGFACE, *arguments, "--batch", "8")

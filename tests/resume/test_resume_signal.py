@@ -37,7 +37,9 @@ def write(folder: Path, data: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name
+    "number",
+    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
 )
 def test_signal_saves_and_the_run_goes_on(
     reference: tuple[Path, Path], tmp_path: Path, number: signal.Signals
