@@ -18,22 +18,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.errors import ConfigError, NeomixError, run_command
-from megatron.launch.command import RESOLVED_CONFIG_FLAG, decode_config, encode_config, plan_launch
-from megatron.launch.lock import RunLock
-from megatron.launch.stop import StopFlag
-from megatron.launch.wire import supervised
+from megatron.errors import ConfigError, run_command
+from megatron.launch.command import RESOLVED_CONFIG_FLAG, encode_config, plan_launch
 
 if TYPE_CHECKING:
     from megatron.config import Config
+    from megatron.launch.stop import StopFlag
 
 _SAVE_SECONDS = 600.0
 
@@ -42,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line; start the ranks, or be one of them."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     from deepy import spread_set
+    from megatron.training.program import read_config
 
     options = _parser().parse_intermixed_args(spread_set(given))
-    config = _load(options)
+    config = read_config(options)
     out = _out(options, config)
     if "RANK" in os.environ:
         _rank(options, config, out)
@@ -113,19 +110,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _load(options: argparse.Namespace) -> Config:
-    import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
-    from megatron.config import load_config
-
-    packed = options.resolved_config
-    if packed is None:
-        return load_config(options.conf_file, conf_dir=options.conf_dir, overrides=options.set)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "config.yml")
-        file.write_text(decode_config(packed), encoding="utf-8")
-        return load_config([str(file)])
-
-
 def _out(options: argparse.Namespace, config: Config) -> Path:
     """Return the store's folder; complete the options from the configuration."""
     named = config.mixing.options
@@ -160,38 +144,20 @@ def _preflight(options: argparse.Namespace, config: Config, ranks: int) -> None:
     check_reference(found, config)
 
 
-def _rank(options: argparse.Namespace, config: Config, out: Path) -> None:
+def _rank(options: argparse.Namespace, config: Config, out: Path) -> NoReturn:
     """Be one rank, and leave the process with its exit code."""
-    with StopFlag() as stop:
-        code, agreed = _guarded(options, config, out, stop)
-        from megatron.engine.runtime import end_process
+    from megatron.training.program import be_rank, sole_use
 
-        end_process(code, collective=agreed)
+    def body(stop: StopFlag) -> int:
+        with sole_use(out):
+            return _score(options, config, out, stop)
 
-
-def _guarded(
-    options: argparse.Namespace, config: Config, out: Path, stop: StopFlag
-) -> tuple[int, bool]:
-    """Return the exit code, and whether every rank has come to the end with it."""
-    lock = None
-    try:
-        if not supervised() and int(os.environ.get("RANK", "0")) == 0:
-            lock = RunLock(out).acquire()
-        return _score(options, config, out, stop), True
-    except NeomixError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code, False
-    except BaseException:
-        # Written here, since the process ends without the interpreter's own farewell.
-        traceback.print_exc()
-        return 1, False
-    finally:
-        if lock is not None:
-            lock.release()
+    be_rank(body)
 
 
 def _score(options: argparse.Namespace, config: Config, out: Path, stop: StopFlag) -> int:
     from megatron.engine.runtime import start_runtime
+    from megatron.training.program import console
     from megatron.training.reference_options import open_for_scoring
     from megatron.training.scoring import ScoreRequest, score
 
@@ -206,12 +172,8 @@ def _score(options: argparse.Namespace, config: Config, out: Path, stop: StopFla
         domains=tuple(options.domains),
     )
 
-    def say(text: str) -> None:
-        if runtime.rank == 0:
-            print(text, flush=True)
-
     try:
-        return score(config, domains, runtime, stop, request, say)
+        return score(config, domains, runtime, stop, request, console(runtime.rank))
     finally:
         domains.close()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from megatron.config import Config, load_config
 from megatron.errors import NeomixError
@@ -22,7 +24,7 @@ _WAIT_MINUTES = 12 * 60  # while rank 0 downloads, tokenises or waits for a prom
 Work = Callable[..., int]
 
 
-def run_program(name: str, description: str | None, folder: str, work: Work) -> None:
+def run_program(name: str, description: str | None, folder: str, work: Work) -> NoReturn:
     """Run a program that looks at a model, and leave the process.
 
     Args:
@@ -32,36 +34,38 @@ def run_program(name: str, description: str | None, folder: str, work: Work) -> 
         work: called with configuration, runtime, stop flag and a function that takes a line for
             the console; returns the exit code.
     """
-    import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
+    arguments = rank_parser(name, description).parse_args()
 
-    arguments = _parser(name, description).parse_args()
+    def body(stop: StopFlag) -> int:
+        config = read_config(arguments)
+        with sole_use(Path(config.run_dir) / folder):
+            from megatron.engine.runtime import start_runtime
+
+            runtime = start_runtime(
+                deterministic=config.training.deterministic, timeout_minutes=_WAIT_MINUTES
+            )
+            say = console(runtime.rank)
+            return work(config, runtime, stop, say)
+
+    be_rank(body)
+
+
+def be_rank(body: Callable[[StopFlag], int]) -> NoReturn:
+    """Run one rank's work and leave the process with its exit code.
+
+    An error that a user can act on is said on standard error without a traceback.
+    """
     with StopFlag() as stop:
-        code, agreed = _guarded(arguments, folder, work, stop)
+        code, agreed = _guarded(body, stop)
         from megatron.engine.runtime import end_process
 
         end_process(code, collective=agreed)
 
 
-def _guarded(
-    arguments: argparse.Namespace, folder: str, work: Work, stop: StopFlag
-) -> tuple[int, bool]:
+def _guarded(body: Callable[[StopFlag], int], stop: StopFlag) -> tuple[int, bool]:
     """Return the exit code, and whether every rank has come to the end with it."""
-    lock = None
     try:
-        config = _load(arguments)
-        if not supervised() and int(os.environ.get("RANK", "0")) == 0:
-            lock = RunLock(Path(config.run_dir) / folder).acquire()
-        from megatron.engine.runtime import start_runtime
-
-        runtime = start_runtime(
-            deterministic=config.training.deterministic, timeout_minutes=_WAIT_MINUTES
-        )
-
-        def say(text: str) -> None:
-            if runtime.rank == 0:
-                print(text, flush=True)
-
-        return work(config, runtime, stop, say), True
+        return body(stop), True
     except NeomixError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code, False
@@ -69,12 +73,36 @@ def _guarded(
         # Written here, since the process ends without the interpreter's own farewell.
         traceback.print_exc()
         return 1, False
-    finally:
-        if lock is not None:
-            lock.release()
 
 
-def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
+@contextlib.contextmanager
+def sole_use(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Lock a folder for a job that nobody else locks it for.
+
+    Our launcher holds the lock for its ranks; under another launcher rank 0 takes it.
+
+    Raises:
+        RunError: another run holds it, or the folder cannot be written.
+    """
+    if supervised() or int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    with RunLock(folder):
+        yield
+
+
+def console(rank: int) -> Callable[[str], None]:
+    """Return the function that prints a line: on rank 0, and nowhere else."""
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    return say
+
+
+def rank_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a program whose command line is a configuration and nothing else."""
     parser = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
     parser.add_argument("conf_file", nargs="*", help="configuration files; .yml may be left out")
     parser.add_argument("-d", "--conf_dir", help="folder that relative names start from")
@@ -86,7 +114,18 @@ def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _load(arguments: argparse.Namespace) -> Config:
+def read_config(arguments: argparse.Namespace) -> Config:
+    """Return the configuration that a command line names or carries.
+
+    Args:
+        arguments: with ``resolved_config`` (packed by a launcher, or None), ``conf_file``,
+            ``conf_dir`` and ``set``.
+
+    Raises:
+        ConfigError: it is refused.
+    """
+    import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
+
     packed = arguments.resolved_config
     if packed is None:
         return load_config(
