@@ -177,14 +177,7 @@ def _weigh(
         for name, node in zip(names, entries, strict=True):
             domains[name]["weight"] = replace(node, value=1.0)
         return
-    given = weights.value if isinstance(weights.value, list) else [weights]
-    if len(given) != len(names):
-        draft.problems.add(
-            weights, f"{len(given)} weights for {len(names)} train_data_paths; give one for each"
-        )
-        return
-    for name, node in zip(names, given, strict=True):
-        domains[name]["weight"] = node
+    _one_each(draft, weights, "train", "weight", names, domains)
 
 
 def _weigh_part(
@@ -195,16 +188,27 @@ def _weigh_part(
     domains: dict[str, dict[str, Node]],
 ) -> None:
     """Add the weights of the averages over held-out losses."""
-    if weights is None:
-        return
+    if weights is not None:
+        _one_each(draft, weights, part, f"{part}_weight", matched, domains)
+
+
+def _one_each(
+    draft: Draft,
+    weights: Node,
+    part: str,
+    key: str,
+    names: Sequence[str],
+    domains: dict[str, dict[str, Node]],
+) -> None:
+    """Give every domain of a part its weight under ``key``."""
     given = weights.value if isinstance(weights.value, list) else [weights]
-    if len(given) != len(matched):
+    if len(given) != len(names):
         draft.problems.add(
-            weights, f"{len(given)} weights for {len(matched)} {part}_data_paths; give one for each"
+            weights, f"{len(given)} weights for {len(names)} {part}_data_paths; give one for each"
         )
         return
-    for name, node in zip(matched, given, strict=True):
-        domains[name][f"{part}_weight"] = node
+    for name, node in zip(names, given, strict=True):
+        domains[name][key] = node
 
 
 def _beside(

@@ -124,7 +124,7 @@ def build(
     engine = build_engine(config, topology, batch, observer)
     attach_statistics(config, engine, topology, batch, runtime.device)
     attach_profiler(config, engine, runtime)
-    eod_id = _eod_id(config, domains)
+    eod_id = masked_token(config, domains)
     held_out = HeldOutUses(config, runtime, topology, batch, domains, observer, eod_id)
     sampler = _sampler(config, domains, batch)
     loader = _loader(config, runtime, topology, batch, domains, eod_id)
@@ -280,7 +280,7 @@ def _throughput(config: Config, runtime: Runtime) -> Throughput:
     )
 
 
-def _eod_id(config: Config, domains: OpenDomains) -> int | None:
+def masked_token(config: Config, domains: OpenDomains) -> int | None:
     """Return the end-of-document token: the configuration's, or as the data's sidecars state it."""
     if not config.training.eod_mask_loss:
         return None

@@ -31,7 +31,7 @@ from megatron.monitor.sink import SinkGroup
 from megatron.signals.ledger import Ledger
 from megatron.signals.validation import LossObserver, Validation
 from megatron.tokenizer import Tokenizer
-from megatron.training.build import _eod_id as masked_token
+from megatron.training.build import masked_token
 from megatron.training.domains import OpenDomains, open_run_domains
 from megatron.training.engines import Batch
 from megatron.training.frozen import on_first
