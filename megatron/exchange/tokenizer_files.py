@@ -123,8 +123,7 @@ def _eod_token(tokenizer: Tokenizer) -> str | None:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         token: str | None = tokenizer.library.id_to_token(eod)
         return token
-    # A byte is no token by name: text that spells it would be taken for it.
-    return None if tokenizer.name == "CharLevelTokenizer" else tokenizer.decode([eod])
+    return tokenizer.decode([eod])
 
 
 def _backend(settings: TokenizerConfig, tokenizer: Tokenizer) -> Any:
@@ -201,7 +200,9 @@ _BYTES = _byte_characters()
 def _byte_backend() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {character: byte for byte, character in enumerate(_BYTES)}
+    # Byte 0 ends a document.  Under its own name, and not the printable one, it can be a special
+    # token that nothing but that byte is taken for.
+    vocabulary = {character: byte for byte, character in enumerate(("\0", *_BYTES[1:]))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -38,8 +38,13 @@ class CrewLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document, and that an empty context is replaced by."""
-        return self._tokenizer.eod
+        """The token that ends an answer."""
+        return self._tokenizer.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that an empty context is replaced by."""
+        return self._tokenizer.bos
 
     @property
     def max_length(self) -> int:
@@ -54,7 +59,13 @@ class CrewLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the ids of a text; no token is added to it."""
+        """Return the ids of a text, with what the tokenizer puts around it.
+
+        Nothing is put around a text that begins as documents do, or where the caller says so.
+        """
+        begins = string.startswith(self._tokenizer.decode([self.prefix_token_id]))
+        if add_special_tokens is False or (add_special_tokens is None and begins):
+            return self._tokenizer.encode_bare(string)
         return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(
@@ -107,7 +118,7 @@ class CrewLM(TemplateLM):  # type: ignore[misc]
     ) -> list[str]:
         longest = self.max_length
         settings: dict[str, Any] = dict(
-            normalize_gen_kwargs(options, min(_NEW_TOKENS, longest // 2))
+            normalize_gen_kwargs(options, _NEW_TOKENS if longest > _NEW_TOKENS else longest // 2)
         )
         new_tokens = int(settings.pop("max_gen_toks"))
         if new_tokens >= longest:
@@ -116,24 +127,28 @@ class CrewLM(TemplateLM):  # type: ignore[misc]
                 "all; set a lower one under the task's generation_kwargs"
             )
         stop = handle_stop_sequences(
-            settings.pop("until", None), eos=self._tokenizer.decode([self.eot_token_id])
+            [text for text in settings.pop("until", []) if text is not None],
+            eos=self._tokenizer.decode([self.eot_token_id]),
         )
+        if "" in stop:
+            # In any text there is an empty one: the first token ends the answer.
+            new_tokens = 1
         # Of a context that is too long the end is kept; an empty one begins a document.
         tokens = [
-            self.tok_encode(text)[new_tokens - longest :] or [self.eot_token_id]
+            self.tok_encode(text)[new_tokens - longest :] or [self._tokenizer.eod]
             for text in contexts
         ]
         decoding = Decoding(
             sampling=_sampling(settings, self._seed),
             stop=tuple(stop),
-            stop_token=self.eot_token_id,
+            stop_token=self._tokenizer.eod,
         )
         prompts = [
             Prompt(tokens=row, number=number, new_tokens=new_tokens)
             for row, number in zip(tokens, numbers, strict=True)
         ]
         found = self._crew.generate(prompts, decoding)
-        texts = [self._tokenizer.decode(one.tokens) for one in found]
+        texts = [self._tokenizer.decode_text(one.tokens) for one in found]
         return [postprocess_generated_text(text, stop, None) for text in texts]
 
 

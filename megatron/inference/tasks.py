@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 from megatron.inference.crew import Crew
+from megatron.inference.task_seeds import task_seeds
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 _MOST_NAMED = 8
@@ -117,7 +118,7 @@ class TaskSet:
 
         request = self.request
         limit = request.limit
-        with _no_forks():
+        with _no_forks(), task_seeds():
             found = evaluate(
                 lm=CrewLM(crew, seed=seed),
                 task_dict=self.load(),

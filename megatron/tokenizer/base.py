@@ -52,6 +52,24 @@ class Tokenizer(ABC):
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
 
     @property
+    def bos(self) -> int:
+        """Id that stands before a text without a context: of its own, or else :attr:`eod`."""
+        return self.eod
+
+    @property
+    def eos(self) -> int:
+        """Id that ends an answer: what the vocabulary's settings say, or else :attr:`eod`."""
+        return self.eod
+
+    def encode_bare(self, text: str) -> list[int]:
+        """Return the ids of a text without tokens that stand around every text."""
+        return self.encode(text)
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; tokens that are no text are left out."""
+        return self.decode([i for i in ids if i not in (self.eod, self.bos, self.eos)])
+
+    @property
     def encoder(self) -> str:
         """Which implementation encodes in bulk, and why (one line, for the log)."""
         return self.name

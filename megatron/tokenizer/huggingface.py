@@ -78,6 +78,38 @@ class HuggingFaceTokenizer(Tokenizer):
                 return int(found)
         raise missing_eod(self.name, self._source)
 
+    @cached_property
+    def bos(self) -> int:
+        """Id of ``bos_token`` (or else ``eos_token``) of tokenizer_config.json, or ``eod``."""
+        return self._named("bos_token", "eos_token")
+
+    @cached_property
+    def eos(self) -> int:
+        """Id of ``eos_token`` of the tokenizer_config.json beside the file, or ``eod``."""
+        return self._named("eos_token")
+
+    def _named(self, *keys: str) -> int:
+        """Return the id of the first of these that tokenizer_config.json names, or ``eod``."""
+        for key in keys:
+            token = self._settings.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            found = None if token is None else self._tokenizer.token_to_id(token)
+            if found is not None:
+                return int(found)
+        return self.eod
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What transformers reads beside a tokenizer.json; empty where there is none."""
+        source = Path(self._source)
+        if source.name != "tokenizer.json":
+            return {}
+        try:
+            found = json.loads((source.parent / "tokenizer_config.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     @property
     def library(self) -> tokenizers.Tokenizer:
         """The library's own tokenizer, to be written into other formats; not to be changed."""
@@ -86,6 +118,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return list(self._tokenizer.encode(text).ids)
+
+    def encode_bare(self, text: str) -> list[int]:
+        """Return the ids of a text without tokens that stand around every text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special tokens are left out."""
+        kept = [i for i in ids if i not in (self.eod, self.bos, self.eos)]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""

@@ -142,6 +142,11 @@ class TiktokenTokenizer(Tokenizer):
         """Return the text of ids."""
         return str(self._encoding.decode([int(i) for i in ids], errors="replace"))
 
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special tokens are left out."""
+        special = {self._encoding.encode_single_token(t) for t in self._encoding.special_tokens_set}
+        return self.decode([i for i in ids if i not in special])
+
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids; 512 ids and end of document 0, as GPT-NeoX's CharLevelTokenizer."""

@@ -14,6 +14,7 @@ from support import local_tasks, runs
 
 from megatron.config import load_config
 from megatron.errors import NeomixError
+from megatron.inference.tasks import numbers
 from megatron.monitor.report.page import write_report
 from megatron.training.inference import task_request
 from megatron.training.inference_options import find_model, preflight_inference
@@ -58,8 +59,31 @@ def run(tmp_path_factory) -> Path:
     return file
 
 
+def exported_numbers(run: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """Return what lm-eval's own model of transformers gives on the exported newest checkpoint."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    done(
+        runs.tool(
+            "convert_checkpoint.py", "--input", str(run.parent / "run"), "--to", "hf",
+            "--output", str(folder),
+        )
+    )  # fmt: skip
+    found = simple_evaluate(
+        model=HFLM(pretrained=str(folder), device="cpu", batch_size=2),
+        tasks=list(local_tasks.TASKS),
+        task_manager=TaskManager(include_path=[str(run.parent / "tasks")], include_defaults=False),
+        limit=4,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    return numbers(found)
+
+
 @pytest.mark.option("eval_tasks", "eval_results_prefix")
-def test_live_and_saved_models_agree_in_other_layouts(run, tmp_path):
+def test_live_saved_and_exported_models_agree(run, tmp_path):
     live = {
         record["step"]: record["tasks"]
         for record in lines(run.parent / "run" / "metrics.jsonl")
@@ -71,7 +95,8 @@ def test_live_and_saved_models_agree_in_other_layouts(run, tmp_path):
     done(
         runs.run(
             "evaluate.py", run, "--all-checkpoints", "--eval_perplexity", "valid",
-            "--eval_results_prefix", prefix, "--set", "num_gpus=2", "model_parallel_size=2",
+            "--eval_results_prefix", prefix, "--set", "num_gpus=4", "model_parallel_size=2",
+            "pipe_parallel_size=2",
         )
     )  # fmt: skip
     (table,) = tmp_path.glob("out/mine_eval_checkpoints_*.csv")
@@ -83,6 +108,13 @@ def test_live_and_saved_models_agree_in_other_layouts(run, tmp_path):
                 if "stderr" not in name:
                     found = float(rows[step][f"{task}/{name}"])
                     assert found == pytest.approx(value, rel=1e-4, abs=1e-9), (step, task, name)
+    theirs = exported_numbers(run, tmp_path / "hf")
+    assert set(theirs) == set(local_tasks.TASKS)
+    for task, metrics in theirs.items():
+        for name, value in metrics.items():
+            if "stderr" not in name:
+                found = float(rows[4][f"{task}/{name}"])
+                assert found == pytest.approx(value, rel=1e-4, abs=1e-9), (task, name)
     measured = [r for r in lines(run.parent / "run" / "metrics.jsonl") if "valid_loss" in r][-1]
     for domain, loss in measured["valid_loss"].items():
         assert float(rows[4][f"loss/{domain}"]) == pytest.approx(loss, rel=1e-5)

@@ -33,6 +33,8 @@ MIXING_MAY = {"numpy", "scipy"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 LOCAL_RANDOM = {"Random", "SystemRandom"}
 LOCAL_NUMPY_RANDOM = {"BitGenerator", "Generator", "PCG64", "Philox", "SeedSequence", "default_rng"}
+# Lends the process's generators to lm-eval, and puts them back.
+LENDS_GENERATORS = "inference/task_seeds.py"
 CLOCKS = {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"}
 # Decisions are made here; elsewhere a clock only measures.
 NO_CLOCK = {"config", "data", "mixing", "model", "parallel", "signals"}
@@ -134,6 +136,8 @@ def _attribute(node: ast.AST) -> str:
 
 def global_randomness(path: Path, tree: ast.Module) -> Iterator[str]:
     """Find draws from, and seeds of, the process's own generators."""
+    if path.as_posix().endswith(LENDS_GENERATORS):
+        return
     for node in ast.walk(tree):
         name = _attribute(node)
         for prefixes, local in (
