@@ -33,6 +33,9 @@ class Document:
         text: all of it; of a conversation, the contents of its turns joined by newlines.
         turns: of a conversation, in order; () for plain text.
         tokens: its ids, if it comes from a tokenised domain; None otherwise.
+        tokenizer: SHA-256 (hex) of the tokenizer that made ``tokens``, by the domain's sidecar;
+            None where there are none or it is not known.  A model with that tokenizer reads the
+            tokens as they are.
     """
 
     id: str
@@ -41,6 +44,7 @@ class Document:
     text: str
     turns: tuple[Turn, ...] = ()
     tokens: NDArray[Any] | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
