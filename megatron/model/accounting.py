@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from megatron.model.inventory import (
     SPATIAL,
     block_inventory,
+    expert_inventory,
     layer_inventory,
     norm_inventory,
     position_inventory,
     stage_inventory,
 )
-from megatron.model.spec import MIXERS, ModelSpec, attention_types, ffn_width
+from megatron.model.seen_keys import seen_keys
+from megatron.model.spec import MIXERS, ModelSpec, attention_types, block_experts, ffn_width
+
+FORWARD_SHARE: Final = 1.0 / 3.0
+"""Of a token's forward and backward pass: backward multiplies every matrix twice."""
 
 
-def block_parameters(spec: ModelSpec, kind: str = "global") -> int:
-    """Return the parameters of one block with attention of a kind."""
-    return sum(parameter.count for parameter in block_inventory(spec, kind=kind))
+def block_parameters(spec: ModelSpec, kind: str = "global", experts: int = 1) -> int:
+    """Return the parameters of one block with attention of a kind and so many experts."""
+    held = block_inventory(spec, kind=kind, experts=experts)
+    return sum(parameter.count for parameter in held)
+
+
+def block_kinds(spec: ModelSpec) -> list[tuple[str, int]]:
+    """Return the kind of attention and the number of experts of every block."""
+    return [*zip(attention_types(spec), block_experts(spec), strict=True)]
 
 
 def mixing_width(spec: ModelSpec, kind: str) -> int:
@@ -27,6 +40,11 @@ def mixing_width(spec: ModelSpec, kind: str) -> int:
     if kind not in MIXERS:
         return spec.hidden_size
     return (ffn_width(spec) + (2 * spec.gmlp_attn_dim if kind == "amlp" else 0)) // 2
+
+
+def mixed_numbers(spec: ModelSpec, layer: int) -> float:
+    """Return how many numbers of other tokens a token of a block takes in, of both products."""
+    return 2 * mixing_width(spec, attention_types(spec)[layer]) * seen_keys(spec, layer)
 
 
 def norm_parameters(spec: ModelSpec) -> int:
@@ -46,8 +64,20 @@ def parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
     embeddings += sum(parameter.count for parameter in position_inventory(spec))
     if spec.soft_prompt_tuning is not None:
         embeddings += spec.soft_prompt_tuning.n_tokens * spec.hidden_size
-    blocks = sum(block_parameters(spec, kind) for kind in attention_types(spec))
+    blocks = sum(block_parameters(spec, *kind) for kind in block_kinds(spec))
     return embeddings + blocks + norm_parameters(spec)
+
+
+def active_parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
+    """Return the parameters that one token passes through: of all experts, those it goes to.
+
+    Args:
+        spec: the architecture.
+        tensor_size: tensor-parallel ranks, for the padding of the vocabulary.
+    """
+    one = sum(parameter.count for parameter in expert_inventory(spec))
+    idle = sum(experts - spec.moe_top_k for experts in block_experts(spec) if experts > 1)
+    return parameter_count(spec, tensor_size=tensor_size) - idle * one
 
 
 def layer_names(spec: ModelSpec) -> list[str]:
@@ -80,7 +110,9 @@ def layer_parameters(spec: ModelSpec, tensor_size: int = 1) -> list[int]:
     return [sum(parameter.count for parameter in layer) for layer in layers]
 
 
-def held_parameters(spec: ModelSpec, first: int, last: int, *, tensor_size: int = 1) -> int:
+def held_parameters(
+    spec: ModelSpec, first: int, last: int, *, tensor_size: int = 1, expert_size: int = 1
+) -> int:
     """Return the parameters that one tensor rank of a stage holds, each counted once.
 
     Args:
@@ -88,38 +120,60 @@ def held_parameters(spec: ModelSpec, first: int, last: int, *, tensor_size: int 
         first: number of the stage's first layer.
         last: number of the layer after its last.
         tensor_size: tensor-parallel ranks.
+        expert_size: data ranks that share experts out.
     """
-    held = stage_inventory(spec, first, last, tensor_size=tensor_size)
+    held = stage_inventory(spec, first, last, tensor_size=tensor_size, expert_size=expert_size)
     return sum(parameter.count for parameter in held)
 
 
-def block_matrices(spec: ModelSpec, kind: str = "global") -> int:
-    """Return the numbers of a block that each multiply a number of every token."""
+def block_matrices(spec: ModelSpec, kind: str = "global", experts: int = 1) -> int:
+    """Return the numbers of a block that each multiply a number of every token.
+
+    Of experts, as many count as a token goes to.
+    """
     # Norms and biases multiply no matrix, and in a narrow model they are not few; a matrix over
     # positions mixes tokens and is counted with attention.
-    return sum(
-        parameter.count
-        for parameter in block_inventory(spec, kind=kind)
-        if parameter.decayed and parameter.name != SPATIAL
+    held = block_inventory(spec, kind=kind, experts=experts)
+    matrices = [one for one in held if one.decayed and one.name != SPATIAL]
+    idle = 0.0 if experts == 1 else 1.0 - spec.moe_top_k / experts
+    return sum(one.count for one in matrices) - round(
+        idle * sum(one.count for one in matrices if one.expert)
     )
 
 
 def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 1) -> float:
     """Return the floating-point operations of one token's forward and backward pass.
 
-    ``6·N + 6·V·h + 6·L·h·s`` with N the parameters of the blocks' matrices, V the padded
-    vocabulary, s the sequence length (Narayanan et al. 2021, appendix, in the causal form;
-    recomputed activations are not counted).
+    ``6·N + 6·V·h + 12·h·Σk`` with N the parameters of the blocks' matrices, V the padded
+    vocabulary and k the keys that a query of a block sees on average, s / 2 where it sees all
+    before it (Narayanan et al. 2021, appendix, in the causal form; fewer with windows and sparse
+    patterns, see :func:`~megatron.model.seen_keys.seen_keys`).  These are the operations that the
+    model needs: recomputed activations, and scores that a kernel computes and masks, do not count.
 
     Args:
         spec: the architecture.
-        causal: count only the half of attention that the mask leaves; otherwise all of it.
+        causal: count only the half of attention that the mask leaves; otherwise as much again.
         tensor_size: tensor-parallel ranks, for the padding of the vocabulary.
     """
     kinds = attention_types(spec)
-    blocks = sum(block_matrices(spec, kind) for kind in kinds)
+    blocks = sum(block_matrices(spec, *kind) for kind in block_kinds(spec))
     head = spec.padded_vocab_size(tensor_size) * spec.hidden_size
-    length = spec.seq_length or 0
-    mixed = sum(mixing_width(spec, kind) for kind in kinds)
-    attention = mixed * length * (1 if causal else 2)
+    mixed = sum(mixed_numbers(spec, layer) for layer in range(len(kinds)))
+    attention = mixed * (1 if causal else 2)
     return 6.0 * (blocks + head + attention)
+
+
+def training_flops(spec: ModelSpec, tokens: float, *, causal: bool = True) -> float:
+    """Return the operations of forward and backward passes over so many tokens.
+
+    Args:
+        spec: the architecture; its ``seq_length`` decides attention's share.
+        tokens: trained on, in samples of ``seq_length``.
+        causal: count only the half of attention that the mask leaves.
+    """
+    return tokens * flops_per_token(spec, causal=causal)
+
+
+def forward_flops(spec: ModelSpec, tokens: float, *, causal: bool = True) -> float:
+    """Return the operations of forward passes alone: validation, a reference, scoring."""
+    return FORWARD_SHARE * training_flops(spec, tokens, causal=causal)

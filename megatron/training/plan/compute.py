@@ -11,7 +11,7 @@ from megatron.model.accounting import (
     block_parameters,
     flops_per_token,
     held_parameters,
-    mixing_width,
+    mixed_numbers,
     parameter_count,
 )
 from megatron.model.inventory import PROMPT, stage_inventory
@@ -245,10 +245,11 @@ def state_bytes(config: Config) -> int:
 def _stage_flops(config: Config, layout: Layout, first: int, last: int) -> float:
     """Return what a stage's layers cost for one token: its blocks, and the output's product."""
     model = config.model
+    kinds = attention_types(model)
     cost = sum(
-        (block_parameters(model, kind) + mixing_width(model, kind) * model.context_length)
+        (block_parameters(model, kinds[layer]) + mixed_numbers(model, layer))
         * (8.0 if model.checkpoint_activations else 6.0)
-        for kind in attention_types(model)[max(first, 1) - 1 : max(last - 1, 0)]
+        for layer in range(max(first, 1) - 1, min(max(last - 1, 0), len(kinds)))
     )
     if last == model.num_layers + 3:
         cost += 6.0 * model.padded_vocab_size(layout.tensor_size) * model.hidden_size

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron.model import GPT, flops_per_token, layers, param_groups, parameter_count
 from megatron.model.accounting import held_parameters, layer_names, layer_parameters
+from megatron.model.block_layouts import Settings
 from megatron.model.inventory import stage_inventory
+from megatron.model.masking import Masking
+from megatron.model.seen_keys import seen_keys
+from megatron.model.sparsity import PATTERNS, BlockPattern
 from megatron.parallel import Layout, Topology
 from tests.support.model_spec import TestSpec
 
@@ -93,3 +99,46 @@ def test_layers_agree_with_the_model(changes: dict[str, object], tensor_size: in
         ]
     if tensor_size == 1:
         assert held == parameter_count(spec)
+
+
+WINDOWS = [
+    ("global", None, {}),
+    ("flash", 9, {}),
+    ("global", 500, {}),
+    ("global", 1, {}),
+    ("local", None, {}),
+    ("local", 13, {"num_sliding_window_blocks": 5}),
+    ("sparse_fixed", None, {"num_different_global_patterns": 2, "different_layout_per_head": True}),
+    ("sparse_variable", None, {"num_random_blocks": 1, "different_layout_per_head": True}),
+    ("bigbird", 21, {"num_random_blocks": 2}),
+    ("bslongformer", None, {"global_block_indices": (1,), "block": 8}),
+]
+
+
+@pytest.mark.parametrize(("kind", "window", "settings"), WINDOWS)
+@pytest.mark.parametrize("length", [64, 61])
+def test_windows_and_patterns_count_what_their_masks_show(kind, window, settings, length):
+    sparsity = Settings(**{"block": 4, **settings})
+    spec = TestSpec(
+        num_layers=2,
+        num_attention_heads=4,
+        hidden_size=32,
+        seq_length=length,
+        attention_config=("global", kind),
+        sliding_window_width=window,
+        sparsity_config=sparsity,
+    )
+    pairs = []
+    for layer, name in enumerate(spec.attention_config):
+        pattern = None
+        if name in PATTERNS:
+            pattern = BlockPattern(name, sparsity, heads=4, layer=layer, topology=Topology.single())
+        mask = Masking(window=window, pattern=pattern)(torch.zeros(1, 4, length, 8), length)
+        shown = torch.ones(length, length).tril().bool() if mask is None else mask
+        pairs.append(shown.float().sum((-2, -1)).mean().item())
+    # A query's own key counts half.
+    for layer in range(2):
+        assert seen_keys(spec, layer) == pytest.approx(pairs[layer] / length - 0.5, rel=1e-6)
+    attention = 12 * 32 * (sum(pairs) / length - 1)
+    rest = flops_per_token(replace(spec, hidden_size=32, seq_length=None))
+    assert flops_per_token(spec) == pytest.approx(rest + attention, rel=1e-6)
