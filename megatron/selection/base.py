@@ -93,13 +93,25 @@ class Selector(Protocol):
     ``prepare`` does, once, what needs the whole corpus or the targets (document frequencies, a
     decomposition, a warm-up) and keeps it in files; ``open`` reads those; ``score`` then takes
     documents in batches of any size, and a document's scores depend on nothing but the document
-    and what is prepared.  So scoring can be cut into shards, killed and gone on with.
+    and what is prepared.  So scoring can be cut into shards, killed and gone on with.  (Batches are cut at
+    the same documents whatever the number of shards, so rounding that depends on who stands in a
+    batch harms nothing.)
     """
 
-    method: str
-    aggregate: str
-    """``mean`` or ``max`` over the subtasks; ``none`` where there is one column without targets."""
-    needs_targets: bool
+    @property
+    def method(self) -> str:
+        """Name of the method, as in ``--method``."""
+        ...
+
+    @property
+    def aggregate(self) -> str:
+        """``mean`` or ``max`` over the subtasks; ``none`` where one column has no targets."""
+        ...
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether it compares documents with targets, and so has a column for each."""
+        ...
 
     def parameters(self) -> Mapping[str, Any]:
         """Return, JSON-able, all that decides the scores beside corpus and targets."""
@@ -109,6 +121,9 @@ class Selector(Protocol):
         """Make what ``open`` reads, in ``folder``; go on where a killed call stopped.
 
         The caller holds a lock on the folder, and records that preparing has ended.
+
+        Returns:
+            What all of it has cost, with what a killed call did: the same as without the kill.
         """
         ...
 

@@ -1,0 +1,61 @@
+"""The selectors that a command line may name, each in a module of its own.
+
+A selector's module is imported when it is asked for, and offers two functions beside its class:
+``add_arguments`` adds the flags that it alone has, ``from_options`` makes the selector of what was
+given.  A module's docstring is the help of its method; its first line stands in the overview.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, Protocol, cast
+
+from megatron.errors import ConfigError, did_you_mean
+from megatron.selection.base import Selector
+
+METHODS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "random": "megatron.selection.random_order",
+    }
+)
+"""Module of each method, by the value of ``--method``."""
+
+
+class Method(Protocol):
+    """What the module of a method offers; its docstring is the help."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the method's own flags.
+
+        They stand beside those of ``tools/select_data.py score`` (``--train``, ``--target``,
+        ``--out``, ``--field``, ``--config``, ``--tokenizer-type``, ``--vocab-file``,
+        ``--merge-file``, ``--tokenizer-path``, ``--shard``, ``--work-dir``, ``--chunk-documents``,
+        ``--workers``, ``--overwrite``) and must have other names; two methods may share a name.
+        """
+        ...
+
+    def from_options(self, options: argparse.Namespace) -> Selector:
+        """Make the selector; called before any document is read.
+
+        Raises:
+            ConfigError: a value cannot be, naming the flag.
+            MissingExtraError: a library is not installed.
+        """
+        ...
+
+
+def load_method(name: str) -> Method:
+    """Import the module of a method.
+
+    Raises:
+        ConfigError: there is no method of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(
+            f"--method {name}: no such method{did_you_mean(name, METHODS)} "
+            f"(known: {', '.join(METHODS)})"
+        )
+    return cast(Method, importlib.import_module(METHODS[name]))
