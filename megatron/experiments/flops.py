@@ -10,30 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Final
 
 from megatron.errors import ConfigError, did_you_mean
-from megatron.model.accounting import flops_per_token
+from megatron.model.accounting import forward_flops, training_flops
 from megatron.model.spec import ModelSpec
-
-FORWARD_SHARE: Final = 1.0 / 3.0
-"""Of a token's forward and backward pass: backward multiplies every matrix twice."""
-
-
-def training_flops(spec: ModelSpec, tokens: float, *, causal: bool = True) -> float:
-    """Return the operations of forward and backward passes over so many tokens.
-
-    Args:
-        spec: the architecture; its ``seq_length`` decides attention's share.
-        tokens: trained on, in samples of ``seq_length``.
-        causal: count only the half of attention that the mask leaves.
-    """
-    return tokens * flops_per_token(spec, causal=causal)
-
-
-def forward_flops(spec: ModelSpec, tokens: float, *, causal: bool = True) -> float:
-    """Return the operations of forward passes alone: validation, a reference, scoring."""
-    return FORWARD_SHARE * training_flops(spec, tokens, causal=causal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +128,7 @@ def charge(
         reference_spec: of the reference that runs beside it; None = the run's own.
         proxies: the bills of proxy runs.
         references: the bills of training reference models.
-        causal: see :func:`training_flops`.
+        causal: see :func:`megatron.model.accounting.training_flops`.
     """
     reference = reference_spec or spec
     return Charges(

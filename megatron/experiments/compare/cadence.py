@@ -14,10 +14,11 @@ import numpy as np
 
 from megatron.config import Config, resolve_batch
 from megatron.errors import ConfigError
-from megatron.experiments.flops import Charges, Spent, charge, spent_by_ledger, training_flops
+from megatron.experiments.flops import Charges, Spent, charge, spent_by_ledger
 from megatron.experiments.study import ranks_of
 from megatron.mixing.base import Decision, Mixer, Observation, Signal
 from megatron.mixing.controller import Controller
+from megatron.model.accounting import training_flops
 from megatron.registry import mixing_methods
 from megatron.training.check import build_controller
 from megatron.training.domains import OpenDomains, start_weights

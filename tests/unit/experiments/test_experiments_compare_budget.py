@@ -6,7 +6,7 @@ import pytest
 from support import compared
 
 from megatron.errors import ConfigError
-from megatron.experiments.flops import forward_flops, training_flops
+from megatron.model.accounting import forward_flops, training_flops
 
 METHODS = {
     **compared.UNIFORM,

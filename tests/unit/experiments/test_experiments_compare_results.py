@@ -14,9 +14,9 @@ from megatron.errors import RunError
 from megatron.experiments.commands.compare import write_results
 from megatron.experiments.compare.results import compare_facts, load_compare, write_compare
 from megatron.experiments.compare.text import compare_text
-from megatron.experiments.flops import training_flops
 from megatron.experiments.report import write_report
 from megatron.experiments.table import tag
+from megatron.model.accounting import training_flops
 
 stats = pytest.importorskip("scipy.stats")
 

@@ -16,12 +16,11 @@ from megatron.errors import ConfigError
 from megatron.experiments.flops import (
     Spent,
     charge,
-    forward_flops,
     spent_by_ledger,
     steps_within,
-    training_flops,
 )
 from megatron.model import GPT, DomainLoss
+from megatron.model.accounting import forward_flops, training_flops
 
 SHAPES = {
     "narrow": {},
@@ -137,7 +136,8 @@ def test_steps_of_an_equal_budget():
 def test_prices_need_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from megatron.experiments.flops import training_flops\n"
+        "import megatron.experiments.flops\n"
+        "from megatron.model.accounting import training_flops\n"
         "from tests.support.model_spec import TestSpec\n"
         "print(training_flops(TestSpec(), 1) > 0)"
     )
