@@ -18,6 +18,7 @@ from megatron.config.base import (
     Positive,
     invalid,
 )
+from megatron.config.experts import balance_coefficient, check_experts
 
 Activation = Literal[
     "gelu",
@@ -214,6 +215,29 @@ class ModelConfig(Group):
     embedding of `init_string`, or uniformly within `init_range` (0.5). With `finetune: true` and
     `load` they are tuned for the checkpoint's model. Not in a pipeline, under ZeRO 3 or with
     `sequence_parallel`."""
+    moe_num_experts: NonNegativeInt = 1
+    """Mixture of experts: MLPs of which each token goes through a few, in the place of one. 0 and
+    1 mean a plain MLP. No token is dropped. See docs/model.md."""
+    moe_expert_interval: Count = 1
+    """Every so many blocks one has experts: blocks 0, n, 2 n, …"""
+    moe_top_k: Count = 1
+    """Experts that a token goes to."""
+    moe_router_type: Literal["sinkhorn", "topk"] = "sinkhorn"
+    """How experts are chosen: the likeliest (`topk`), or in training the likeliest after chances
+    were scaled so that a sequence asks all experts for as much (`sinkhorn`)."""
+    moe_normalize_expert_weights: bool = False
+    """Let a token's weights of its experts sum to 1, as in Mixtral. (GPT-NeoX cannot.)"""
+    moe_jitter_eps: Dropout | None = None
+    """In training the router's input is multiplied with noise from [1 − ε, 1 + ε], a function of
+    seed, step and token. (GPT-NeoX has it with `topk` alone.)"""
+    moe_loss_coeff: NonNegative | None = None
+    """Factor of the loss that balances experts, E · Σ f P for every block (Switch Transformer),
+    taken by sequence. It is trained on and is in no domain's loss. Default: 0.01 with `topk`, 0
+    with `sinkhorn`, which balances by itself. (GPT-NeoX today has none.)"""
+    moe_z_loss_coeff: NonNegative = 0.0
+    """Factor of the router's z-loss, the mean of log² Σ exp logit (ST-MoE); likewise."""
+    moe_lbl_in_fp32: bool = False
+    """Take the balancing loss in fp32 where the model computes in half precision."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_num_layers: Count = 1
@@ -270,6 +294,7 @@ class ModelConfig(Group):
             )
         self._check_attention()
         self._check_mup()
+        check_experts(self)
         length = self.seq_length or self.max_position_embeddings
         if length is None:
             raise invalid("seq_length", "required, and given in none of the files")
@@ -284,6 +309,7 @@ class ModelConfig(Group):
             "use_bias_in_norms": self.use_bias_in_norms and self.norm == "layernorm",
             "soft_prompt_tuning": self._prompt(),
             "gpt_j_tied": self.gpt_j_tied and self.gpt_j_residual,
+            "moe_loss_coeff": balance_coefficient(self),
         }
         self.__dict__.update(filled)
         return self

@@ -53,6 +53,9 @@ ALIASES: dict[str, tuple[str, str]] = {
     "gas": ("batch", "gradient_accumulation_steps"),
     "loss_scale": ("fp16", "loss_scale"),
     "zero_stage": ("zero", "stage"),
+    "num_experts": ("model", "moe_num_experts"),
+    "expert_interval": ("model", "moe_expert_interval"),
+    "moe_aux_loss_coeff": ("model", "moe_loss_coeff"),
 }
 
 # key -> key of zero_optimization
@@ -120,8 +123,19 @@ REFUSED: dict[str, Refusal] = {
     "dim_att": _RWKV,
     "head_size": Refusal(instead="it is hidden_size / num_attention_heads; set those"),
     "ffn_dim": Refusal(instead="set intermediate_size, the width of the MLP"),
-    "moe_num_experts": Refusal(
-        instead="mixtures of experts are not offered yet; use 1", neutral=(0, 1)
+    # of versions of GPT-NeoX that had experts by DeepSpeed or Megablocks
+    "moe_type": Refusal(
+        instead="experts of one kind are offered, which drop no token (Megablocks'); remove the "
+        "key",
+    "moe_token_dropping": Refusal(
+        instead="no token is dropped, or else its result would depend on the batch; use false"
+    ),
+    "moe_use_residual": Refusal(
+        instead="there is no plain MLP beside experts; use false, or moe_expert_interval: 2 for "
+        "plain MLPs between them"
+    ),
+    "moe_glu": Refusal(instead="experts have the activation of the model; set a gated activation"),
+        neutral=("megablocks",),
     ),
     "coord_check": Refusal(instead="run tools/coord_check.py, which trains models of its own"),
     "save_base_shapes": Refusal(
@@ -186,6 +200,7 @@ _LAUNCHER = "set by the launcher"
 _DERIVED = "worked out from the other keys"
 _UNUSED = "GPT-NeoX itself does not use it"
 _MONITOR = "metrics.jsonl and report.html hold what is recorded"
+        "use_tutel",
 _PREFERENCE = "belongs to preference training"
 _MUP_DETAIL = "the base model of µP is named by mup_base_hidden_size"
 
@@ -212,11 +227,17 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "te_fp8_amax_history_len",
         "te_fp8_amax_compute_algo",
         "te_fp8_margin",
-        "moe_expert_interval",
-        "moe_top_k",
-        "moe_router_type",
-        "moe_lbl_in_fp32",
-        "moe_jitter_eps",
+    ),
+    "experts drop no token, and so have no capacity": (
+        "moe_min_capacity",
+        "moe_train_capacity_factor",
+        "moe_eval_capacity_factor",
+    ),
+    "tensor ranks always divide every expert; the numbers are the same": (
+        "enable_expert_tensor_parallelism",
+    ),
+    "experts that data ranks share out have parameter groups of their own": (
+        "create_moe_param_group",
     ),
     "the softmax of attention is always taken in fp32, so there is nothing to scale or widen": (
         "apply_query_key_layer_scaling",

@@ -206,7 +206,7 @@ def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
     optimizer, scaling = properties(OptimizerConfig), properties(LossScaleConfig)
     zero = keys["zero_optimization"]["properties"]
     pools = {"optimizer": optimizer, "fp16": scaling, "zero": zero, "batch": keys}
-    pools |= {"schedule": keys, "checkpoint": keys}
+    pools |= {"schedule": keys, "checkpoint": keys, "model": keys}
     paths: Schema = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     weights: Schema = {"type": "array", "items": {"type": "number", "minimum": 0}}
     flag: Schema = {"type": "boolean"}

@@ -82,8 +82,9 @@ def universal_info(parameters: Mapping[str, nn.Parameter], vocab_size: int) -> d
 
 
 def _pattern(name: str) -> str:
-    """Return the pattern of a parameter and its like in all other blocks."""
-    return re.sub(r"(?<=^)\d+(?=\\\.)", lambda _: r"\d+", re.escape(name)) + "$"
+    """Return the pattern of a parameter and its like in all other blocks and experts."""
+    numbers = r"(?:(?<=^)|(?<=\.experts\\\.))\d+(?=\\\.)"
+    return re.sub(numbers, lambda _: r"\d+", re.escape(name)) + "$"
 
 
 def check_convertible(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

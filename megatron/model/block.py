@@ -8,11 +8,12 @@ from torch import nn
 from megatron.model.attention import SelfAttention
 from megatron.model.carried import Carried, Value
 from megatron.model.dropout import Dropout
+from megatron.model.experts import MixtureOfExperts
 from megatron.model.masking import MaskTables
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary
-from megatron.model.spec import ModelSpec, shares_norm
+from megatron.model.spec import ModelSpec, block_experts, shares_norm
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
 
@@ -50,7 +51,12 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = (
             None if shares_norm(spec) else build_norm(scope.child("post_attention_layernorm"), spec)
         )
-        self.mlp = MLP(scope.child("mlp"), spec)
+        inside = scope.child("mlp")
+        self.mlp: MLP | MixtureOfExperts = (
+            MixtureOfExperts(inside, spec, layer=layer, rng=dropout)
+            if block_experts(spec)[layer] > 1
+            else MLP(inside, spec)
+        )
         rate = spec.hidden_dropout
         self.attention_dropout = Dropout(rate=rate, layer=layer, place="attention", rng=dropout)
         self.mlp_dropout = Dropout(rate=rate, layer=layer, place="mlp", rng=dropout)
@@ -70,5 +76,8 @@ class TransformerBlock(nn.Module):
         )
         if self.post_attention_layernorm is not None:
             normalised = self.post_attention_layernorm(x if self.parallel else attended)
-        out: torch.Tensor = attended + self.mlp_dropout(self.mlp(normalised))
-        return carried.with_hidden(out)
+        result, loss = self.mlp(normalised), None
+        if isinstance(self.mlp, MixtureOfExperts):
+            result, loss = result
+        out: torch.Tensor = attended + self.mlp_dropout(result)
+        return carried.with_hidden(out, loss)

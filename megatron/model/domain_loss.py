@@ -54,11 +54,11 @@ class DomainLoss:
 
         Args:
             output: hidden states ``[B, S, H]`` (or this rank's part of the sequence where it
-                is divided) and this rank's rows of the output weight.
+                is divided), this rank's rows of the output weight and perhaps a further loss.
             labels: targets, loss mask, domain ids, sample weights, perhaps reference losses
                 (see ``Labels``).
         """
-        hidden, weight = output
+        hidden, weight, *extra = output
         targets, mask, domain_ids, sample_weight, *reference = labels
         mask = mask.float()
         token_weights = mask * sample_weight.float()[:, None]
@@ -83,7 +83,8 @@ class DomainLoss:
                     domain_ids,
                     *(_sums(part, mask) for part in (*excess, *reference)),
                 )
-        return loss
+        # What balances experts trains the model and is no domain's loss.
+        return loss + extra[0].sum() if extra else loss
 
     def token_losses(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor

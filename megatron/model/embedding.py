@@ -15,16 +15,17 @@ from megatron.model.norm import build_norm
 from megatron.model.positions import build_positions
 from megatron.model.relative import RelativeBias
 from megatron.model.soft_prompt import PromptEmbedding, prompt_length
-from megatron.model.spec import ModelSpec, resets, vocabulary
+from megatron.model.spec import ModelSpec, block_experts, resets, vocabulary
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.partition import Partition
 from megatron.parallel.rng import DropoutRng
 
-Output = tuple[torch.Tensor, torch.Tensor]
-"""Hidden states and this rank's rows of the output weight.
+Output = tuple[torch.Tensor, ...]
+"""Hidden states, this rank's rows of the output weight and, where experts train, their loss.
 
-Hidden states are ``[B, S, hidden]``, or this rank's part of the sequence where it is divided.
+The loss is ``[1]``, or this rank's term of it.  Hidden states are ``[B, S, hidden]``, or this
+rank's part of the sequence where it is divided.
 """
 
 
@@ -78,6 +79,7 @@ class Embedding(CachingModule):
         )
         self.multiplier, self.position_multiplier = embedding_multipliers(spec)
         self.output_multiplier = output_multiplier(spec)
+        self.has_experts = max(block_experts(spec)) > 1
         self.resets_positions, self.document_end = spec.reset_position_ids, _document_end(spec)
 
     def forward(self, tokens: torch.Tensor) -> Value:
@@ -98,7 +100,11 @@ class Embedding(CachingModule):
             length = embedded.shape[1]
         if self.relative_bias is not None:
             bias = self.relative_bias(length if self.cache is None else self.cache.length)
-        return Carried(hidden=self.dropout(embedded), starts=starts, bias=bias).value()
+        hidden, loss = self.dropout(embedded), None
+        if self.has_experts and self.training:
+            # Of the graph, because a stage sends back a gradient of whatever it was sent.
+            loss = 0.0 * hidden.flatten()[:1].float()
+        return Carried(hidden=hidden, starts=starts, bias=bias, extra_loss=loss).value()
 
     def _starts(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Return the slot at which each token's document begins, ``[B, S]``."""
@@ -142,8 +148,8 @@ class FinalNorm(CachingModule):
         self.norm = build_norm(scope.child("norm"), spec)
         self.prefix = prompt_length(spec)
 
-    def forward(self, value: Value) -> torch.Tensor:
-        """Normalise ``[…, hidden]``; what came beside it ends here."""
+    def forward(self, value: Value) -> Value:
+        """Normalise ``[…, hidden]``; what came beside it ends here, but for the experts' loss."""
         carried = Carried.of(value)
         hidden = carried.hidden
         if carried.bias is not None:
@@ -151,8 +157,7 @@ class FinalNorm(CachingModule):
             hidden = hidden + 0.0 * carried.bias.sum()
         if self.prefix:
             hidden = hidden[:, self.prefix if self.cache is None else self.cache.prefix_runs :]
-        normalised: torch.Tensor = self.norm(hidden)
-        return normalised
+        return Carried(hidden=self.norm(hidden), extra_loss=carried.extra_loss).value()
 
 
 class OutputWeight(nn.Module):
@@ -170,9 +175,9 @@ class OutputWeight(nn.Module):
             Partition(dim=0, blocks=(padded,), padded_from=ids),
         )
 
-    def forward(self, hidden: torch.Tensor) -> Output:
-        """Return ``hidden`` (times µP's multiplier) and the weight."""
-        return _times(hidden, self.multiplier), self.weight
+    def forward(self, value: Value) -> Output:
+        """Return the hidden states (times µP's multiplier), the weight, and the experts' loss."""
+        return _output(value, self.weight, self.multiplier)
 
 
 class OutputLayer(nn.Module):
@@ -183,12 +188,18 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.final_linear = OutputWeight(scope.child("final_linear"), spec)
 
-    def forward(self, hidden: torch.Tensor) -> Output:
-        """Return ``hidden`` and the output weight."""
-        output: Output = self.final_linear(hidden)
+    def forward(self, value: Value) -> Output:
+        """Return the hidden states and the output weight; see ``Output``."""
+        output: Output = self.final_linear(value)
         return output
 
 
-def tied_output(embedding: Embedding, hidden: torch.Tensor) -> Output:
-    """Return ``hidden`` and the embedding's weight: the last layer where the two are one."""
-    return _times(hidden, embedding.output_multiplier), embedding.word_embeddings.weight
+def tied_output(embedding: Embedding, value: Value) -> Output:
+    """Return hidden states and the embedding's weight: the last layer where the two are one."""
+    return _output(value, embedding.word_embeddings.weight, embedding.output_multiplier)
+
+
+def _output(value: Value, weight: torch.Tensor, multiplier: float) -> Output:
+    carried = Carried.of(value)
+    hidden, loss = _times(carried.hidden, multiplier), carried.extra_loss
+    return (hidden, weight) if loss is None else (hidden, weight, loss)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.model.spec import (
     GATED_ACTIVATIONS,
     MIXERS,
     ModelSpec,
     attention_types,
+    block_experts,
     ffn_width,
     head_size,
     kv_heads,
@@ -26,14 +27,18 @@ class ParameterSize:
         name: inside its layer.
         count: numbers that the rank holds of it.
         decayed: whether weight decay applies (not to norms and biases).
+        expert: whether it belongs to an expert.
     """
 
     name: str
     count: int
     decayed: bool
+    expert: bool = False
 
 
-def layer_inventory(spec: ModelSpec, tensor_size: int = 1) -> list[list[ParameterSize]]:
+def layer_inventory(
+    spec: ModelSpec, tensor_size: int = 1, expert_size: int = 1
+) -> list[list[ParameterSize]]:
     """Return what one tensor rank holds of each of the ``num_layers + 3`` layers.
 
     A tied embedding is in both its places.
@@ -41,12 +46,18 @@ def layer_inventory(spec: ModelSpec, tensor_size: int = 1) -> list[list[Paramete
     Args:
         spec: the architecture.
         tensor_size: tensor-parallel ranks.
+        expert_size: data ranks that share experts out.
     """
     vocabulary = _weight(
         "weight", spec.padded_vocab_size(tensor_size) // tensor_size, spec.hidden_size
     )
-    kinds = attention_types(spec)
-    built = {kind: block_inventory(spec, tensor_size, kind=kind) for kind in set(kinds)}
+    kinds = [*zip(attention_types(spec), block_experts(spec), strict=True)]
+    built = {
+        (kind, experts): block_inventory(
+            spec, tensor_size, kind=kind, experts=experts, expert_size=expert_size
+        )
+        for kind, experts in set(kinds)
+    }
     blocks = [built[kind] for kind in kinds]
     prompt = spec.soft_prompt_tuning
     learned = [] if prompt is None else [_weight(PROMPT, prompt.n_tokens, spec.hidden_size)]
@@ -66,7 +77,7 @@ def position_inventory(spec: ModelSpec, ranks: int = 1) -> list[ParameterSize]:
 
 
 def stage_inventory(
-    spec: ModelSpec, first: int, last: int, *, tensor_size: int = 1
+    spec: ModelSpec, first: int, last: int, *, tensor_size: int = 1, expert_size: int = 1
 ) -> list[ParameterSize]:
     """Return what one tensor rank of a stage holds, each parameter once, as modules order it.
 
@@ -75,8 +86,9 @@ def stage_inventory(
         first: number of the stage's first layer.
         last: number of the layer after its last.
         tensor_size: tensor-parallel ranks.
+        expert_size: data ranks that share experts out.
     """
-    layers = layer_inventory(spec, tensor_size)
+    layers = layer_inventory(spec, tensor_size, expert_size)
     ends = {0, len(layers) - 1}
     held = range(first, last)
     if spec.no_weight_tying:
@@ -87,26 +99,57 @@ def stage_inventory(
 
 
 def block_inventory(
-    spec: ModelSpec, ranks: int = 1, *, kind: str = "global"
+    spec: ModelSpec,
+    ranks: int = 1,
+    *,
+    kind: str = "global",
+    experts: int = 1,
+    expert_size: int = 1,
 ) -> list[ParameterSize]:
-    """Return what one of ``ranks`` tensor ranks holds of a block with attention of a kind."""
+    """Return what one of ``ranks`` tensor ranks holds of a block.
+
+    Args:
+        spec: the architecture.
+        ranks: tensor-parallel ranks.
+        kind: of attention.
+        experts: of the block; 1 = a plain MLP.
+        expert_size: data ranks that share them out.
+    """
     if kind in MIXERS:
         return _gmlp_inventory(spec, kind)
-    hidden, width = spec.hidden_size, ffn_width(spec)
+    hidden = spec.hidden_size
     query_key_value = (hidden + 2 * kv_heads(spec) * head_size(spec)) // ranks
     head_norms = [
         *_norm("attention.query_norm", spec, head_size(spec)),
         *_norm("attention.key_norm", spec, head_size(spec)),
     ]
-    up = width * (2 if spec.activation in GATED_ACTIVATIONS else 1) // ranks
+    mlp = _mlp(spec, ranks, "mlp")
+    if experts > 1:
+        mlp = [
+            _weight("mlp.router.weight", experts, hidden),
+            *expert_inventory(spec, ranks) * (experts // expert_size),
+        ]
     return [
         *_norm("input_layernorm", spec),
         *_linear("attention.query_key_value", query_key_value, hidden, query_key_value, spec),
         *(head_norms if spec.use_qk_layernorm else []),
         *_linear("attention.dense", hidden, hidden // ranks, hidden, spec),
         *([] if shares_norm(spec) else _norm("post_attention_layernorm", spec)),
-        *_linear("mlp.dense_h_to_4h", up, hidden, up, spec),
-        *_linear("mlp.dense_4h_to_h", hidden, width // ranks, hidden, spec),
+        *mlp,
+    ]
+
+
+def expert_inventory(spec: ModelSpec, ranks: int = 1) -> list[ParameterSize]:
+    """Return what one of ``ranks`` tensor ranks holds of one expert."""
+    return [replace(one, expert=True) for one in _mlp(spec, ranks, "mlp.experts.0")]
+
+
+def _mlp(spec: ModelSpec, ranks: int, name: str) -> list[ParameterSize]:
+    hidden, width = spec.hidden_size, ffn_width(spec)
+    up = width * (2 if spec.activation in GATED_ACTIVATIONS else 1) // ranks
+    return [
+        *_linear(f"{name}.dense_h_to_4h", up, hidden, up, spec),
+        *_linear(f"{name}.dense_4h_to_h", hidden, width // ranks, hidden, spec),
     ]
 
 

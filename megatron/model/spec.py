@@ -112,6 +112,15 @@ class ModelSpec(Protocol):
         mup_embedding_mult: embedded tokens are multiplied with it.
         mup_rp_embedding_mult: vectors of positions are.
         soft_prompt_tuning: a learned prompt, beside which nothing is trained; None = none.
+        moe_num_experts: experts of a block that has them; 0 and 1 = every block has a plain MLP.
+        moe_expert_interval: every so many blocks one has experts, the first among them.
+        moe_top_k: experts that a token goes to.
+        moe_router_type: "sinkhorn" or "topk", see :mod:`megatron.model.router`.
+        moe_normalize_expert_weights: a token's weights of its experts are made to sum to 1.
+        moe_jitter_eps: the router's input is multiplied with noise of this width; None = not.
+        moe_loss_coeff: of the loss that balances experts; None = 0.
+        moe_z_loss_coeff: of the loss that keeps the router's logits small.
+        moe_lbl_in_fp32: the balancing loss is taken in float32 whatever the model computes in.
         checkpoint_activations: recompute blocks in backward.
         checkpoint_num_layers: blocks recomputed together.
     """
@@ -211,6 +220,24 @@ class ModelSpec(Protocol):
     @property
     def soft_prompt_tuning(self) -> SoftPrompt | None: ...
     @property
+    def moe_num_experts(self) -> int: ...
+    @property
+    def moe_expert_interval(self) -> int: ...
+    @property
+    def moe_top_k(self) -> int: ...
+    @property
+    def moe_router_type(self) -> str: ...
+    @property
+    def moe_normalize_expert_weights(self) -> bool: ...
+    @property
+    def moe_jitter_eps(self) -> float | None: ...
+    @property
+    def moe_loss_coeff(self) -> float | None: ...
+    @property
+    def moe_z_loss_coeff(self) -> float: ...
+    @property
+    def moe_lbl_in_fp32(self) -> bool: ...
+    @property
     def checkpoint_activations(self) -> bool: ...
     @property
     def checkpoint_num_layers(self) -> int: ...
@@ -262,6 +289,16 @@ def head_size(spec: ModelSpec) -> int:
 def attention_types(spec: ModelSpec) -> tuple[str, ...]:
     """Return the kind of attention of every block, by the names of ``attention_config``."""
     return spec.attention_config or ("global",) * spec.num_layers
+
+
+def block_experts(spec: ModelSpec) -> tuple[int, ...]:
+    """Return the number of experts of every block; 1 = a plain MLP.
+
+    Blocks 0, n, 2 n, … have them, as GPT-NeoX counts.
+    """
+    experts = max(1, spec.moe_num_experts)
+    every = spec.moe_expert_interval
+    return tuple(1 if layer % every else experts for layer in range(spec.num_layers))
 
 
 def position_rows(spec: ModelSpec) -> int:

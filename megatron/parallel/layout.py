@@ -27,18 +27,21 @@ class Layout:
         world_size: number of ranks.
         tensor_size: ranks that share each layer (tensor parallelism).
         pipe_size: pipeline stages.
+        expert_size: neighbouring data ranks that share experts out among themselves.
 
     Raises:
-        ConfigError: a size is below 1, or tensor × pipe does not divide the world.
+        ConfigError: a size is below 1, tensor × pipe does not divide the world, or the data
+            ranks cannot be divided into groups that share experts out.
     """
 
     world_size: int
     tensor_size: int = 1
     pipe_size: int = 1
+    expert_size: int = 1
 
     def __post_init__(self) -> None:
         """Check that the sizes fit."""
-        for field in ("world_size", "tensor_size", "pipe_size"):
+        for field in ("world_size", "tensor_size", "pipe_size", "expert_size"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
         if self.world_size % (self.tensor_size * self.pipe_size):
@@ -46,6 +49,12 @@ class Layout:
                 f"{self.world_size} ranks cannot be arranged as model_parallel_size "
                 f"{self.tensor_size} × pipe_parallel_size {self.pipe_size} × data parallel: use a "
                 f"number of ranks divisible by {self.tensor_size * self.pipe_size}"
+            )
+        if self.data_size % self.expert_size:
+            raise ConfigError(
+                f"moe_expert_parallel_size is {self.expert_size}, which does not divide the "
+                f"{self.data_size} data-parallel ranks; use a size that does, or another number "
+                "of ranks"
             )
 
     @property
@@ -80,6 +89,20 @@ class Layout:
             for pipe in range(self.pipe_size)
             for tensor in range(self.tensor_size)
         ]
+
+    def expert_groups(self) -> list[list[int]]:
+        """Return every set of ranks that share experts out, each in data order."""
+        size = self.expert_size
+        return [
+            ranks[start : start + size]
+            for ranks in self.data_groups()
+            for start in range(0, self.data_size, size)
+        ]
+
+    def expert_data_groups(self) -> list[list[int]]:
+        """Return every set of ranks that hold the same experts, each in data order."""
+        size = self.expert_size
+        return [ranks[place::size] for ranks in self.data_groups() for place in range(size)]
 
     def pipe_groups(self) -> list[list[int]]:
         """Return every pipeline (one rank of each stage), each in stage order."""

@@ -44,10 +44,15 @@ class DropoutRng:
     """
 
     def __init__(self, *, seed: int, topology: Topology) -> None:
-        """Make the masks of a run with ``seed`` on the rank of ``topology``."""
+        """Make the masks of a run with ``seed`` on the rank of ``topology``.
+
+        Whoever counts what passes through looks at ``recomputing``: it is true while what has
+        run forward before runs once more for backward.
+        """
         self._seed = seed
         self.topology = topology
         self._key: DropoutKey | None = None
+        self.recomputing = False
 
     def begin(self, *, step: int, micro_batch: int) -> None:
         """Say which step and micro-batch (0, 1, … in the step) runs forward next."""
@@ -79,19 +84,43 @@ class DropoutRng:
         with _default_generator(device, seed):
             yield
 
+    def by_slot(
+        self, device: torch.device, rows: int, shape: tuple[int, ...], *place: int | str
+    ) -> torch.Tensor:
+        """Return numbers from [0, 1), float32 ``[rows, *shape]``, that no layout changes.
+
+        They depend on (seed, step, slot in the global batch, place): the global batch lies on
+        the data ranks micro-batch by micro-batch, each with ``rows`` of them.
+
+        Raises:
+            RuntimeError: :meth:`begin` has not been called.
+        """
+        if self._key is None:
+            raise RuntimeError("begin(step=…, micro_batch=…) was not called before forward")
+        data = self.topology
+        first = (self._key.micro_batch * data.data_size + data.data_rank) * rows
+        drawn = []
+        for slot in range(first, first + rows):
+            seed = digest(self._seed, "slot", self._key.step, slot, *place) % (1 << 63)
+            own = torch.Generator(device).manual_seed(seed)
+            drawn.append(torch.rand(shape, generator=own, device=device))
+        return torch.stack(drawn)
+
     def recomputed(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Call ``function`` and recompute its activations in backward instead of keeping them.
 
         The masks of the recomputation are those of this micro-batch, whichever runs then.
         """
-        key = self._key
+        key, runs = self._key, 0
 
         def run(*arguments: Any) -> Any:
-            before, self._key = self._key, key
+            nonlocal runs
+            before, self._key, self.recomputing = self._key, key, runs > 0
+            runs += 1
             try:
                 return function(*arguments)
             finally:
-                self._key = before
+                self._key, self.recomputing = before, False
 
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
 

@@ -63,6 +63,11 @@ def leave_shared(partial: torch.Tensor, topology: Topology) -> torch.Tensor:
     return own
 
 
+def gather_sequence(part: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Return all of the sequence of what no gradient flows through, ``[B, S, …]``."""
+    return _Gather(part, topology).wait() if topology.splits_sequence else part
+
+
 def shared_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, topology: Topology
 ) -> torch.Tensor:

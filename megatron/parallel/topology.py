@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ class Topology:
             in a topology made for arithmetic alone.
         data_group: ranks that hold the same parameters; None likewise.
         pipe_group: the ranks of this rank's pipeline; None likewise.
+        expert_group: ranks that share experts out; None likewise.
         host_data_group: the ranks of ``data_group`` in a group for numbers on the host.
     """
 
@@ -33,6 +35,7 @@ class Topology:
     tensor_group: ProcessGroup | None = field(default=None, compare=False)
     data_group: ProcessGroup | None = field(default=None, compare=False)
     pipe_group: ProcessGroup | None = field(default=None, compare=False)
+    expert_group: ProcessGroup | None = field(default=None, compare=False)
     host_data_group: ProcessGroup | None = field(default=None, compare=False)
 
     @classmethod
@@ -61,7 +64,13 @@ class Topology:
             data_group=data_group,
             host_data_group=_host_group(data_group, layout.data_groups(), rank),
             pipe_group=_own_group(layout.pipe_groups(), rank),
+            expert_group=_own_group(layout.expert_groups(), rank),
         )
+
+    def with_all_experts(self) -> Topology:
+        """Return the same place in a layout whose every data rank holds all experts."""
+        layout = dataclasses.replace(self.layout, expert_size=1)
+        return dataclasses.replace(self, layout=layout, expert_group=None)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -92,6 +101,16 @@ class Topology:
     def data_rank(self) -> int:
         """This rank's place among the data-parallel ranks."""
         return self.coordinates.data
+
+    @property
+    def expert_size(self) -> int:
+        """Number of data ranks that share experts out among themselves."""
+        return self.layout.expert_size
+
+    @property
+    def expert_rank(self) -> int:
+        """This rank's place among them."""
+        return self.data_rank % self.expert_size
 
     @property
     def pipe_size(self) -> int:

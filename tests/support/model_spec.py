@@ -59,6 +59,15 @@ class TestSpec:
     mup_embedding_mult: float = 1.0
     mup_rp_embedding_mult: float = 1.0
     soft_prompt_tuning: SoftPrompt | None = None
+    moe_num_experts: int = 1
+    moe_expert_interval: int = 1
+    moe_top_k: int = 1
+    moe_router_type: str = "sinkhorn"
+    moe_normalize_expert_weights: bool = False
+    moe_jitter_eps: float | None = None
+    moe_loss_coeff: float | None = None
+    moe_z_loss_coeff: float = 0.0
+    moe_lbl_in_fp32: bool = False
     checkpoint_activations: bool = False
     checkpoint_num_layers: int = 1
 

@@ -73,7 +73,7 @@ def test_ready_configurations_fit_the_schema(validator, path):
         ("num-layers: x", False),
         ("numlayers: 3", False),
         ("moe_num_experts: 1", True),
-        ("moe_num_experts: 8", False),
+        ("moe_num_experts: 8", True),
         ("autotuning: {enabled: false}", True),
         ("partition_activations: true", True),
         ("mixing: {method: odm, smoothing-factor: 0.5}", True),

@@ -28,7 +28,6 @@ REFUSED = PREFERENCES | {
     "attention_type",  # unknown to GPT-NeoX too
     "dataset_impl",
     "decay_lr_to",  # unknown to GPT-NeoX too
-    "moe_num_experts",
     "serve_model_weights",
     "te_layernorm_mlp",
     "te_mha",
