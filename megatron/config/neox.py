@@ -127,6 +127,8 @@ REFUSED: dict[str, Refusal] = {
     "moe_type": Refusal(
         instead="experts of one kind are offered, which drop no token (Megablocks'); remove the "
         "key",
+        neutral=("megablocks",),
+    ),
     "moe_token_dropping": Refusal(
         instead="no token is dropped, or else its result would depend on the batch; use false"
     ),
@@ -135,8 +137,6 @@ REFUSED: dict[str, Refusal] = {
         "plain MLPs between them"
     ),
     "moe_glu": Refusal(instead="experts have the activation of the model; set a gated activation"),
-        neutral=("megablocks",),
-    ),
     "coord_check": Refusal(instead="run tools/coord_check.py, which trains models of its own"),
     "save_base_shapes": Refusal(
         instead="no file of shapes is needed; set mup_base_hidden_size to the base model's width"
@@ -200,7 +200,6 @@ _LAUNCHER = "set by the launcher"
 _DERIVED = "worked out from the other keys"
 _UNUSED = "GPT-NeoX itself does not use it"
 _MONITOR = "metrics.jsonl and report.html hold what is recorded"
-        "use_tutel",
 _PREFERENCE = "belongs to preference training"
 _MUP_DETAIL = "the base model of µP is named by mup_base_hidden_size"
 
@@ -213,6 +212,7 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "bias_dropout_fusion",
         "rope_fusion",
         "use_flashattn_swiglu",
+        "use_tutel",
         "fused_kernels_build_path",
         "mamba_selective_scan_fusion",
         "mamba_causal_conv_fusion",
