@@ -93,9 +93,9 @@ class Selector(Protocol):
     ``prepare`` does, once, what needs the whole corpus or the targets (document frequencies, a
     decomposition, a warm-up) and keeps it in files; ``open`` reads those; ``score`` then takes
     documents in batches of any size, and a document's scores depend on nothing but the document
-    and what is prepared.  So scoring can be cut into shards, killed and gone on with.  (Batches are cut at
-    the same documents whatever the number of shards, so rounding that depends on who stands in a
-    batch harms nothing.)
+    and what is prepared.  So scoring can be cut into shards, killed and gone on with.  (Batches are
+    cut at the same documents whatever the number of shards, so rounding that depends on who stands
+    in a batch harms nothing.)
     """
 
     @property

@@ -43,12 +43,15 @@ class Source:
         return [os.path.abspath(self.path), self.kind, self.size, self.modified_ns]
 
 
-def find_sources(inputs: Sequence[str], *, text_documents: str = "file") -> list[Source]:
+def find_sources(
+    inputs: Sequence[str], *, text_documents: str = "file", flag: str = "--input"
+) -> list[Source]:
     """Resolve what the user named, in that order; globs and folders in sorted order.
 
     Args:
         inputs: paths, globs or comma lists of them.
         text_documents: "file" (a plain-text file is one document) or "line".
+        flag: that named them, for messages.
 
     Raises:
         DataError: something does not exist, matches nothing or is of no known format.
@@ -56,9 +59,9 @@ def find_sources(inputs: Sequence[str], *, text_documents: str = "file") -> list
     found: list[Source] = []
     for given in inputs:
         for name in _split(given):
-            found.extend(_resolve(name, text_documents))
+            found.extend(_resolve(name, text_documents, flag))
     if not found:
-        raise DataError("no input: name files, folders or globs with --input")
+        raise DataError(f"no input: name files, folders or globs with {flag}")
     return found
 
 
@@ -69,50 +72,50 @@ def _split(given: str) -> list[str]:
     return [part for part in (part.strip() for part in given.split(",")) if part]
 
 
-def _resolve(name: str, text_documents: str) -> Iterator[Source]:
+def _resolve(name: str, text_documents: str, flag: str) -> Iterator[Source]:
     path = Path(name).expanduser()
     if path.is_dir():
-        yield from _folder(path, text_documents)
+        yield from _folder(path, text_documents, flag)
     elif path.exists():
-        yield _file(path, text_documents)
+        yield _file(path, text_documents, flag)
     elif glob.has_magic(name):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
-            raise DataError(f"--input {name}: no file matches")
+            raise DataError(f"{flag} {name}: no file matches")
         for match in matches:
             if Path(match).is_file():
-                yield _file(Path(match), text_documents)
+                yield _file(Path(match), text_documents, flag)
             elif _is_dataset(Path(match)):
                 yield _dataset(Path(match))
     else:
         near = [str(other) for other in _siblings(path)]
-        raise DataError(f"--input {name}: no such file or folder{did_you_mean(str(path), near)}")
+        raise DataError(f"{flag} {name}: no such file or folder{did_you_mean(str(path), near)}")
 
 
-def _folder(folder: Path, text_documents: str) -> Iterator[Source]:
+def _folder(folder: Path, text_documents: str, flag: str) -> Iterator[Source]:
     if _is_dataset(folder):
         yield _dataset(folder)
         return
     if (folder / "dataset_dict.json").exists():
         parts = sorted(child.name for child in folder.iterdir() if _is_dataset(child))
         raise DataError(
-            f"--input {folder}: a data set with the splits {', '.join(parts)}; name one: "
+            f"{flag} {folder}: a data set with the splits {', '.join(parts)}; name one: "
             f"{folder / (parts[0] if parts else 'train')}"
         )
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _kind(file)]
     if not files:
         raise DataError(
-            f"--input {folder}: the folder holds no file of a known format ({SUPPORTED})"
+            f"{flag} {folder}: the folder holds no file of a known format ({SUPPORTED})"
         )
     for file in files:
-        yield _file(file, text_documents)
+        yield _file(file, text_documents, flag)
 
 
-def _file(path: Path, text_documents: str) -> Source:
+def _file(path: Path, text_documents: str, flag: str) -> Source:
     kind = _kind(path)
     if kind is None:
         ending = "".join(path.suffixes[-2:]) or "no extension"
-        raise DataError(f"--input {path}: unknown format ({ending}); known: {SUPPORTED}")
+        raise DataError(f"{flag} {path}: unknown format ({ending}); known: {SUPPORTED}")
     if kind == "text" and text_documents == "line":
         kind = "lines"
     status = path.stat()
