@@ -19,6 +19,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_tensor_ranks(config, draft)
     _check_mixers(config, draft)
     _check_prompt(config, draft)
+    _check_lora(config, draft)
     _check_mup(config, draft)
     _check_pipeline(config, draft)
     _check_offload(config, draft)
@@ -124,6 +125,17 @@ def _check_prompt(config: Config, draft: Draft) -> None:
             "soft_prompt_tuning",
             "init_string needs a tokenizer; set tokenizer_type and vocab_file",
         )
+
+
+def _check_lora(config: Config, draft: Draft) -> None:
+    """Every stage has something to train, and what is frozen is whole on its ranks."""
+    if config.model.lora is None:
+        return
+    if config.zero_stage == 3:
+        _add(
+            draft, "model", "lora",
+            "does not go with ZeRO 3, which divides what is frozen too; use stage 2",
+        )  # fmt: skip
 
 
 def _check_mup(config: Config, draft: Draft) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron.config.attention import AttentionKinds, SparsityConfig
 from megatron.config.base import (
@@ -70,6 +70,33 @@ class SoftPromptConfig(Group):
             if "n_tokens" in self.model_fields_set and self.n_tokens != self.num_tokens:
                 raise invalid("soft_prompt_tuning", "n_tokens and num_tokens mean the same")
             self.__dict__.update(n_tokens=self.num_tokens, num_tokens=None)
+        return self
+
+
+LoraTargets = Annotated[
+    tuple[Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], ...],
+    Field(min_length=1),
+    BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
+]
+
+
+class LoraConfig(Group):
+    """Low-rank updates: the block `lora: {rank, alpha, dropout, targets}`."""
+
+    rank: Count = 8
+    """Rank of each update."""
+    alpha: Positive = 32.0
+    """An update is multiplied with alpha / rank."""
+    dropout: Dropout = 0.0
+    """Dropout of the inputs of updates."""
+    targets: LoraTargets = ("query_key_value", "dense")
+    """Layers of every block that have one: `query_key_value` and `dense` of attention,
+    `dense_h_to_4h` and `dense_4h_to_h` of the MLP."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if len(set(self.targets)) != len(self.targets):
+            raise invalid("lora", "targets names a layer twice")
         return self
 
 
@@ -238,6 +265,11 @@ class ModelConfig(Group):
     """Factor of the router's z-loss, the mean of log² Σ exp logit (ST-MoE); likewise."""
     moe_lbl_in_fp32: bool = False
     """Take the balancing loss in fp32 where the model computes in half precision."""
+    lora: LoraConfig | None = None
+    """LoRA (Hu et al. 2022): beside the layers named in `targets` (`query_key_value` and `dense`)
+    updates of rank `rank` (8), times `alpha` (32) / rank, are trained, and nothing else. With
+    `finetune: true` and `load` they adapt the checkpoint's model; tools/convert_checkpoint.py
+    exports the model with its updates added to its weights."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_num_layers: Count = 1
@@ -308,6 +340,7 @@ class ModelConfig(Group):
             "intermediate_size": self._mlp_width(),
             "use_bias_in_norms": self.use_bias_in_norms and self.norm == "layernorm",
             "soft_prompt_tuning": self._prompt(),
+            "lora": self._lora(),
             "gpt_j_tied": self.gpt_j_tied and self.gpt_j_residual,
             "moe_loss_coeff": balance_coefficient(self),
         }
@@ -344,6 +377,24 @@ class ModelConfig(Group):
                 "does not go with gmlp and amlp blocks, whose matrix knows the places of tokens",
             )
         return prompt
+
+    def _lora(self) -> LoraConfig | None:
+        if self.lora is None:
+            return None
+        if self._prompt() is not None:
+            raise invalid("lora", "does not go with soft_prompt_tuning; train one of the two")
+        if self.use_mup:
+            raise invalid("lora", "is not worked out for use_mup; switch one of them off")
+        if {"gmlp", "amlp"} & set(self.attention_config or ()):
+            raise invalid("lora", "does not go with gmlp and amlp blocks")
+        inner = [target for target in self.lora.targets if target.startswith("dense_")]
+        if self.moe_num_experts > 1 and inner:
+            raise invalid(
+                "lora",
+                f"targets {' and '.join(inner)} do not go with moe_num_experts, whose experts have "
+                "no updates; name query_key_value and dense",
+            )
+        return self.lora
 
     def _check_attention(self) -> None:
         if self.rpe_max_distance <= self.rpe_num_buckets // 2:

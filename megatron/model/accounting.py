@@ -8,6 +8,7 @@ from megatron.model.inventory import (
     SPATIAL,
     block_inventory,
     expert_inventory,
+    is_trained,
     layer_inventory,
     norm_inventory,
     position_inventory,
@@ -17,7 +18,7 @@ from megatron.model.seen_keys import seen_keys
 from megatron.model.spec import MIXERS, ModelSpec, attention_types, block_experts, ffn_width
 
 FORWARD_SHARE: Final = 1.0 / 3.0
-"""Of a token's forward and backward pass: backward multiplies every matrix twice."""
+"""Of a pass through what is trained: backward multiplies every matrix twice."""
 
 
 def block_parameters(spec: ModelSpec, kind: str = "global", experts: int = 1) -> int:
@@ -131,14 +132,21 @@ def block_matrices(spec: ModelSpec, kind: str = "global", experts: int = 1) -> i
 
     Of experts, as many count as a token goes to.
     """
+    return sum(_matrices(spec, kind, experts))
+
+
+def _matrices(spec: ModelSpec, kind: str, experts: int) -> tuple[int, int]:
+    """Return those of them that are trained, and those that are frozen."""
     # Norms and biases multiply no matrix, and in a narrow model they are not few; a matrix over
     # positions mixes tokens and is counted with attention.
     held = block_inventory(spec, kind=kind, experts=experts)
     matrices = [one for one in held if one.decayed and one.name != SPATIAL]
     idle = 0.0 if experts == 1 else 1.0 - spec.moe_top_k / experts
-    return sum(one.count for one in matrices) - round(
+    active = sum(one.count for one in matrices) - round(
         idle * sum(one.count for one in matrices if one.expert)
     )
+    frozen = sum(one.count for one in matrices if not is_trained(spec, one))
+    return active - frozen, frozen
 
 
 def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 1) -> float:
@@ -149,18 +157,15 @@ def flops_per_token(spec: ModelSpec, *, causal: bool = True, tensor_size: int = 
     before it (Narayanan et al. 2021, appendix, in the causal form; fewer with windows and sparse
     patterns, see :func:`~megatron.model.seen_keys.seen_keys`).  These are the operations that the
     model needs: recomputed activations, and scores that a kernel computes and masks, do not count.
+    A frozen matrix costs 4 instead of 6: its own gradient is not taken.
 
     Args:
         spec: the architecture.
         causal: count only the half of attention that the mask leaves; otherwise as much again.
         tensor_size: tensor-parallel ranks, for the padding of the vocabulary.
     """
-    kinds = attention_types(spec)
-    blocks = sum(block_matrices(spec, *kind) for kind in block_kinds(spec))
-    head = spec.padded_vocab_size(tensor_size) * spec.hidden_size
-    mixed = sum(mixed_numbers(spec, layer) for layer in range(len(kinds)))
-    attention = mixed * (1 if causal else 2)
-    return 6.0 * (blocks + head + attention)
+    trained, frozen, mixed = _multiplied(spec, tensor_size)
+    return 6.0 * (trained + mixed * (1 if causal else 2)) + 4.0 * frozen
 
 
 def training_flops(spec: ModelSpec, tokens: float, *, causal: bool = True) -> float:
@@ -176,4 +181,16 @@ def training_flops(spec: ModelSpec, tokens: float, *, causal: bool = True) -> fl
 
 def forward_flops(spec: ModelSpec, tokens: float, *, causal: bool = True) -> float:
     """Return the operations of forward passes alone: validation, a reference, scoring."""
-    return FORWARD_SHARE * training_flops(spec, tokens, causal=causal)
+    trained, frozen, mixed = _multiplied(spec, 1)
+    return tokens * 2.0 * (trained + frozen + mixed * (1 if causal else 2))
+
+
+def _multiplied(spec: ModelSpec, tensor_size: int) -> tuple[float, float, float]:
+    """Return the multiplications of a token with trained, frozen and other tokens' numbers."""
+    blocks = [_matrices(spec, *kind) for kind in block_kinds(spec)]
+    trained, frozen = float(sum(one for one, _ in blocks)), float(sum(one for _, one in blocks))
+    head = spec.padded_vocab_size(tensor_size) * spec.hidden_size
+    mixed = sum(mixed_numbers(spec, layer) for layer in range(spec.num_layers))
+    if spec.lora is not None or spec.soft_prompt_tuning is not None:
+        return trained, frozen + head, mixed
+    return trained + head, frozen, mixed

@@ -9,6 +9,7 @@ from megatron.model.attention import SelfAttention
 from megatron.model.carried import Carried, Value
 from megatron.model.dropout import Dropout
 from megatron.model.experts import MixtureOfExperts
+from megatron.model.lora import attach_lora
 from megatron.model.masking import MaskTables
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
@@ -60,6 +61,7 @@ class TransformerBlock(nn.Module):
         rate = spec.hidden_dropout
         self.attention_dropout = Dropout(rate=rate, layer=layer, place="attention", rng=dropout)
         self.mlp_dropout = Dropout(rate=rate, layer=layer, place="mlp", rng=dropout)
+        attach_lora(self, scope, spec, layer=layer, dropout=dropout)
 
     def forward(self, value: Value) -> Value:
         """Map the residual stream to its next value; what came beside it goes on.

@@ -26,6 +26,7 @@ from megatron.model.embedding import (
 )
 from megatron.model.gmlp import GMLPTransformerBlock
 from megatron.model.layer_run import LayerFunction, LayerRun, recomputed_blocks
+from megatron.model.lora import freeze_all_but_lora
 from megatron.model.masking import MaskTables
 from megatron.model.norm import Norm
 from megatron.model.soft_prompt import freeze_all_but_prompt
@@ -189,6 +190,8 @@ class GPT(nn.Module):
             functions.append((function, description.recomputable))
         if spec.soft_prompt_tuning is not None:
             freeze_all_but_prompt(self)
+        if spec.lora is not None:
+            freeze_all_but_lora(self)
         self._run = LayerRun(functions, dropout=self.dropout, recomputed=recomputed_blocks(spec))
 
     def _module(self, index: int, description: LayerDescription) -> nn.Module:

@@ -60,7 +60,7 @@ def layer_inventory(
     }
     blocks = [built[kind] for kind in kinds]
     prompt = spec.soft_prompt_tuning
-    learned = [] if prompt is None else [_weight(PROMPT, prompt.n_tokens, spec.hidden_size)]
+    learned = [] if prompt is None else [_weight(_PROMPT, prompt.n_tokens, spec.hidden_size)]
     first = [vocabulary, *position_inventory(spec, tensor_size), *learned]
     return [first, *blocks, _norm("norm", spec), [vocabulary]]
 
@@ -173,8 +173,16 @@ def _gmlp_inventory(spec: ModelSpec, kind: str) -> list[ParameterSize]:
     ]
 
 
-PROMPT = "soft_prompt.weight"
-"""The learned prompt; where there is one, nothing else is trained."""
+_PROMPT = "soft_prompt.weight"
+_LORA = ".lora."
+
+
+def is_trained(spec: ModelSpec, parameter: ParameterSize) -> bool:
+    """Tell whether a parameter is trained: all are, unless a prompt or updates alone are."""
+    if spec.soft_prompt_tuning is not None:
+        return parameter.name == _PROMPT
+    return spec.lora is None or _LORA in parameter.name
+
 
 SPATIAL = "sgu.proj.weight"
 """The matrix over positions of a block that has one."""
@@ -186,7 +194,11 @@ def _linear(
     attends = name.startswith(("attention", "sgu.attn"))
     biased = spec.use_bias_in_attn_linear if attends else spec.use_bias_in_mlp
     weight = _weight(f"{name}.weight", outputs, inputs)
-    return [weight, ParameterSize(name=f"{name}.bias", count=bias, decayed=False)][: 1 + biased]
+    whole = [weight, ParameterSize(name=f"{name}.bias", count=bias, decayed=False)][: 1 + biased]
+    if spec.lora is None or name.rpartition(".")[2] not in spec.lora.targets:
+        return whole
+    first = _weight(f"{name}{_LORA}a", spec.lora.rank, inputs)
+    return [*whole, first, _weight(f"{name}{_LORA}b", outputs, spec.lora.rank)]
 
 
 def _norm(name: str, spec: ModelSpec, hidden: int | None = None) -> list[ParameterSize]:

@@ -59,6 +59,26 @@ class SoftPrompt(Protocol):
     def init_range(self) -> float: ...
 
 
+class LoraSettings(Protocol):
+    """Settings of low-rank updates.
+
+    Attributes:
+        rank: of each update.
+        alpha: an update is multiplied with alpha / rank.
+        dropout: of the updates' inputs.
+        targets: layers of a block that have one, see :mod:`megatron.model.lora`.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+
 class ModelSpec(Protocol):
     """The architecture.  ``megatron.config``'s model group satisfies it; so may anything else.
 
@@ -121,6 +141,7 @@ class ModelSpec(Protocol):
         moe_loss_coeff: of the loss that balances experts; None = 0.
         moe_z_loss_coeff: of the loss that keeps the router's logits small.
         moe_lbl_in_fp32: the balancing loss is taken in float32 whatever the model computes in.
+        lora: low-rank updates of layers, beside which nothing is trained; None = none.
         checkpoint_activations: recompute blocks in backward.
         checkpoint_num_layers: blocks recomputed together.
     """
@@ -237,6 +258,8 @@ class ModelSpec(Protocol):
     def moe_z_loss_coeff(self) -> float: ...
     @property
     def moe_lbl_in_fp32(self) -> bool: ...
+    @property
+    def lora(self) -> LoraSettings | None: ...
     @property
     def checkpoint_activations(self) -> bool: ...
     @property

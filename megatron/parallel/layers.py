@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from megatron.parallel.collectives import gather_last_dimension
+from megatron.parallel.lora import LowRank
 from megatron.parallel.parameters import Initializer, ParameterScope, zeros
 from megatron.parallel.partition import Partition
 from megatron.parallel.sequence import leave_shared, shared_linear, whole_gradients
@@ -25,6 +26,7 @@ class ColumnParallelLinear(nn.Module):
     Attributes:
         weight: this rank's rows, ``[outputs / tensor_size, inputs]``.
         bias: this rank's part, or None.
+        lora: what is added to the output before it is gathered, if anything is.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ColumnParallelLinear(nn.Module):
         total = sum(outputs)
         self.weight = scope.parameter("weight", (total, inputs), initializer, rows)
         self.bias = scope.parameter("bias", (total,), zeros, rows) if bias else None
+        self.lora: LowRank | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[B, S, inputs]`` to ``[B, S, outputs / tensor_size]`` (or all, with ``gather``).
@@ -61,6 +64,8 @@ class ColumnParallelLinear(nn.Module):
         Where the sequence is divided, ``x`` is this rank's part of it.
         """
         y = shared_linear(x, self.weight, self.bias, self.topology)
+        if self.lora is not None:
+            y = y + self.lora(x)
         return gather_last_dimension(y, self.topology) if self.gather else y
 
 
@@ -70,6 +75,7 @@ class RowParallelLinear(nn.Module):
     Attributes:
         weight: this rank's columns, ``[outputs, inputs / tensor_size]``.
         bias: the whole bias on every rank, added once, after the sum; or None.
+        lora: what is added to the output, if anything is.
     """
 
     def __init__(
@@ -87,12 +93,17 @@ class RowParallelLinear(nn.Module):
         columns = Partition(dim=1, blocks=(inputs,))
         self.weight = scope.parameter("weight", (outputs, inputs), initializer, columns)
         self.bias = scope.parameter("bias", (outputs,), zeros) if bias else None
+        self.lora: LowRank | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map this rank's part ``[B, S, inputs / tensor_size]`` to the whole ``[B, S, outputs]``.
 
         Where the sequence is divided, the result is this rank's part of it.
         """
+        y = self._product(x)
+        return y if self.lora is None else y + self.lora(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self.topology.tensor_size == 1:
             return F.linear(x, self.weight, self.bias)
         y = leave_shared(F.linear(x, self.weight), self.topology)

@@ -275,7 +275,7 @@ def _check_resume(checked: Checked, world_size: int, say: Callable[[str], None])
             weights_only=taken_alone(config),
         )
     weights_only = config.checkpoint.finetune and not resumes
-    check_same_model(manifest, model_facts(config))
+    check_same_model(manifest, model_facts(config), adapted=weights_only)
     layout = layout_facts(config, run_layout(config, world_size))
     told: list[str] = []
     if weights_only:

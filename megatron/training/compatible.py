@@ -16,6 +16,7 @@ from megatron.training.layout import layer_bounds
 NOT_ARCHITECTURE = {
     "hidden_dropout",
     "soft_prompt_tuning",
+    "lora",
     "attention_dropout",
     "reset_attention_mask",
     "reset_position_ids",
@@ -35,6 +36,9 @@ NOT_ARCHITECTURE = {
     "expansion_factor",
     "mlp_multiple_of",
 }
+
+LORA = "lora"
+"""Key of the low-rank updates in what :func:`model_facts` says; absent where there are none."""
 
 OPTIMIZER = "optimizer"
 """Name of what :func:`layout_facts` says of the optimizer."""
@@ -196,16 +200,34 @@ def taken_alone(config: Config) -> bool:
 
 def model_facts(config: Config) -> dict[str, object]:
     """Return what a checkpoint's model must agree in with the configuration's."""
-    return config.model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
+    facts = config.model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
+    lora = config.model.lora
+    if lora is not None:
+        facts[LORA] = lora.model_dump(mode="json", exclude={"dropout"})
+    return facts
 
 
-def check_same_model(manifest: Manifest, model: Mapping[str, Any]) -> None:
+def check_same_model(
+    manifest: Manifest, model: Mapping[str, Any], *, adapted: bool = False
+) -> None:
     """Refuse a checkpoint of another architecture, before DeepSpeed trips over its shapes.
+
+    Args:
+        manifest: of the checkpoint.
+        model: what :func:`model_facts` says of the run's.
+        adapted: the run starts from the checkpoint's weights, and may add updates to them.
 
     Raises:
         CheckpointError: naming every key that differs, with both values.
     """
     saved = manifest.extra.get("model", {})
+    before, now = saved.get(LORA), model.get(LORA)
+    if before != now and (before is not None or not adapted):
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} has lora: {before}, and the configuration "
+            f"lora: {now}; set it alike. The model with its updates added to its weights is made "
+            "by tools/convert_checkpoint.py"
+        )
     changed = [
         f"{key} (checkpoint {saved[key]!r}, configuration {value!r})"
         for key, value in model.items()

@@ -16,6 +16,7 @@ from megatron.engine.sequential import SequentialEngine
 from megatron.model.domain_loss import DomainLoss
 from megatron.model.gpt import GPT, layers, param_groups
 from megatron.model.layer_run import recomputed_blocks
+from megatron.model.lora import freeze_all_but_lora
 from megatron.model.mup import width_multiplier
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
@@ -83,6 +84,8 @@ def build_engine(
         dropout=dropout,
         recomputed=recomputed_blocks(config.model),
     )
+    if config.model.lora is not None:
+        freeze_all_but_lora(stage)
     pipeline = PipelineEngine(
         stage=stage,
         optimizer=_optimizer(config, stage),

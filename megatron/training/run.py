@@ -243,7 +243,7 @@ def _complete(checked: Checked, source: Source) -> bool:
         CheckpointError: it is of another model, or of other data.
     """
     config, domains = checked.config, checked.domains
-    check_same_model(source.manifest, model_facts(config))
+    check_same_model(source.manifest, model_facts(config), adapted=source.weights_only)
     if source.weights_only:
         return False
     if source.manifest.step >= config.training.train_iters:

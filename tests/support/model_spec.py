@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.model.spec import SoftPrompt, Sparsity
+from megatron.model.spec import LoraSettings, SoftPrompt, Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class TestSpec:
     moe_loss_coeff: float | None = None
     moe_z_loss_coeff: float = 0.0
     moe_lbl_in_fp32: bool = False
+    lora: LoraSettings | None = None
     checkpoint_activations: bool = False
     checkpoint_num_layers: int = 1
 

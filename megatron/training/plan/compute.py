@@ -14,7 +14,7 @@ from megatron.model.accounting import (
     mixed_numbers,
     parameter_count,
 )
-from megatron.model.inventory import PROMPT, stage_inventory
+from megatron.model.inventory import is_trained, stage_inventory
 from megatron.model.spec import attention_types
 from megatron.parallel.layout import Layout
 from megatron.training.layout import layer_bounds
@@ -162,18 +162,18 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
     stages = []
     for stage, (first, last) in enumerate(pairwise(bounds)):
         inventory = stage_inventory(model, first, last, tensor_size=layout.tensor_size)
-        prompt = [one for one in inventory if one.name == PROMPT]
+        trained = [one for one in inventory if is_trained(model, one)]
         held = states(
-            prompt or inventory,
+            trained,
             zero,
             data_size=layout.data_size,
             accumulation=accumulation,
             state_bytes=state_bytes(config),
         )
         count = sum(one.count for one in inventory)
-        if prompt:  # all the rest is there, and that is all
-            frozen = count - sum(one.count for one in prompt)
-            held = replace(held, weights=held.weights + frozen * zero.width)
+        # What is frozen is there, and that is all.
+        frozen = count - sum(one.count for one in trained)
+        held = replace(held, weights=held.weights + frozen * zero.width)
         shape = StageShape(
             first=first,
             last=last,
