@@ -164,6 +164,16 @@ def numbers(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def examples(results: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many examples stood before every question, of the tasks that had any.
+
+    Args:
+        results: as lm-eval gives them.
+    """
+    shots = results.get("n-shot") or {}
+    return {task: int(shots[task]) for task in results.get("results", {}) if shots.get(task)}
+
+
 @contextmanager
 def _no_forks() -> Iterator[None]:
     """Keep lm-eval's bootstrap from forking: a child of a process with threads may hang."""

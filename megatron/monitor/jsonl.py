@@ -227,27 +227,43 @@ def metrics_line(record: StepRecord, overhead: Mapping[str, float]) -> str:
 
 def validation_line(record: ValidationRecord) -> str:
     """Return the line of ``metrics.jsonl`` for a validation."""
+    return dumps(validation_fields(record))
+
+
+def validation_fields(record: ValidationRecord) -> dict[str, Any]:
+    """Return the fields of a validation's line."""
     name = f"{record.split}_loss"
     line: dict[str, Any] = {"step": record.step, name: named(record.valid_loss)}
     line[f"average_{name}"] = number(record.average)
     if record.weights is not None:
         line[f"weighted_average_{name}"] = number(record.weighted_average)
     # The same, and perplexities, under the names that the sinks have them by.
-    scalars = validation_scalars(record).items()
-    line |= {key: number(value) for key, value in scalars if _AVERAGE.search(key)}
+    line |= {key: number(value) for key, value in average_scalars(record).items()}
     if record.bits_per_byte:
         line["bits_per_byte"] = named(record.bits_per_byte)
     if record.review is not None:
         line["review"] = record.review
     if record.seconds is not None:
         line["seconds"] = number(record.seconds)
-    return dumps(line)
+    return line
+
+
+def average_scalars(record: ValidationRecord) -> dict[str, float]:
+    """Return the averages over domains, by the names that charts have them by."""
+    return {k: v for k, v in validation_scalars(record).items() if _AVERAGE.search(k)}
 
 
 def tasks_line(record: TaskRecord) -> str:
     """Return the line of ``metrics.jsonl`` for an evaluation by tasks."""
+    return dumps(task_fields(record))
+
+
+def task_fields(record: TaskRecord) -> dict[str, Any]:
+    """Return the fields of an evaluation's line."""
     tasks = {task: named(metrics) for task, metrics in record.tasks.items()}
     line: dict[str, Any] = {"step": record.step, "tasks": tasks}
+    if record.num_fewshot:
+        line["num_fewshot"] = dict(record.num_fewshot)
     if record.seconds is not None:
         line["seconds"] = number(record.seconds)
-    return dumps(line)
+    return line

@@ -234,11 +234,13 @@ class TaskRecord:
     Attributes:
         step: training steps done when it was measured.
         tasks: metrics of each task by name.
+        num_fewshot: examples before every question of a task, where there are any.
         seconds: duration; a time field.
     """
 
     step: int
     tasks: Mapping[str, Mapping[str, float]]
+    num_fewshot: Mapping[str, int] = field(default_factory=dict)
     seconds: float | None = None
 
 

@@ -19,20 +19,25 @@ from megatron.config import Config, resolve_batch
 from megatron.engine.frozen import FrozenModel
 from megatron.engine.runtime import Runtime
 from megatron.errors import RunError
-from megatron.inference.tasks import TaskSet, numbers
+from megatron.inference.tasks import TaskSet, examples, numbers
 from megatron.launch.stop import StopFlag
 from megatron.model.domain_loss import DomainLoss
 from megatron.monitor.build import chart_sinks
 from megatron.monitor.console import task_lines
 from megatron.monitor.encode import dumps, named
-from megatron.monitor.jsonl import EVALUATIONS
+from megatron.monitor.jsonl import (
+    EVALUATIONS,
+    average_scalars,
+    task_fields,
+    validation_fields,
+)
 from megatron.monitor.record import TaskRecord, ValidationRecord
 from megatron.monitor.sink import SinkGroup
 from megatron.signals.ledger import Ledger
 from megatron.signals.validation import LossObserver, Validation
 from megatron.tokenizer import Tokenizer
 from megatron.training.build import masked_token
-from megatron.training.domains import OpenDomains, open_run_domains
+from megatron.training.domains import OpenDomains, average_weights, open_run_domains
 from megatron.training.engines import Batch
 from megatron.training.frozen import on_first
 from megatron.training.held_out import HeldOutUses, contributes
@@ -56,6 +61,8 @@ class Measured:
         step: of the checkpoint.
         results: lm-eval's, whole.
         tasks: metrics by task.
+        num_fewshot: examples before every question of a task, where there were any.
+        averages: over domains, by the names that charts have them by.
         loss: mean nats per token of every domain.
         seconds: that it took.
     """
@@ -63,6 +70,8 @@ class Measured:
     step: int
     results: dict[str, Any] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_fewshot: dict[str, int] = field(default_factory=dict)
+    averages: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -73,6 +82,7 @@ class Measured:
             **{f"{t}/{name}": value for t, m in self.tasks.items() for name, value in m.items()},
             **{f"loss/{domain}": value for domain, value in self.loss.items()},
             **{f"perplexity/{domain}": v for domain, v in perplexities(self.loss).items()},
+            **self.averages,
         }
 
 
@@ -174,6 +184,7 @@ class _Evaluator:
             results = crew.lead(lambda crew: tasks.measure(crew, seed=seed) if tasks else {})
             if results is not None:
                 measured.results, measured.tasks = results, numbers(results)
+                measured.num_fewshot = examples(results)
         if self._domains is not None:
             measured.loss = self._losses(model, self._domains)
         measured.seconds = time.perf_counter() - started
@@ -209,24 +220,44 @@ class _Evaluator:
             if math.isfinite(value)
         }
 
+    def _weights(self, split: str) -> dict[str, float] | None:
+        """Return the weights of the weighted averages, as a validation in training has them."""
+        assert self._domains is not None
+        if given := average_weights(self._config.domains).get(split):
+            return given
+        return self._open.weights
+
     def _record(self, measured: Measured) -> None:
         """Tell the console, the charts, and the file that the report reads."""
-        record = TaskRecord(step=measured.step, tasks=measured.tasks, seconds=measured.seconds)
+        record = TaskRecord(
+            step=measured.step,
+            tasks=measured.tasks,
+            num_fewshot=measured.num_fewshot,
+            seconds=measured.seconds,
+        )
         line: dict[str, Any] = {"step": measured.step}
         if measured.tasks:
             self._sinks.tasks(record)
-            line["tasks"] = {task: named(metrics) for task, metrics in measured.tasks.items()}
+            line |= task_fields(record)
             for text in task_lines(record):
                 self._say(text)
         if measured.loss:
             split = self._config.evaluation.eval_perplexity or "valid"
-            self._sinks.validation(
-                ValidationRecord(step=measured.step, valid_loss=measured.loss, split=split)
+            losses = ValidationRecord(
+                step=measured.step,
+                valid_loss=measured.loss,
+                weights=self._weights(split),
+                split=split,
             )
-            line[f"{split}_loss"] = named(measured.loss)
+            self._sinks.validation(losses)
+            line |= validation_fields(losses)
+            averages = average_scalars(losses)
+            measured.averages = averages
             line["perplexity"] = named(perplexities(measured.loss))
             for domain, value in perplexities(measured.loss).items():
                 self._say(f"step {measured.step} · {domain}: perplexity {value:.4f} ({split})")
+            for name, value in averages.items():
+                self._say(f"step {measured.step} · {name}: {value:.4f}")
         _append(Path(self._config.run_dir) / EVALUATIONS, dumps(line))
 
 
@@ -281,6 +312,7 @@ def _write_results(path: Path, config: Config, measured: Measured) -> Path:
         "numbers": measured.tasks,
         "loss": measured.loss,
         "perplexity": perplexities(measured.loss),
+        "averages": measured.averages,
         "run_dir": config.run_dir,
         "seconds": measured.seconds,
     }

@@ -15,7 +15,7 @@ from megatron.parallel.topology import Topology
 from megatron.tokenizer import Tokenizer
 from megatron.training.frozen import build_frozen, on_first, reload_frozen, share_weights
 from megatron.training.inference_options import Say, find_model
-from megatron.training.layout import run_layout
+from megatron.training.layout import frozen_layout
 
 
 def task_request(config: Config, *, most_resamples: int | None = None) -> TaskRequest:
@@ -47,6 +47,7 @@ class OpenModel:
         rows: sequences that a data rank runs at once.
         cache: folder for converted weights.
         say: takes a line for the console.
+        weights: of the run's mixture at its start, as the newest loaded checkpoint has them.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class OpenModel:
     rows: int
     cache: Path
     say: Say
+    weights: dict[str, float] | None = None
     _model: FrozenModel | None = None
 
     @classmethod
@@ -70,7 +72,7 @@ class OpenModel:
             cache: folder for converted weights.
             say: takes a line for the console.
         """
-        layout = run_layout(config, runtime.world_size)
+        layout = frozen_layout(config, runtime.world_size)
         micro, _, _ = resolve_batch(config.batch, layout.data_size)
         return cls(
             config=config,
@@ -96,6 +98,7 @@ class OpenModel:
             lambda: find_model(self.config, step=step, verified=True, say=self.say).manifest.step,
         )
         found = find_model(self.config, step=found_step, verified=False, say=quiet)
+        self.weights = found.manifest.extra.get("weights")
         size = {"vocab_size": found.config.model.vocab_size}
         self.config = self.config.model_copy(
             update={"model": self.config.model.model_copy(update=size)}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron.config import Config, resolve_batch
 from megatron.engine.runtime import Runtime
-from megatron.inference.tasks import TaskSet, numbers
+from megatron.inference.tasks import TaskSet, examples, numbers
 from megatron.training.build import Parts
 from megatron.training.frozen import on_first
 from megatron.training.inference import crew_of, task_request
@@ -49,6 +49,8 @@ def live_tasks(
 
     def evaluate() -> TaskNumbers | None:
         results = crew.lead(lambda crew: found[0].measure(crew, seed=config.training.seed))
-        return None if results is None else numbers(results)
+        if results is None:
+            return None
+        return TaskNumbers(metrics=numbers(results), num_fewshot=examples(results))
 
     return evaluate

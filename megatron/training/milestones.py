@@ -21,7 +21,19 @@ from megatron.training.saving import Saver
 from megatron.training.stall import SAVING, VALIDATING, Heartbeat
 
 FloatArray = npt.NDArray[np.float64]
-TaskNumbers = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskNumbers:
+    """What an evaluation by tasks found.
+
+    Attributes:
+        metrics: by task.
+        num_fewshot: examples before every question of a task, where there were any.
+    """
+
+    metrics: Mapping[str, Mapping[str, float]]
+    num_fewshot: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -125,7 +137,8 @@ class Milestones:
         started = time.perf_counter()
         found = self.tasks()
         if found is not None:
-            self.recorder.tasks(step, found, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.recorder.tasks(step, found.metrics, found.num_fewshot, seconds=seconds)
         self._evaluated = step
 
     def _review(self, step: int, held_out: HeldOut) -> str | None:

@@ -201,9 +201,18 @@ class RunRecorder:
             )
         )
 
-    def tasks(self, step: int, found: Mapping[str, Mapping[str, float]], *, seconds: float) -> None:
-        """Record an evaluation by tasks: metrics by task."""
-        self._sinks.tasks(TaskRecord(step=step, tasks=found, seconds=seconds))
+    def tasks(
+        self,
+        step: int,
+        found: Mapping[str, Mapping[str, float]],
+        num_fewshot: Mapping[str, int],
+        *,
+        seconds: float,
+    ) -> None:
+        """Record an evaluation by tasks: metrics, and numbers of examples, by task."""
+        self._sinks.tasks(
+            TaskRecord(step=step, tasks=found, num_fewshot=num_fewshot, seconds=seconds)
+        )
 
 
 def _mean(totals: StepTotals, total: FloatArray | None) -> FloatArray | None:

@@ -118,9 +118,15 @@ def test_live_saved_and_exported_models_agree(run, tmp_path):
     measured = [r for r in lines(run.parent / "run" / "metrics.jsonl") if "valid_loss" in r][-1]
     for domain, loss in measured["valid_loss"].items():
         assert float(rows[4][f"loss/{domain}"]) == pytest.approx(loss, rel=1e-5)
+    assert "validation/weighted_avg_ppl" in measured
+    for name, value in measured.items():
+        if name.startswith("validation/"):
+            assert float(rows[4][name]) == pytest.approx(value, rel=1e-5)
     page = write_report([run.parent / "run"], tmp_path / "report.html").read_text("utf-8")
     assert 'id="tasks"' in page
     assert "local_choice" in page
+    assert 'id="checkpoints"' in page
+    assert f"{float(rows[2]['validation/weighted_avg_ppl']):.4f}" in page
 
 
 @pytest.mark.slow

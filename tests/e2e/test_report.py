@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.browser import BROWSER, browse, facts
-from support.report_runs import write_run
+from support.report_runs import evaluated, write_run
+
+from megatron.monitor.jsonl import EVALUATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -56,6 +58,7 @@ def make_report(*arguments: Path | str) -> None:
 
 def test_one_run_is_drawn(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
+    (run / EVALUATIONS).write_text(evaluated(40) + evaluated(60, shots=5), encoding="utf-8")
     make_report(run)
     found = facts(browse(run / "report.html", tmp_path / "profile", "--dump-dom"))
     assert "errors" not in found, found["errors"]

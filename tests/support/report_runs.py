@@ -9,7 +9,9 @@ import numpy as np
 import yaml
 
 from megatron.monitor import StepRecord, ValidationRecord
-from megatron.monitor.jsonl import JsonlSink
+from megatron.monitor.encode import dumps
+from megatron.monitor.jsonl import JsonlSink, task_fields, validation_fields
+from megatron.monitor.record import TaskRecord
 
 DOMAINS = ("code", "prose", "names")
 NATURAL = np.array([0.5, 0.3, 0.2])
@@ -51,6 +53,7 @@ def write_run(
             ValidationRecord(
                 step=step,
                 valid_loss=dict(zip(domains, losses.tolist(), strict=True)),
+                weights=dict(zip(domains, natural.tolist(), strict=True)),
                 bits_per_byte={name: x / 2.5 for name, x in zip(domains, losses, strict=True)},
                 seconds=0.5,
             )
@@ -87,3 +90,16 @@ def write_run(
             validate(step)
     sink.close()
     return folder
+
+
+def evaluated(step: int, split: str = "valid", *, shots: int = 0) -> str:
+    """Return a line of what evaluate.py measured."""
+    losses = ValidationRecord(
+        step=step,
+        valid_loss={name: 5 - step / 40 + k for k, name in enumerate(DOMAINS)},
+        weights=dict(zip(DOMAINS, NATURAL.tolist(), strict=True)),
+        split=split,
+    )
+    found = {"quiz": {"acc": 0.5 + step / 1000 + shots / 10}}
+    tasks = TaskRecord(step=step, tasks=found, num_fewshot={"quiz": shots} if shots else {})
+    return dumps(task_fields(tasks) | validation_fields(losses)) + "\n"

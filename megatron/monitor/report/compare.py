@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.errors import ConfigError, did_you_mean
-from megatron.monitor.report.load import RunData, Validation
+from megatron.monitor.report.load import RunData
+from megatron.monitor.report.measured import Validation
 from megatron.monitor.report.summary import percent
 from megatron.monitor.throughput import short
 

@@ -12,48 +12,21 @@ import numpy as np
 import yaml
 
 from megatron.errors import RunError
-from megatron.monitor.jsonl import EVALUATIONS, METRICS, MIXTURE, RUN_INFO
+from megatron.monitor.jsonl import METRICS, MIXTURE, RUN_INFO
 from megatron.monitor.record import FloatArray
 from megatron.monitor.report.ledger import Ledger, bin_limit, bin_width, read_ledger
 from megatron.monitor.report.lines import LineCount, last_step, read_lines
+from megatron.monitor.report.measured import (
+    CheckpointLosses,
+    TaskEvaluation,
+    Validation,
+    is_number,
+    read_checkpoints,
+    read_tasks,
+    read_validation,
+)
 
 METRIC_NAMES = ("tokens_per_second", "learning_rate", "grad_norm", "mfu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """A validation record.
-
-    Attributes:
-        step: steps done when it was measured.
-        tokens: tokens trained on by then.
-        loss: mean nats per token by domain.
-        bits_per_byte: by domain, where known.
-    """
-
-    step: int
-    tokens: float
-    loss: Mapping[str, float]
-    bits_per_byte: Mapping[str, float]
-
-    def average(self, domains: Sequence[str] | None = None) -> float:
-        """Plain mean over ``domains`` (default: all that were measured), NaN if there is none."""
-        names = self.loss if domains is None else domains
-        values = [self.loss[name] for name in names if name in self.loss]
-        return float(np.mean(values)) if values else float("nan")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskEvaluation:
-    """What lm-eval's tasks found.
-
-    Attributes:
-        step: steps done when it was measured.
-        metrics: value by task and metric.
-    """
-
-    step: int
-    metrics: Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +43,7 @@ class RunData:
         validations: on the validation split, by rising step.
         tests: on the test split.
         tasks: evaluations by tasks, in training and by ``evaluate.py``, by rising step.
+        checkpoints: held-out losses that ``evaluate.py`` measured, by rising step.
         metric_steps: last step of each bin of ``metrics``, ``[M]``.
         metrics: binned means of the logged numbers, each ``[M]``.
         overhead: seconds that mixing took by kind, and those of all steps, as logged.
@@ -87,6 +61,7 @@ class RunData:
     validations: tuple[Validation, ...]
     tests: tuple[Validation, ...]
     tasks: tuple[TaskEvaluation, ...]
+    checkpoints: tuple[CheckpointLosses, ...]
     metric_steps: FloatArray
     metrics: Mapping[str, FloatArray]
     overhead: Mapping[str, float]
@@ -186,6 +161,7 @@ def load_run(path: Path, name: str) -> RunData:
         validations=metrics.validations,
         tests=metrics.tests,
         tasks=read_tasks(path, count),
+        checkpoints=read_checkpoints(path, ledger, count),
         metric_steps=metrics.steps,
         metrics=metrics.columns,
         overhead=metrics.overhead,
@@ -216,7 +192,7 @@ def read_metrics(path: Path, ledger: Ledger, count: LineCount) -> Metrics:
     for record in read_lines(path, count) if path.is_file() else ():
         for name, found in (("valid_loss", validations), ("test_loss", tests)):
             if isinstance(record.get(name), dict):
-                found[record["step"]] = _validation(record, name, ledger)
+                found[record["step"]] = read_validation(record, name, ledger)
         if "loss" in record:
             steps.append(record["step"])
             rows.append(tuple(_float(record.get(name)) for name in METRIC_NAMES))
@@ -234,31 +210,6 @@ def read_metrics(path: Path, ledger: Ledger, count: LineCount) -> Metrics:
         overhead=overhead,
         validations=tuple(validations[step] for step in sorted(validations)),
         tests=tuple(tests[step] for step in sorted(tests)),
-    )
-
-
-def read_tasks(path: Path, count: LineCount) -> tuple[TaskEvaluation, ...]:
-    """Read what tasks found in training and, in place of that, by ``evaluate.py``."""
-    found: dict[int, dict[tuple[str, str], float]] = {}
-    for name in (METRICS, EVALUATIONS):
-        for record in read_lines(path / name, count) if (path / name).is_file() else ():
-            tasks = record.get("tasks")
-            for task, metrics in tasks.items() if isinstance(tasks, dict) else ():
-                found.setdefault(record["step"], {}).update(
-                    {(task, metric): float(v) for metric, v in metrics.items() if _is_number(v)}
-                )
-    return tuple(TaskEvaluation(step=step, metrics=found[step]) for step in sorted(found))
-
-
-def _validation(record: Mapping[str, Any], name: str, ledger: Ledger) -> Validation:
-    bits = record.get("bits_per_byte")
-    return Validation(
-        step=record["step"],
-        tokens=ledger.tokens_after(record["step"]),
-        loss={k: float(v) for k, v in record[name].items() if _is_number(v)},
-        bits_per_byte={k: float(v) for k, v in bits.items() if _is_number(v)}
-        if isinstance(bits, dict)
-        else {},
     )
 
 
@@ -316,9 +267,5 @@ def _yaml(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _float(value: Any) -> float:
-    return float(value) if _is_number(value) else float("nan")
+    return float(value) if is_number(value) else float("nan")

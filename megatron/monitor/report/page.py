@@ -18,6 +18,7 @@ from megatron.monitor.report.compare import (
 )
 from megatron.monitor.report.cost import cost_section
 from megatron.monitor.report.groups import group_rows
+from megatron.monitor.report.held_out import averages_section, checkpoint_section
 from megatron.monitor.report.load import RunData, load_runs
 from megatron.monitor.report.payload import MOST_VALIDATIONS, domain_order, payload
 from megatron.monitor.report.shell import (
@@ -25,6 +26,7 @@ from megatron.monitor.report.shell import (
     cell,
     figures,
     fill,
+    run_head,
     shade,
     shell,
     verdict,
@@ -89,6 +91,8 @@ def page(runs: Sequence[RunData], comparison: Comparison | None) -> str:
         "HEAD": head(runs, comparison, title),
         "COMPARISON": comparison_table(runs, comparison) if comparison is not None else "",
         "TABLES": "\n".join(run_table(run, i, len(runs)) for i, run in enumerate(runs)),
+        "AVERAGES": averages_section(runs),
+        "CHECKPOINTS": checkpoint_section(runs),
         "TASKS": task_section(runs),
         "COST": cost_section(runs),
         "NOTES": notes(runs),
@@ -147,8 +151,7 @@ def comparison_table(runs: Sequence[RunData], comparison: Comparison) -> str:
     gaps = (abs(row[i] - row[partner[i]]) for row in losses.values() for i in range(len(runs)))
     spread = max(0.01, *gaps)
     heads = "".join(
-        f'<th scope="col" data-run="{i}"><i class="key"></i>{escape(run.name)}'
-        f"<small>{'baseline' if comparison.groups[i] == own else progress(run)}</small></th>"
+        run_head(i, run.name, "baseline" if comparison.groups[i] == own else progress(run))
         for i, run in enumerate(runs)
     )
     rows = [_comparison_row(name, row, partner, spread) for name, row in losses.items()]

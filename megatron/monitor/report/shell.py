@@ -94,6 +94,14 @@ def verdict(main: Sequence[str], rest: Sequence[str]) -> str:
     return f'<ul class="verdict">{"".join(items)}</ul>'
 
 
+def run_head(index: int, name: str, note: str, scope: str = "col") -> str:
+    """Return the head of a run's column or row, with its colour, which the script fills in."""
+    return (
+        f'<th scope="{scope}" data-run="{index}"><i class="key"></i>{escape(name)}'
+        f"<small>{escape(note)}</small></th>"
+    )
+
+
 def cell(value: float, text: str, extra: str = "") -> str:
     """Return a cell that sorts by ``value``; a dash where it is not known."""
     if not math.isfinite(value):

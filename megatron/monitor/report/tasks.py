@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import TypeVar
 
-from megatron.monitor.report.load import RunData, TaskEvaluation
+from megatron.monitor.report.load import RunData
+from megatron.monitor.report.shell import run_head
 
+Item = TypeVar("Item")
 _MOST_COLUMNS = 8
 
 
@@ -15,15 +18,13 @@ def task_section(runs: Sequence[RunData]) -> str:
     columns = [
         (index, found)
         for index, run in enumerate(runs)
-        for found in _shown(run.tasks, 1 if len(runs) > 1 else _MOST_COLUMNS)
+        for found in evenly(run.tasks, 1 if len(runs) > 1 else _MOST_COLUMNS)
     ]
     if not columns:
         return ""
     names = list(dict.fromkeys(key for _, found in columns for key in found.metrics))
     heads = "".join(
-        f'<th scope="col" data-run="{index}">{escape(runs[index].name)}<small>step {found.step:,}'
-        "</small></th>"
-        for index, found in columns
+        run_head(index, runs[index].name, f"step {found.step:,}") for index, found in columns
     )
     body = "".join(
         f'<tr><th scope="row">{escape(task)}<small>{escape(metric)}</small></th>'
@@ -39,8 +40,8 @@ def task_section(runs: Sequence[RunData]) -> str:
     )
 
 
-def _shown(found: Sequence[TaskEvaluation], most: int) -> list[TaskEvaluation]:
-    """Return at most ``most`` evaluations, evenly chosen, the last among them."""
+def evenly(found: Sequence[Item], most: int) -> list[Item]:
+    """Return at most ``most`` items, evenly chosen, the last among them."""
     count = len(found)
     if count <= most:
         return list(found)
