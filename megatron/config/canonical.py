@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from megatron.config.amp import read_amp
 from megatron.config.attention import DENSE, SPARSE
 from megatron.config.blocks import (
     complete_optimizer,
@@ -50,6 +51,7 @@ _READERS: dict[str, _Reader] = {
     "fp16": read_fp16,
     "bf16": read_bf16,
     "precision": read_precision,
+    "amp": read_amp,
     "zero_optimization": read_zero,
     **{key: partial(put_zero_option, key=option) for key, option in ZERO_ALIASES.items()},
 }
@@ -209,7 +211,9 @@ def _read_allreduce(draft: Draft, node: Node) -> None:
 
 _NOT_EXTRA = {
     "optimizer": "use the optimizer block",
-    "scheduler": "use lr_decay_style, lr_decay_iters, warmup and min_lr",
+    "scheduler": "use scheduler as a key of its own",
+    "prescale_gradients": "use prescale_gradients as a key of its own",
+    "gradient_predivide_factor": "use gradient_predivide_factor as a key of its own",
     "train_batch_size": "use train_batch_size as a key of its own",
     "train_micro_batch_size_per_gpu": "use train_micro_batch_size_per_gpu as a key of its own",
     "gradient_accumulation_steps": "use gradient_accumulation_steps as a key of its own",
@@ -217,7 +221,7 @@ _NOT_EXTRA = {
     "fp16": "use the fp16 block",
     "bf16": "use precision: bf16",
     "bfloat16": "use precision: bf16",
-    "amp": "use precision: bf16 or fp16",
+    "amp": "use amp as a key of its own, or precision",
 }
 
 
@@ -237,6 +241,7 @@ def _complete(draft: Draft) -> None:
     _complete_attention(draft)
     _complete_width(draft)
     _complete_norm(draft)
+    _complete_schedule(draft)
     _complete_sharing(draft)
     _name_run(draft)
     factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
@@ -341,6 +346,14 @@ def _complete_norm(draft: Draft) -> None:
     tied, side = draft.get("model", "gpt_j_tied"), draft.get("model", "gpt_j_residual")
     if tied is not None and tied.value is True and (side is None or not side.value):
         draft.ignore(tied.name, "belongs to gpt_j_residual: true")
+
+
+def _complete_schedule(draft: Draft) -> None:
+    """Note what a scheduler of DeepSpeed's decides in the place of other keys."""
+    block = draft.get("schedule", "scheduler")
+    if block is not None and block.value is not None:
+        others = "lr_decay_style, lr_decay_iters, warmup, min_lr"
+        draft.ignore(others, "the block scheduler decides the learning rate")
 
 
 def _complete_sharing(draft: Draft) -> None:

@@ -9,6 +9,7 @@ from megatron.config.attention import MIXERS
 from megatron.config.config import Config
 from megatron.config.draft import Draft
 from megatron.config.node import Node
+from megatron.config.run_checks import check_run
 from megatron.config.suggest import did_you_mean
 
 
@@ -32,6 +33,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_bounds(config, draft)
     _check_guardrail(config, draft)
     _check_reading(config, draft)
+    check_run(config, lambda group, name, text: _add(draft, group, name, text))
 
 
 def _add(draft: Draft, group: str, name: str, text: str) -> None:

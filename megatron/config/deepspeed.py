@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.config import Config
+from megatron.errors import ConfigError
 
 
 def deepspeed_config(
@@ -42,11 +43,32 @@ def deepspeed_config(
         result["bf16"] = {"enabled": True}
     if config.parallel.communication_data_type is not None:
         result["communication_data_type"] = config.parallel.communication_data_type
+    if config.parallel.divides_before_sum:
+        _check_division(config, data_size)
+        result["prescale_gradients"] = config.parallel.prescale_gradients
+        result["gradient_predivide_factor"] = config.parallel.gradient_predivide_factor
+        # Where each rank receives its own part alone, DeepSpeed divides after the sum.
+        result["zero_optimization"]["reduce_scatter"] = False
     if config.parallel.sequence_parallel:
         # By default a stage takes activations to be the same on every tensor rank, and each
         # rank sends a part of them.
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return _merged(result, config.deepspeed)
+
+
+def _check_division(config: Config, data_size: int) -> None:
+    """Refuse what DeepSpeed computes wrongly.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    factor = config.parallel.gradient_predivide_factor
+    if config.zero_stage == 3 and not config.parallel.prescale_gradients and factor == data_size:
+        raise ConfigError(
+            f"gradient_predivide_factor ({factor:g}) is the number of data ranks, for which "
+            "DeepSpeed's ZeRO 3 divides once too often; use prescale_gradients: true, which "
+            "divides by the same before the sum"
+        )
 
 
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

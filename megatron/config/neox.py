@@ -104,7 +104,6 @@ SAMPLING_KEYS = frozenset(
 
 _NEXT_TO_TOKENS = "train on plain tokens: name the data under domains"
 _PAIRS = Refusal(instead=f"reward and preference data are not offered; {_NEXT_TO_TOKENS}")
-_DEEPSPEED = "to hand it to DeepSpeed unchanged, put it under deepspeed_extra_args"
 _RWKV = Refusal(instead="RWKV blocks are not offered; remove the key")
 _TE = Refusal(instead="TransformerEngine layers are not offered; use precision: bf16")
 
@@ -113,7 +112,6 @@ REFUSED: dict[str, Refusal] = {
     "autotuning": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     "autotuning_run": Refusal(instead="autotuning is not offered; set the batch sizes yourself"),
     # model
-    "fp16_lm_cross_entropy": Refusal(instead="the loss is always taken in fp32; remove the key"),
     "serve_model_weights": Refusal(instead="there is no weight server; remove the key"),
     "te_columnparallel": _TE,
     "te_rowparallel": _TE,
@@ -142,20 +140,9 @@ REFUSED: dict[str, Refusal] = {
         instead="no file of shapes is needed; set mup_base_hidden_size to the base model's width"
     ),
     # optimizer, schedule, numbers
-    "scheduler": Refusal(instead="use lr_decay_style, lr_decay_iters, warmup and min_lr"),
-    "amp": Refusal(instead="use precision: bf16 or precision: fp16"),
-    "prescale_gradients": Refusal(instead=f"the loss is scaled exactly already; {_DEEPSPEED}"),
-    "gradient_predivide_factor": Refusal(
-        instead=f"the loss is scaled exactly already; {_DEEPSPEED}", neutral=(1, 1.0)
-    ),
-    "sparse_gradients": Refusal(instead="gradients are dense; remove the key"),
     "sparse_attention": Refusal(
         instead="GPT-NeoX does not read DeepSpeed's block either; use attention_config and "
         "sparsity_config"
-    ),
-    "curriculum_seqlen": Refusal(
-        instead="it is worked out at every step; use curriculum_learning: {min_difficulty: …}",
-        neutral=(0,),
     ),
     "data_efficiency": Refusal(instead="data is chosen by mixing; see mixing: {method: …}"),
     "compression_training": Refusal(instead="compression is not offered; remove the block"),
@@ -166,7 +153,9 @@ REFUSED: dict[str, Refusal] = {
         instead="checkpoints are written and verified in save; see save_interval"
     ),
     "deepspeed": Refusal(
-        instead="every run uses DeepSpeed; remove the key", neutral=(True,), off=False
+        instead="GPT-NeoX itself stops without DeepSpeed, as every run here; remove the key",
+        neutral=(True,),
+        off=False,
     ),
     # data
     "dataset_impl": Refusal(instead=f"use gpt2: {_NEXT_TO_TOKENS}", neutral=("gpt2",)),
@@ -184,7 +173,6 @@ REFUSED: dict[str, Refusal] = {
             ("neg_", "label_data"),
         )
     },
-    "z_loss": Refusal(instead="there is no z-loss yet; use 0", neutral=(0,)),
     "train_epochs": Refusal(instead="give train_iters; --check prints the epochs of every domain"),
     "precompute_model_name": Refusal(instead="there is no precomputation; remove the key"),
     # keys of published files that GPT-NeoX itself does not know
@@ -319,6 +307,10 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ),
     "traces and snapshots are kept in run_dir": ("memory_profiling_path",),
     "optimizers are handed to DeepSpeed as objects": ("zero_allow_untested_optimizer",),
+    "DeepSpeed compresses no dense gradients of embeddings any more; results are the same": (
+        "sparse_gradients",
+    ),
+    "GPT-NeoX sets it itself at every step of curriculum_learning": ("curriculum_seqlen",),
     _PREFERENCE: (
         "dpo_fp32",
         "dpo_reference_free",

@@ -17,6 +17,7 @@ from megatron.config.base import (
     invalid,
 )
 from megatron.config.optimizers import KINDS, OptimizerKind
+from megatron.config.scheduler import SchedulerConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -125,6 +126,9 @@ class ScheduleConfig(Group):
     use_checkpoint_lr_scheduler: bool = False
     """A resumed run follows the schedule that its checkpoint was written with, whatever the
     configuration says (peak, style, warm-up, end)."""
+    scheduler: SchedulerConfig | None = None
+    """DeepSpeed's block `scheduler: {type, params}`: one of its schedules decides the learning rate
+    alone, as in GPT-NeoX, where DeepSpeed takes it before GPT-NeoX's own."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

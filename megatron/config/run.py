@@ -75,6 +75,13 @@ class TrainingConfig(Group):
     """Write the ordered list of [domain, epoch, sample] of every step to `samples.jsonl`."""
     eod_mask_loss: bool = False
     """Leave the loss of end-of-document tokens out."""
+    fp16_lm_cross_entropy: bool = False
+    """Take the softmax of the loss in fp16, as the logits are. Needs `precision: fp16`; saves the
+    memory of one block of logits, and losses have three digits."""
+    z_loss: NonNegative = 0.0
+    """Add this times the mean square of log Σ exp(logits) to what is trained on (PaLM's z-loss;
+    Chowdhery et al. 2022, section 5), which keeps logits from drifting; 1e-4 is usual. The
+    reported losses are without it. (GPT-NeoX reads the key for reward models alone.)"""
     epoch_offset: bool = True
     """Let each epoch of a domain cut its windows at another offset."""
 

@@ -237,6 +237,7 @@ def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
         "scale_by_reward_loss_diff": flag,
         "data_types": {"type": "object"},
         "fp32_allreduce": flag,
+        "amp": {"type": "object"},
         "deepspeed_mpi": flag,
         "deepspeed_slurm": flag,
     }
@@ -288,6 +289,8 @@ MAPPED: dict[str, str] = {
     "scale_by_reward_loss_diff": "`mixing: {scale_by_reward_loss_diff}` of `validation_gap`",
     "data_types": "`deepspeed_extra_args: {data_types}`",
     "fp32_allreduce": "`communication_data_type: fp32`",
+    "amp": "`precision: fp16` with fp32 masters (apex's O2; O1 and O3 are run as that), or `fp32` "
+    "for O0; `loss_scale` and `min_loss_scale` go into the block `fp16`",
     "deepspeed_mpi": "`launcher: openmpi`",
     "deepspeed_slurm": "`launcher: slurm`",
     "zero_reduce_scatter": "`zero_optimization: {reduce_scatter}`",

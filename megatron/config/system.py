@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron.config.base import Count, Group, NonNegativeInt, Text
+from megatron.config.base import Count, Group, NonNegativeInt, Positive, Text
 
 
 class ParallelConfig(Group):
@@ -23,6 +23,17 @@ class ParallelConfig(Group):
     parameters each) or `type:REGEX` (as many layers each whose class matches)."""
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format in which gradients are summed over ranks. Default: that of the gradients."""
+    prescale_gradients: bool = False
+    """Divide gradients by the number of data ranks before they are summed, so that no sum leaves
+    fp16's range, instead of after. Gradients are then summed whole (`reduce_scatter: false`)."""
+    gradient_predivide_factor: Positive = 1.0
+    """Divide gradients by this before they are summed and by the rest after. Likewise; has no
+    effect with `prescale_gradients`, which divides by all before."""
+
+    @property
+    def divides_before_sum(self) -> bool:
+        """Whether gradients are divided before they are summed over ranks."""
+        return self.prescale_gradients or self.gradient_predivide_factor != 1.0
 
     @property
     def stages(self) -> int:

@@ -70,6 +70,7 @@ class TrainEngine(ABC):
         self.partitions = dict(partitions)
         self._before_micro_batch = before_micro_batch or (lambda step, micro: None)
         self._observers: list[StepObserver] = []
+        self._betas: Callable[[int], tuple[float, float] | None] = lambda step: None
         self._state: Sequence[str] = ADAM_STATE
         self._writer = _RecordingWriter(engine.checkpoint_engine)
         engine.checkpoint_engine = self._writer
@@ -92,6 +93,10 @@ class TrainEngine(ABC):
     def observe(self, observer: StepObserver) -> None:
         """Let an observer measure every step from now on."""
         self._observers.append(observer)
+
+    def follow_betas(self, betas: Callable[[int], tuple[float, float] | None]) -> None:
+        """Let the schedule set the decay rates of an optimizer that has them, step by step."""
+        self._betas = betas
 
     @property
     def module(self) -> nn.Module:
@@ -127,6 +132,8 @@ class TrainEngine(ABC):
             observer.begin(step, loss_scale=self.loss_scale)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            if "betas" in group and (betas := self._betas(step)) is not None:
+                group["betas"] = betas
         skipped_before = self._engine.skipped_steps
         self._train(step, micro_batches)
         skipped = self._engine.skipped_steps > skipped_before

@@ -50,6 +50,10 @@ class Schedule:
             return _fork(self, step - 1)
         return _CURVES[self.style](self, step - 1)
 
+    def betas(self, step: int) -> tuple[float, float] | None:
+        """Return the optimizer's decay rates of a step; None leaves them as they are."""
+        return None
+
     def progress(self, position: float, start: float) -> float:
         """Return how far a position is from ``start`` to the end of the decay, from 0 to 1."""
         span = max(self.decay_steps - start, 1.0)

@@ -34,6 +34,8 @@ class DomainLoss:
         topology: Topology | None = None,
         chunk_tokens: int = 1024,
         observe: Observer | None = None,
+        half: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         """Make the loss.
 
@@ -43,11 +45,15 @@ class DomainLoss:
             topology: whose tensor ranks divide the vocabulary; None for one process.
             chunk_tokens: tokens whose logits exist at the same time.
             observe: called once per forward with each sample's own sums, detached.
+            half: take the softmax in the logits' own type instead of float32.
+            z_loss: factor of the z-loss that is trained on beside, see
+                :func:`megatron.parallel.cross_entropy.weighted_cross_entropy`.
         """
         self.vocab_size = vocab_size
         self.topology = topology or Topology.single()
         self.chunk_tokens = chunk_tokens
         self.observe = observe
+        self.half, self.z_loss = half, z_loss
 
     def __call__(self, output: Output, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the micro-batch's loss (float32 scalar).
@@ -70,6 +76,8 @@ class DomainLoss:
             vocab_size=self.vocab_size,
             topology=self.topology,
             chunk_tokens=self.chunk_tokens,
+            half=self.half,
+            z_loss=self.z_loss,
         )
         if self.observe is not None:
             with torch.no_grad():

@@ -39,6 +39,7 @@ def token_cross_entropy(
     vocab_size: int,
     topology: Topology,
     chunk_tokens: int,
+    half: bool = False,
 ) -> torch.Tensor:
     """Return every token's loss, for evaluation; nothing flows back.
 
@@ -49,13 +50,15 @@ def token_cross_entropy(
         vocab_size: number of token ids, V before it was padded.
         topology: whose tensor ranks divide the vocabulary.
         chunk_tokens: how many tokens' logits exist at a time.
+        half: take the softmax in the logits' own type instead of float32.
 
     Returns:
         float32 ``[N]``, in nats.
     """
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     with torch.no_grad():
-        softmax = _Softmax(weight, vocab_size, topology, min(chunk_tokens, targets.numel()))
+        rows_at_once = min(chunk_tokens, targets.numel())
+        softmax = _Softmax(weight, vocab_size, topology, rows_at_once, half=half)
         for rows in _chunks(targets.numel(), chunk_tokens):
             softmax.losses(hidden[rows], targets[rows], losses[rows])
     return losses
@@ -70,6 +73,8 @@ def weighted_cross_entropy(
     vocab_size: int,
     topology: Topology,
     chunk_tokens: int,
+    half: bool = False,
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Σ token_weight · loss, which gradients flow from, and every token's loss.
 
@@ -83,6 +88,9 @@ def weighted_cross_entropy(
         vocab_size: number of token ids, V before it was padded.
         topology: whose tensor ranks divide the vocabulary.
         chunk_tokens: how many tokens' logits exist at a time.
+        half: take the softmax in the logits' own type instead of float32.
+        z_loss: factor of (log Σ exp(logits))², which is added to each loss in the sum wherever
+            gradients flow; the losses themselves are without it.
 
     Returns:
         The sum (float32 scalar) and the losses (float32 ``[N]``, in nats, detached).
@@ -95,6 +103,7 @@ def weighted_cross_entropy(
             vocab_size=vocab_size,
             topology=topology,
             chunk_tokens=chunk_tokens,
+            half=half,
         )
         return torch.dot(losses, token_weights), losses
     total, losses = apply(
@@ -106,6 +115,8 @@ def weighted_cross_entropy(
         vocab_size,
         topology,
         chunk_tokens,
+        half,
+        z_loss,
     )
     return total, losses
 
@@ -123,6 +134,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         topology: Topology,
         chunk_tokens: int,
+        half: bool,
+        z_loss: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Weights are tiny (one over the tokens of a global batch).  Gradients are taken for
         # weights scaled to at most 1, so that half precision does not lose them here, and
@@ -132,7 +145,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         accumulated = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        softmax = _Softmax(weight, vocab_size, topology, min(chunk_tokens, targets.numel()))
+        rows_at_once = min(chunk_tokens, targets.numel())
+        softmax = _Softmax(weight, vocab_size, topology, rows_at_once, half=half, z_loss=z_loss)
         for rows in _chunks(targets.numel(), chunk_tokens):
             gradient = softmax.gradient(hidden[rows], targets[rows], relative[rows], losses[rows])
             if hidden_gradient is not None:
@@ -144,12 +158,13 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             hidden_gradient, None if accumulated is None else accumulated.total, scale
         )
         ctx.mark_non_differentiable(losses)
-        return torch.dot(losses, token_weights), losses
+        total = torch.dot(losses, token_weights)
+        return total if softmax.z_sum is None else total + softmax.z_sum * scale, losses
 
     @staticmethod
     def backward(
         ctx: Any, total_gradient: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden_gradient, weight_gradient, scale = ctx.saved_tensors
         factor = total_gradient.float() * scale
         if hidden_gradient is not None:
@@ -157,7 +172,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         if weight_gradient is not None:
             scaled = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
             weight_gradient = torch.mul(weight_gradient, factor, out=scaled)
-        return hidden_gradient, weight_gradient, None, None, None, None, None
+        return hidden_gradient, weight_gradient, *(None,) * 7
 
 
 class _WeightGradient:
@@ -186,7 +201,14 @@ class _Softmax:
     """Softmax of one chunk's logits at a time, in buffers that all chunks share."""
 
     def __init__(
-        self, weight: torch.Tensor, vocab_size: int, topology: Topology, chunk_tokens: int
+        self,
+        weight: torch.Tensor,
+        vocab_size: int,
+        topology: Topology,
+        chunk_tokens: int,
+        *,
+        half: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         columns = weight.shape[0]
         # The first column that is padding; 0 where this rank holds nothing else.
@@ -201,9 +223,12 @@ class _Softmax:
         self._block_rows = chunk_tokens if whole else min(chunk_tokens, elements // columns + 1)
         self._widened = (
             None
-            if weight.dtype == torch.float32
+            if half or weight.dtype == torch.float32
             else weight.new_empty(self._block_rows, columns, dtype=torch.float32)
         )
+        self._z_loss = z_loss
+        # Σ token_weight · z-loss of the chunks so far.
+        self.z_sum = torch.zeros((), device=weight.device) if z_loss > 0 else None
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
         """Write the losses of a chunk (``hidden`` ``[n, H]``) into ``losses`` (``[n]``)."""
@@ -225,10 +250,15 @@ class _Softmax:
         logits = torch.mm(hidden, self._weight.T, out=self._logits[: len(hidden)])
         for rows in self._blocks(len(hidden)):
             own = token_weights[rows, None]
-            exponentials, factor, columns, present = self._exponentials(
+            exponentials, total, columns, present, largest = self._exponentials(
                 logits[rows], targets[rows], losses[rows]
             )
-            factor = own / factor
+            factor = own / total
+            if self.z_sum is not None:
+                # d z² by a logit is 2 z times its probability, with z the log of the sum.
+                z = total.float().log() + largest.float()
+                self.z_sum += self._z_loss * (own * z * z).sum()
+                factor = factor * (1.0 + 2.0 * self._z_loss * z)
             present = own if present is None else torch.where(present, own, 0.0)
             at_target = exponentials.gather(1, columns) * factor - present
             gradient = torch.mul(exponentials, factor, out=logits[rows])
@@ -237,13 +267,14 @@ class _Softmax:
 
     def _exponentials(
         self, logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Write the losses of a block and return what its softmax is made of.
 
         Returns:
             e^(logit − largest), 0 for padding, in float32 (over the logits themselves if they
             are), its sum over the vocabulary ``[n, 1]``, each target's column on this rank (0
-            if it is elsewhere) ``[n, 1]``, and whether it is here ``[n, 1]`` (None: all are).
+            if it is elsewhere) ``[n, 1]``, whether it is here ``[n, 1]`` (None: all are), and the
+            largest logit ``[n, 1]``.
         """
         widened = logits if self._widened is None else self._widened[: len(logits)].copy_(logits)
         if self._valid < widened.shape[1]:
@@ -266,7 +297,7 @@ class _Softmax:
             both = reduce_in_place(torch.cat([total, at_target], dim=1), self._topology)
             total, at_target = both[:, :1], both[:, 1:]
         losses.copy_((total.log() - at_target).squeeze(1))
-        return exponentials, total, columns, present
+        return exponentials, total, columns, present, largest
 
     def _columns(
         self, targets: torch.Tensor, held: int

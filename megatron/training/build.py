@@ -174,6 +174,8 @@ def build(
         total_steps=config.training.train_iters,
         audit_samples=config.training.audit_samples,
     )
+    schedule = run_schedule(config)
+    engine.follow_betas(schedule.betas)
     length = config.model.context_length
     costs = TokenCosts(
         seq_length=length,
@@ -219,7 +221,7 @@ def build(
         overhead=overhead,
         validation=held_out.reported,
         test=held_out.test,
-        learning_rate=run_schedule(config).rate,
+        learning_rate=schedule.rate,
         samples_seen=lambda: sampler.samples_seen,
     )
 

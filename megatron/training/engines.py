@@ -51,8 +51,7 @@ def build_engine(
     settings: dict[str, Any] = deepspeed_config(
         config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
     )
-    assert config.model.vocab_size is not None
-    loss_fn = DomainLoss(topology=topology, vocab_size=config.model.vocab_size, observe=observer)
+    loss_fn = training_loss(config, topology, observer)
     dropout = DropoutRng(seed=config.training.seed, topology=topology)
 
     def before_micro_batch(step: int, micro: int) -> None:
@@ -95,6 +94,24 @@ def build_engine(
     )
     pipeline.describe_optimizer(optimizer_state(config.optimizer), groups)
     return pipeline
+
+
+def training_loss(config: Config, topology: Topology, observer: LossObserver) -> DomainLoss:
+    """Return the loss that a run trains on.
+
+    Args:
+        config: with ``model.vocab_size`` filled in.
+        topology: this rank's place.
+        observer: told of every sample's loss.
+    """
+    assert config.model.vocab_size is not None
+    return DomainLoss(
+        topology=topology,
+        vocab_size=config.model.vocab_size,
+        observe=observer,
+        half=config.training.fp16_lm_cross_entropy,
+        z_loss=config.training.z_loss,
+    )
 
 
 def _row_length(config: Config) -> Callable[[int], int] | None:

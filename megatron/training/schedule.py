@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.checkpoint.manifest import Manifest
 from megatron.config import Config
+from megatron.engine.deepspeed_schedule import DeepSpeedSchedule
 from megatron.engine.schedule import Schedule
 from megatron.errors import CheckpointError
 
@@ -14,9 +15,11 @@ FACT = "schedule"
 """Name of the schedule among a manifest's facts."""
 
 
-def run_schedule(config: Config) -> Schedule:
+def run_schedule(config: Config) -> Schedule | DeepSpeedSchedule:
     """Return the schedule that a configuration describes."""
     schedule, iters = config.schedule, config.training.train_iters
+    if (given := schedule.scheduler) is not None:
+        return DeepSpeedSchedule(kind=given.type, params=given.complete, lr=config.optimizer.lr)
     return Schedule(
         lr=config.optimizer.lr,
         min_lr=schedule.min_lr,
@@ -66,7 +69,7 @@ def with_checkpoint_schedule(config: Config, manifest: Manifest) -> Config:
     facts = {key: value for key, value in saved.items() if value is not None}
     peak = facts.pop("lr")
     kept = config.schedule.model_dump()
-    for key in ("warmup_iters", "lr_decay_fraction"):
+    for key in ("warmup_iters", "lr_decay_fraction", "scheduler"):
         kept[key] = None
     schedule = type(config.schedule)(**{**kept, **facts})
     optimizer = config.optimizer.model_copy(update={"lr": peak})

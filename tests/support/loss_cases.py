@@ -15,19 +15,24 @@ from megatron.parallel.sequence import enter_shared
 from tests.support.layer_cases import BATCH, HIDDEN, LENGTH, Bench, Pairs
 
 
-def _weighted(bench: Bench, vocabulary: int, padded: int, chunk: int, scale: float) -> Pairs:
+def _weighted(
+    bench: Bench, vocabulary: int, padded: int, chunk: int, scale: float, z_loss: float = 0.0
+) -> Pairs:
     """Compare sum, losses and gradients; padding is filled with what must not be seen."""
     hidden, weight, partition = _given(bench, vocabulary, padded, scale)
     targets, token_weights = _targets(bench, vocabulary)
     options = {"vocab_size": vocabulary, "topology": bench.topology, "chunk_tokens": chunk}
     own = bench.sequence(hidden).clone().requires_grad_()
     flat = enter_shared(own, bench.topology).flatten(0, 1)
-    total, losses = weighted_cross_entropy(flat, weight, targets, token_weights, **options)
+    total, losses = weighted_cross_entropy(
+        flat, weight, targets, token_weights, **options, z_loss=z_loss
+    )
     (3.0 * total).backward()
     plain = hidden.float().requires_grad_()
     true = bench.whole(weight.detach(), partition)[:vocabulary].float().requires_grad_()
-    expected = F.cross_entropy((plain @ true.T).flatten(0, 1), targets, reduction="none")
-    expected_total = torch.dot(expected, token_weights)
+    logits = (plain @ true.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    expected_total = torch.dot(expected + z_loss * logits.logsumexp(-1).square(), token_weights)
     (3.0 * expected_total).backward()
     gradient = bench.whole(weight.grad, partition)
     padding = gradient[vocabulary:]
@@ -103,6 +108,8 @@ LOSSES: dict[str, tuple[Callable[..., Pairs], tuple[Any, ...]]] = {
     "padding, a token at a time": (_weighted, (37, 40, 1, 1.0)),
     "padding, uneven chunks": (_weighted, (37, 40, 7, 1.0)),
     "ranks without ids": (_weighted, (7, 16, 5, 1.0)),
+    "z-loss": (_weighted, (37, 40, 7, 1.0, 0.05)),
+    "z-loss, ranks without ids": (_weighted, (7, 16, 5, 1.0, 0.05)),
     "extreme logits": (_weighted, (37, 40, 7, 30.0)),
     "domains": (_domains, (37, 40, 7)),
     "domains, ranks without ids": (_domains, (3, 16, 1000)),

@@ -115,7 +115,6 @@ def test_a_run_counts_the_tokens_of_its_shorter_rows(load) -> None:
         ),
         ("pack_impl: tight\n", "pack_impl"),
         ("data_impl: zip\n", "data_impl"),
-        ("curriculum_seqlen: 8\n", "worked out at every step"),
     ],
 )
 def test_what_cannot_be_is_refused_at_its_place(load, text: str, said: str) -> None:
