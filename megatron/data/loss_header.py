@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from urllib.parse import quote
 import numpy as np
 
 from megatron.data.domain import Domain
+from megatron.data.sources import Source
 from megatron.data.splits import parse_split
 from megatron.errors import ConfigError, DataError
 
@@ -168,10 +169,13 @@ def file_name(domain: str) -> str:
     return name + ".f16"
 
 
-def stream_fingerprint(domain: Domain) -> str:
-    """Return a hash of a domain's stream of tokens, whatever its name and the run's seed."""
+def stream_fingerprint(sources: Iterable[Source]) -> str:
+    """Return a hash of the stream of tokens that a domain's sources make one after the other.
+
+    It depends neither on the domain's name nor on a run's seed.
+    """
     digest = hashlib.sha256()
-    for source in domain.sources:
+    for source in sources:
         part = source.documents
         facts = [source.reader.fingerprint(), part.first, part.last, part.start, part.stop]
         digest.update(repr(facts).encode() + b"\x1f")
@@ -191,7 +195,7 @@ def describe_domain(domain: Domain, *, split: str | None, epochs: int) -> Domain
     return DomainScores(
         file=file_name(domain.name),
         tokens=domain.num_tokens,
-        fingerprint=stream_fingerprint(domain),
+        fingerprint=stream_fingerprint(domain.sources),
         split=split,
         windows=windows,
         scored=(0,) * arrays,

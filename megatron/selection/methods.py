@@ -18,6 +18,7 @@ from megatron.selection.base import Selector
 
 METHODS: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "ppl": "megatron.selection.perplexity",
         "random": "megatron.selection.random_order",
     }
 )

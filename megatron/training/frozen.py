@@ -82,7 +82,7 @@ def share_weights(
         CheckpointError: it cannot be converted, or there is no room.
     """
     store = CheckpointStore(cache)
-    return Path(on_first(runtime, lambda: str(_whole_parameters(reference, store, say))))
+    return Path(on_first(runtime, lambda: str(whole_parameters(reference, store, say))))
 
 
 def on_first(runtime: Runtime, work: Callable[[], Any]) -> Any:
@@ -105,10 +105,19 @@ def on_first(runtime: Runtime, work: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
-def _whole_parameters(
+def whole_parameters(
     reference: ReferenceCheckpoint, cache: CheckpointStore, say: Callable[[str], None]
 ) -> Path:
-    """Return a universal form: the checkpoint itself, one beside it, or one in the cache."""
+    """Return a universal form: the checkpoint itself, one beside it, or one in the cache.
+
+    Args:
+        reference: the checkpoint.
+        cache: takes the converted form, unless one lies beside the checkpoint.
+        say: takes a line for the console.
+
+    Raises:
+        CheckpointError: it cannot be converted, or there is no room.
+    """
     path, manifest = reference.path, reference.manifest
     if is_universal(manifest):
         vet_checkpoint(path, allowed=UNIVERSAL_GLOBALS)
@@ -143,6 +152,7 @@ def build_frozen(
     Raises:
         CheckpointError: the weights are not of that model.
     """
+    topology = topology.with_all_experts()
     spec = reference.config.model.model_copy(update={"checkpoint_activations": False})
     assert spec.vocab_size is not None
     dropout = DropoutRng(seed=0, topology=topology)

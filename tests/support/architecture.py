@@ -12,7 +12,7 @@ from pathlib import Path
 ALLOWED_IN = {
     "torch": {
         *("parallel", "model", "engine", "signals", "checkpoint", "training", "inference"),
-        *("data", "monitor", "exchange"),
+        *("data", "monitor", "exchange", "selection"),
     },
     "torch.distributed": {"parallel", "engine", "signals", "checkpoint"},
     "deepspeed": {"engine"},
@@ -24,7 +24,7 @@ ALLOWED_IN = {
 # Who may import torch when the module itself is imported, and not only inside a function.
 TORCH_AT_TOP = {
     *("parallel", "model", "engine", "signals", "checkpoint", "training", "inference"),
-    "exchange",
+    *("exchange", "selection"),
 }
 # Modules about one optional library, which are themselves imported where they are needed.
 ABOUT = {"megatron/monitor/live.py": "rich", "megatron/inference/harness.py": "lm_eval"}

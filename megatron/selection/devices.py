@@ -1,0 +1,47 @@
+"""Where a model runs, and in which number format."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from megatron.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats by the names that they have in configurations."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if there else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: no such device; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not there:
+        raise ConfigError(f"--device {name}: torch sees no GPU here; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def positive(text: str) -> int:
+    """Read a flag's value that is a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every method that runs a model has."""
+    parser.add_argument("--device", default="auto", metavar="NAME",
+        help="auto (a GPU if there is one), cpu, cuda or cuda:1 (default: auto)")  # fmt: skip
+    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES),
+        help="number format of the model's weights (default: fp32)")  # fmt: skip
