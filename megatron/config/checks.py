@@ -8,6 +8,7 @@ from typing import Any
 from megatron.config.attention import MIXERS
 from megatron.config.config import Config
 from megatron.config.draft import Draft
+from megatron.config.expert_ranks import check_expert_ranks
 from megatron.config.node import Node
 from megatron.config.run_checks import check_run
 from megatron.config.suggest import did_you_mean
@@ -19,6 +20,7 @@ def check(config: Config, draft: Draft) -> None:
     _check_batch(config, draft)
     _check_tensor_ranks(config, draft)
     _check_mixers(config, draft)
+    check_expert_ranks(config, lambda group, name, text: _add(draft, group, name, text))
     _check_prompt(config, draft)
     _check_lora(config, draft)
     _check_mup(config, draft)
@@ -130,14 +132,10 @@ def _check_prompt(config: Config, draft: Draft) -> None:
 
 
 def _check_lora(config: Config, draft: Draft) -> None:
-    """Every stage has something to train, and what is frozen is whole on its ranks."""
-    if config.model.lora is None:
-        return
-    if config.zero_stage == 3:
-        _add(
-            draft, "model", "lora",
-            "does not go with ZeRO 3, which divides what is frozen too; use stage 2",
-        )  # fmt: skip
+    """What is frozen is whole on its ranks."""
+    if config.model.lora is not None and config.zero_stage == 3:
+        text = "does not go with ZeRO 3, which divides what is frozen too; use stage 2"
+        _add(draft, "model", "lora", text)
 
 
 def _check_mup(config: Config, draft: Draft) -> None:

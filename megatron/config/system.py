@@ -18,6 +18,9 @@ class ParallelConfig(Group):
     """Tensor-parallel ranks: how many share every layer."""
     sequence_parallel: bool = False
     """Divide activations between the layers that tensor ranks share along the sequence too."""
+    moe_expert_parallel_size: Count = 1
+    """Neighbouring data ranks that share the experts of `moe_num_experts` out among themselves;
+    divides both numbers. 1: every data rank holds all experts."""
     pipe_partition_method: Text = "type:transformer"
     """How layers are dealt out to stages: `uniform` (as many layers each), `parameters` (as many
     parameters each) or `type:REGEX` (as many layers each whose class matches)."""

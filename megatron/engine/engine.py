@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.engine.experts import SharedExperts
 from megatron.engine.observer import StepObserver
 from megatron.engine.optimizer import describe_flat_parts
 from megatron.engine.sm3 import Groups
@@ -55,6 +56,7 @@ class TrainEngine(ABC):
             :func:`tensor_partitions` found it before DeepSpeed took the model.
         before_micro_batch: called with the step and the micro-batch's number before its
             forward pass (dropout generators are re-seeded there).
+        experts: those that data ranks share out.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class TrainEngine(ABC):
         optimizer: Any,
         partitions: Mapping[str, Partition | None],
         before_micro_batch: Callable[[int, int], None] | None = None,
+        experts: SharedExperts | None = None,
     ) -> None:
         """Take the engine over."""
+        self._experts = experts
         self._engine = engine
         self._optimizer = optimizer
         self.partitions = dict(partitions)
@@ -174,10 +178,27 @@ class TrainEngine(ABC):
             The files that this rank wrote.
         """
         self._writer.written.clear()
-        self._engine.save_checkpoint(
-            str(directory), tag=tag, client_state=dict(client_state), save_latest=False
-        )
+        with self._all_experts():
+            self._engine.save_checkpoint(
+                str(directory), tag=tag, client_state=dict(client_state), save_latest=False
+            )
         return list(self._writer.written)
+
+    @contextlib.contextmanager
+    def _all_experts(self) -> Iterator[None]:
+        """Let the files that are written hold the experts of all data ranks; collective."""
+        if self._experts is None:
+            yield
+            return
+        experts = self._experts
+        spread = getattr(self.module, "checkpoint_parallel_write_pipeline", False)
+        others = experts.others(keep=spread or experts.writes)
+        self._writer.complete = lambda state, path: experts.complete(state, path, others)
+        try:
+            with experts.ordinary(self._engine):
+                yield
+        finally:
+            self._writer.complete = _as_it_is
 
     def load(self, directory: Path, tag: str, *, weights_only: bool = False) -> None:
         """Load a checkpoint that :meth:`save` wrote in this layout.
@@ -195,7 +216,9 @@ class TrainEngine(ABC):
             for group in self._optimizer.param_groups
         ]
         frozen = self._frozen().values() if weights_only else ()
-        with plain_path(directory) as plain, _thawed(frozen):
+        experts = self._experts
+        plainly = contextlib.nullcontext() if experts is None else experts.ordinary(self._engine)
+        with plain_path(directory) as plain, _thawed(frozen), plainly:
             path, _ = self._engine.load_checkpoint(
                 str(plain),
                 tag=tag,
@@ -282,6 +305,10 @@ def _thawed(frozen: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+def _as_it_is(state: Any, path: str) -> Any:
+    return state
+
+
 class _RecordingWriter:
     """DeepSpeed's checkpoint writer, noting which files this rank wrote.
 
@@ -291,9 +318,10 @@ class _RecordingWriter:
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self.written: list[Path] = []
+        self.complete: Callable[[Any, str], Any] = _as_it_is
 
     def save(self, state_dict: Any, path: str) -> Any:
-        result = self._inner.save(state_dict, path)
+        result = self._inner.save(self.complete(state_dict, path), path)
         self.written.append(Path(path))
         return result
 

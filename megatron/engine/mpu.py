@@ -40,3 +40,10 @@ def forget_grid() -> None:
     from deepspeed.utils import groups
 
     groups.mpu = None
+    for kept in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        kept.clear()

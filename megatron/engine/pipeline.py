@@ -19,6 +19,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.utils.timer import NoopTimer
 
 from megatron.engine.engine import LossFunction, TrainEngine, tensor_partitions
+from megatron.engine.experts import share_experts
 from megatron.engine.mpu import forget_grid, process_topology
 from megatron.model.gpt import LayerDescription
 from megatron.model.layer_run import LayerRun
@@ -50,6 +51,7 @@ class Stage(PipelineModule):  # type: ignore[misc]
             recomputed: blocks that are recomputed together in backward; 0 = none.
         """
         self._bounds = list(bounds)
+        self.topology = topology
         # DeepSpeed prints its settings and every stage's layers; ours is in the start-up report.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
@@ -107,10 +109,12 @@ class PipelineEngine(TrainEngine):
         """
         forget_grid()
         partitions = tensor_partitions(stage)
-        engine, wrapped, _, _ = deepspeed.initialize(
-            model=stage, optimizer=optimizer, config=dict(config), dist_init_required=False
-        )
-        super().__init__(engine, wrapped, partitions, before_micro_batch)
+        experts = share_experts(stage, stage.topology, optimizer)
+        with contextlib.nullcontext() if experts is None else experts.announced(stage):
+            engine, wrapped, _, _ = deepspeed.initialize(
+                model=stage, optimizer=optimizer, config=dict(config), dist_init_required=False
+            )
+        super().__init__(engine, wrapped, partitions, before_micro_batch, experts)
         self._stage = stage
         self._row_length = row_length
         self._last_length: int | None = None

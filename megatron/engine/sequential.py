@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron.engine.engine import LossFunction, TrainEngine, tensor_partitions
+from megatron.engine.experts import share_experts
 from megatron.engine.mpu import forget_grid, grid
 from megatron.parallel.topology import Topology
 
@@ -39,14 +41,16 @@ class SequentialEngine(TrainEngine):
 
         forget_grid()
         partitions = tensor_partitions(model)
-        engine, wrapped, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=dict(config),
-            mpu=grid(topology.layout),
-            dist_init_required=False,
-        )
-        super().__init__(engine, wrapped, partitions, before_micro_batch)
+        experts = share_experts(model, topology, optimizer)
+        with contextlib.nullcontext() if experts is None else experts.announced(model):
+            engine, wrapped, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=dict(config),
+                mpu=grid(topology.layout),
+                dist_init_required=False,
+            )
+        super().__init__(engine, wrapped, partitions, before_micro_batch, experts)
 
     def _train(self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]]) -> None:
         count = 0

@@ -166,7 +166,7 @@ class MixtureOfExperts(nn.Module):
         Returns:
             The result, and in training what is added to the loss, ``[1]``.
         """
-        routed: Routed = self.router(x)
+        routed = Routed(*self.router(x))
         y = self._mixed(x, routed)
         if routed.balance is None or routed.z is None:
             return y, None

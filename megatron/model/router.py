@@ -6,7 +6,7 @@ how a batch is cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -25,8 +25,7 @@ _SINKHORN_ROUNDS = 3
 _LEAST = 1e-8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Routed:
+class Routed(NamedTuple):
     """Where this rank's tokens go.
 
     Attributes:
@@ -79,8 +78,12 @@ class Router(nn.Module):
             "weight", (self.experts, spec.hidden_size), initializer(spec.init_method, spec)
         )
 
-    def forward(self, x: torch.Tensor) -> Routed:
-        """Choose the experts of ``x`` ``[B, S, hidden]``, or this rank's part of the sequence."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Choose the experts of ``x`` ``[B, S, hidden]``, or this rank's part of the sequence.
+
+        Returns:
+            The parts of :class:`Routed`; hooks of ZeRO 3 see into a plain tuple alone.
+        """
         if self.training and self.jitter:
             x = x * self._noise(x, self.jitter)
         (weight,) = whole_gradients(self.topology, self.weight)
@@ -97,15 +100,12 @@ class Router(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         weights = weights.to(x.dtype)
         if not self.training:
-            return Routed(weights=weights, experts=experts)
+            return weights, experts
         length = x.shape[1] * (self.topology.tensor_size if self.topology.splits_sequence else 1)
         chances = chances if self.wide_balance else chances.to(x.dtype)
-        return Routed(
-            weights=weights,
-            experts=experts,
-            balance=balance_loss(chances, experts, length, self.topology),
-            z=logits.logsumexp(dim=-1).square().sum() / (x.shape[0] * length),
-        )
+        balance = balance_loss(chances, experts, length, self.topology)
+        z = logits.logsumexp(dim=-1).square().sum() / (x.shape[0] * length)
+        return weights, experts, balance, z
 
     def _noise(self, x: torch.Tensor, width: float) -> torch.Tensor:
         """Return factors within ``width`` of 1, the same for a token on every layout."""

@@ -64,6 +64,7 @@ def layout_facts(config: Config, layout: Layout) -> dict[str, object]:
         "padded_vocab_size": config.model.padded_vocab_size(layout.tensor_size),
         "zero_stage": config.zero_stage,
         "precision": config.precision,
+        **({"expert_size": layout.expert_size} if layout.expert_size > 1 else {}),
         **_optimizer_facts(config.optimizer),
     }
 

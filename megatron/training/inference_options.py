@@ -16,7 +16,7 @@ from megatron.errors import CheckpointError, ConfigError, DataError, MissingExtr
 from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.training.compatible import check_same_model, model_facts
 from megatron.training.convert import choose
-from megatron.training.layout import run_layout
+from megatron.training.layout import frozen_layout
 from megatron.training.reference_checkpoint import (
     ReferenceCheckpoint,
     check_loadable,
@@ -158,7 +158,7 @@ def preflight_inference(config: Config, *, world_size: int, gpus: int, script: s
     Raises:
         NeomixError: the first thing that the ranks would stop at.
     """
-    resolve_batch(config.batch, run_layout(config, world_size).data_size)
+    resolve_batch(config.batch, frozen_layout(config, world_size).data_size)
     check_device(config, on_cpu=gpus == 0)
     if script == "generate.py":
         check_generation(config)

@@ -40,7 +40,7 @@ from megatron.training.frozen import (
     share_reference,
     share_weights,
 )
-from megatron.training.layout import run_layout
+from megatron.training.layout import frozen_layout
 from megatron.training.reference_checkpoint import ReferenceCheckpoint
 from megatron.training.reference_options import epochs_read, splits_of
 
@@ -99,7 +99,7 @@ def score(
     for domain in chosen:
         domain.stream_windows(0)
     topology = Topology.create(
-        run_layout(config, runtime.world_size),
+        frozen_layout(config, runtime.world_size),
         runtime.rank,
         sequence_parallel=config.parallel.sequence_parallel,
     )

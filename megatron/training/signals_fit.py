@@ -58,6 +58,12 @@ def check_signals(
                 f"{zero_stage}, which divides the parameters among the data ranks; set the stage "
                 f"to 2 or lower, or choose another method"
             )
+        if layout.expert_size > 1:
+            raise ConfigError(
+                f"mixing.method: '{method}' {reason}, and moe_expert_parallel_size is "
+                f"{layout.expert_size}, which divides the experts among the data ranks; set it "
+                f"to 1, or choose another method"
+            )
     if layout.pipe_size > 1 and set(ahead) & {Signal.LOSS, Signal.EXCESS_LOSS}:
         raise ConfigError(
             f"mixing.method: '{method}' with loss_lag 0 weighs a step by its own losses, which "

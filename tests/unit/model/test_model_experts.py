@@ -14,7 +14,7 @@ from megatron.model.accounting import active_parameter_count, layer_names
 from megatron.model.block import TransformerBlock
 from megatron.model.experts import MixtureOfExperts
 from megatron.model.inventory import stage_inventory
-from megatron.model.router import balance_loss, balanced
+from megatron.model.router import Routed, balance_loss, balanced
 from megatron.parallel import Topology
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
@@ -44,6 +44,10 @@ def layer(spec: TestSpec, *, scale: float = 20.0) -> MixtureOfExperts:
                 parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()))
     rng.begin(step=1, micro_batch=0)
     return made
+
+
+def routed(made: MixtureOfExperts, x: torch.Tensor) -> Routed:
+    return Routed(*made.router(x))
 
 
 def inputs(rows: int = 3, length: int = 8) -> torch.Tensor:
@@ -162,14 +166,14 @@ def test_sinkhorn_spreads_in_training_alone() -> None:
     spec = dataclasses.replace(SPEC, moe_router_type="sinkhorn", moe_top_k=1, moe_loss_coeff=0.0)
     made = layer(spec, scale=1.0)
     x = inputs(2, 16) * 0.1 + 1.0  # all tokens like the same expert best
-    assert len(made.eval().router(x).experts.unique()) == 1
-    counts = made.train().router(x).experts.flatten(1)
+    assert len(routed(made.eval(), x).experts.unique()) == 1
+    counts = routed(made.train(), x).experts.flatten(1)
     for row in counts:
         assert torch.bincount(row, minlength=4).max() <= 8
-    alone = made.router(x[:1]).experts
+    alone = routed(made, x[:1]).experts
     assert torch.equal(alone[0].flatten(), counts[0])
     topk = dataclasses.replace(spec, moe_router_type="topk")
-    assert len(layer(topk, scale=1.0).train().router(x).experts.unique()) == 1
+    assert len(routed(layer(topk, scale=1.0).train(), x).experts.unique()) == 1
 
 
 def test_the_balancing_loss_is_the_papers() -> None:
@@ -259,7 +263,7 @@ def test_jitter_is_a_function_of_the_token_and_the_step() -> None:
 
     def weights(one: MixtureOfExperts, x: torch.Tensor, step: int, micro: int) -> torch.Tensor:
         one.rng.begin(step=step, micro_batch=micro)
-        return one.router(x).weights
+        return routed(one, x).weights
 
     whole = weights(made, x, 1, 0)
     assert not torch.equal(whole, weights(plain, x, 1, 0))
@@ -270,14 +274,14 @@ def test_jitter_is_a_function_of_the_token_and_the_step() -> None:
     noise = made.router._noise(x, 0.3)
     assert 0.7 <= noise.min() < 0.75
     assert 1.25 < noise.max() <= 1.3
-    assert torch.equal(made.eval().router(x).weights, plain.eval().router(x).weights)
+    assert torch.equal(routed(made.eval(), x).weights, routed(plain.eval(), x).weights)
 
 
 @option
 def test_the_balancing_loss_in_fp32() -> None:
     x = inputs(2, 64).bfloat16()
     narrow, wide = (
-        layer(dataclasses.replace(SPEC, moe_lbl_in_fp32=on)).bfloat16().train().router(x)
+        routed(layer(dataclasses.replace(SPEC, moe_lbl_in_fp32=on)).bfloat16(), x)
         for on in (False, True)
     )
     assert narrow.balance.dtype == torch.bfloat16

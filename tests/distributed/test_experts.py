@@ -1,0 +1,152 @@
+"""Mixtures of experts train alike on one process, and on every layout of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import runs
+from support.pool import RankPools
+from support.training import Harness
+
+from megatron.config import load_config
+from megatron.parallel.layout import Layout
+from megatron.parallel.partition import Partition
+from megatron.training.layout import run_layout
+
+STEPS = 4
+EXPERTS = {
+    "moe_num_experts": 4,
+    "moe_top_k": 2,
+    "moe_router_type": "topk",
+    "moe_loss_coeff": 0.3,
+    "moe_z_loss_coeff": 0.01,
+    "moe_jitter_eps": 0.1,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "gradient_clipping": 0.5,
+    "log_interval": 1,
+    "mixing": {"method": "static"},
+    "init_method_std": 0.2,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-3}},
+}
+SHARED = {"moe_expert_parallel_size": 2}
+ZERO_2 = {"zero_optimization": {"stage": 2, "contiguous_gradients": True}}
+SINKHORN = {"moe_router_type": "sinkhorn", "moe_top_k": 1, "moe_expert_interval": 2}
+
+
+class Run(Harness):
+    """Keeps what a step says of the experts beside its losses."""
+
+    def step(self, planned: Any, totals: Any, outcome: Any, **rest: Any) -> None:
+        super().step(planned, totals, outcome, **rest)
+        self.ledger[-1]["statistics"] = dict(outcome.statistics)
+
+
+def body(rank: int, world_size: int, files: Mapping[str, Path]) -> dict[str, Any]:
+    found = {}
+    for name, file in files.items():
+        harness = Run(file)
+        harness.run(STEPS)
+        cuts = {name: cut for name, cut in harness.parts.engine.partitions.items() if cut}
+        valid = harness.parts.validation.measure(harness.parts.engine).loss.tolist()
+        found[name] = {
+            "ledger": harness.ledger,
+            "parameters": harness.parameters(),
+            "cuts": cuts,
+            "valid": valid,
+        }
+        harness.close()
+    return found
+
+
+def files(folder: Path, layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    made = {}
+    for name, changes in layouts.items():
+        content = runs.config(folder / "data", folder / "run", **{**EXPERTS, **changes})
+        made[name] = runs.write_config(folder / f"{name.replace(' ', '_')}.yml", content)
+    return made
+
+
+def layout_of(file: Path, world: int) -> Layout:
+    return run_layout(load_config([str(file)]), world)
+
+
+def joined(results: Sequence[Mapping[str, Any]], layout: Layout) -> dict[str, np.ndarray]:
+    """Put the ranks' parts together; what several hold has to be the same to the bit."""
+    import torch
+
+    whole: dict[str, np.ndarray] = {}
+    for pipe in range(layout.pipe_size):
+        for data in range(layout.data_size):
+            ranks = [
+                layout.rank_at(pipe=pipe, data=data, tensor=tensor)
+                for tensor in range(layout.tensor_size)
+            ]
+            for name in results[ranks[0]]["parameters"]:
+                parts = [torch.from_numpy(results[rank]["parameters"][name]) for rank in ranks]
+                cut: Partition | None = results[ranks[0]]["cuts"].get(name)
+                if cut is None:
+                    assert all(torch.equal(parts[0], part) for part in parts), name
+                    value = parts[0]
+                else:
+                    value = cut.unpad(cut.join(parts))
+                if name in whole:
+                    assert np.array_equal(whole[name], value.numpy()), name
+                whole[name] = value.numpy()
+    return whole
+
+
+def check(
+    pools: RankPools,
+    folder: Path,
+    world: int,
+    layouts: Mapping[str, Mapping[str, Any]],
+    **model: Any,
+) -> None:
+    (expected,) = pools.call(body, 1, files(folder, {"one": model}))
+    one = expected["one"]
+    made = files(folder, {name: {**model, **layout} for name, layout in layouts.items()})
+    results = pools.call(body, world, made)
+    for name, file in made.items():
+        own = [result[name] for result in results]
+        for record, other in zip(own[0]["ledger"], one["ledger"], strict=True):
+            where = f"{name}, step {record['step']}"
+            assert record["samples"] == other["samples"], where
+            for key in ("domain_loss", "grad_norm"):
+                assert np.allclose(record[key], other[key], rtol=2e-5, equal_nan=True), (
+                    f"{where}: {key} {record[key]}, {other[key]}"
+                )
+            for key, value in other["statistics"].items():
+                assert record["statistics"][key] == pytest.approx(value, rel=1e-4), (where, key)
+        assert all(result["ledger"] == own[0]["ledger"] for result in own), name
+        assert np.allclose(own[0]["valid"], one["valid"], rtol=2e-5), name
+        weights = joined(own, layout_of(file, world))
+        assert weights.keys() == one["parameters"].keys()
+        for key, value in one["parameters"].items():
+            value = value[: weights[key].shape[0]]
+            assert np.abs(weights[key] - value).max() < 2e-5, (name, key)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    runs.make_data(folder / "data")
+    return folder
+
+
+@pytest.mark.option
+def test_two_ranks_train_as_one(folder: Path, pools: RankPools) -> None:
+    layouts = {
+        "tensor": {"model_parallel_size": 2},
+        "sequence": {"model_parallel_size": 2, "sequence_parallel": True},
+        "pipeline": {"pipe_parallel_size": 2},
+        "data": {"checkpoint_activations": True},
+        "zero 3": {"zero_optimization": {"stage": 3}},
+        "shared": SHARED,
+        "shared, zero 2": {**SHARED, **ZERO_2, "checkpoint_activations": True},
+    }
+    check(pools, folder, 2, layouts)
