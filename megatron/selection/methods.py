@@ -19,6 +19,7 @@ from megatron.selection.base import Selector
 METHODS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "ppl": "megatron.selection.perplexity",
+        "bm25": "megatron.selection.bm25",
         "random": "megatron.selection.random_order",
     }
 )
