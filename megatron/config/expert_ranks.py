@@ -64,8 +64,8 @@ def _hindrances(config: Config) -> Iterator[str]:
         )
     if config.optimizer.type == "sm3":
         yield "SM3, which knows one group of data ranks; use Adam, or moe_expert_parallel_size: 1"
-    if config.model.soft_prompt_tuning is not None:
-        yield "soft_prompt_tuning, under which no expert is trained; use 1"
+    if config.model.soft_prompt_tuning is not None or config.model.lora is not None:
+        yield "soft_prompt_tuning and lora, under which no expert is trained; use 1"
     if config.logging.log_gradient_noise_scale:
         yield (
             "log_gradient_noise_scale: a gradient of shared experts is not of one rank's "

@@ -6,10 +6,12 @@ import torch
 
 from megatron.config import Config
 from megatron.engine.engine import TrainEngine
+from megatron.engine.expert_load import ExpertLoads
 from megatron.engine.noise_scale import GradientNoiseScale
 from megatron.engine.statistics import ParameterStatistics
 from megatron.errors import ConfigError
 from megatron.model.gpt import GPT
+from megatron.model.spec import block_experts
 from megatron.monitor.record import is_logged
 from megatron.parallel.topology import Topology
 from megatron.training.engines import Batch
@@ -22,7 +24,7 @@ def attach_statistics(
     batch: Batch,
     device: torch.device,
 ) -> None:
-    """Let an engine measure what ``log_…`` keys ask for.
+    """Let an engine measure what ``log_…`` keys ask for, and the load of experts.
 
     Args:
         config: with ``model.vocab_size`` filled in.
@@ -45,6 +47,18 @@ def attach_statistics(
             return False
         return topology.is_first_stage or not name.startswith("tied_modules.")
 
+    experts = block_experts(config.model)
+    if max(experts) > 1:
+        engine.observe(
+            ExpertLoads(
+                engine.module,
+                topology,
+                blocks=[layer for layer, number in enumerate(experts) if number > 1],
+                experts=config.model.moe_num_experts,
+                logged=logged,
+                device=device,
+            )
+        )
     if config.logging.statistics:
         whole = GPT(config.model, seed=config.training.seed, device="meta")
         engine.observe(

@@ -150,3 +150,27 @@ def test_two_ranks_train_as_one(folder: Path, pools: RankPools) -> None:
         "shared, zero 2": {**SHARED, **ZERO_2, "checkpoint_activations": True},
     }
     check(pools, folder, 2, layouts)
+
+
+@pytest.mark.option
+def test_interval_and_sinkhorn_on_two_ranks(folder: Path, pools: RankPools) -> None:
+    gated = {"activation": "swiglu", "intermediate_size": 48, "use_bias_in_mlp": False}
+    layouts = {
+        "sequence": {"model_parallel_size": 2, "sequence_parallel": True},
+        "pipeline": {"pipe_parallel_size": 2},
+        "shared": SHARED,
+    }
+    check(pools, folder, 2, layouts, **SINKHORN, **gated)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one(folder: Path, pools: RankPools) -> None:
+    layouts = {
+        "shared by four": {"moe_expert_parallel_size": 4},
+        "two groups": {**SHARED, **ZERO_2},
+        "two groups, zero 1": {**SHARED, "train_micro_batch_size_per_gpu": 1},
+        "tensor": {**SHARED, "model_parallel_size": 2},
+        "sequence": {**SHARED, "model_parallel_size": 2, "sequence_parallel": True, **ZERO_2},
+        "pipeline": {**SHARED, "pipe_parallel_size": 2},
+    }
+    check(pools, folder, 4, layouts)
