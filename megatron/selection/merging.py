@@ -1,0 +1,102 @@
+"""From the chunks of all shards to one table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import DataError
+from megatron.selection.base import Cost
+from megatron.selection.libraries import load
+from megatron.selection.settings import chunk_count, facts_of, ranges_of
+from megatron.selection.table import ScoreTable, TableFacts, TableWriter, read_facts
+from megatron.selection.work import WorkFolder, difference, work_folder
+
+
+def merge(out: Path, work: Path | None = None) -> TableFacts:
+    """Make the table of what all shards have scored.
+
+    Raises:
+        DataError: nothing was begun, or shards are missing.
+        RunError: a shard is at work, or the disk is full.
+    """
+    folder = work_folder(out, work)
+    if not folder.path.exists():
+        raise DataError(f"{out}: nothing was scored for it ({folder.path} does not exist)")
+    with folder.lock("use"):
+        settings = folder.settings()
+        if settings is None:
+            raise DataError(f"{folder.path}: nothing was begun here; score the shards first")
+        done = finished(out, settings)
+        return done if done is not None else join_chunks(folder, out, settings)
+
+
+def finished(out: Path, settings: Mapping[str, Any]) -> TableFacts | None:
+    """Return what a finished table says of itself; None if there is none.
+
+    Raises:
+        DataError: it is of other documents, targets or parameters.
+    """
+    if not out.exists():
+        return None
+    table = ScoreTable(out)
+    table.close()
+    found = table.facts
+    # Files may have moved.
+    wanted = json.loads(facts_of(settings, found.cost, found.inputs["words"]).packed())
+    other = difference(wanted, json.loads(found.packed()))
+    if other is not None:
+        raise DataError(
+            f"{out}: holds another scoring ({other}); give --overwrite to replace it, or another "
+            "--out"
+        )
+    return found
+
+
+def join_chunks(work: WorkFolder, out: Path, settings: Mapping[str, Any]) -> TableFacts:
+    """Put the chunks together, then let go of them.
+
+    Raises:
+        DataError: some are missing or damaged.
+    """
+    chunks = [work.chunk(number) for number in range(chunk_count(settings))]
+    missing = [number for number, path in enumerate(chunks) if not path.exists()]
+    prepared = work.preparation()
+    if missing or prepared is None:
+        size, last = settings["chunk_documents"], settings["documents"]
+        ranges = [f"{r.start * size:,}-{min(r.stop * size, last):,}" for r in ranges_of(missing)]
+        shown = ", ".join(ranges[:4]) + (", …" if len(ranges) > 4 else "")
+        raise DataError(
+            f"{out}: {len(missing)} of {len(chunks)} chunks are not scored (documents {shown}); "
+            "give every shard's command again, then merge"
+        )
+    cost = Cost(**prepared)
+    for path in chunks:
+        cost = cost + _chunk_facts(path).cost
+    facts = facts_of(settings, cost, work.words())
+    writer = TableWriter(out, facts)
+    try:
+        for path in chunks:
+            table = ScoreTable(path)
+            for rows in table.read():
+                writer.add(rows)
+            table.close()
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    shutil.rmtree(work.chunks, ignore_errors=True)
+    return facts
+
+
+def _chunk_facts(path: Path) -> TableFacts:
+    try:
+        metadata = load("pyarrow.parquet", "scoring").read_metadata(path).metadata
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: damaged ({error}); delete it and give the scoring's command again"
+        ) from None
+    return read_facts(path, metadata or {})
