@@ -182,8 +182,8 @@ class ModelConfig(Group):
     """Let positions begin anew with every document. With `alibi`, `rpe` and `none`, which know
     distances at most, it takes `reset_attention_mask` to tell documents apart."""
     eod_token_id: NonNegativeInt | None = None
-    """Token that ends a document, for the two above. Default: the one that the data's `.meta.json`
-    names."""
+    """Token that ends a document, for the two above, `eod_mask_loss` and `fim_rate`. Default: the
+    one that the data's `.meta.json` names."""
     activation: Activation = "gelu"
     """Activation of the MLP. `geglu`, `reglu`, `swiglu`, `glu` and `bilinear` are gated (two input
     projections); `gelu_tanh` is the tanh approximation that GPT-NeoX's `bias_gelu_fusion`

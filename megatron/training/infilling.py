@@ -68,7 +68,9 @@ def _token(config: Config, key: str, token: int | str, tokenizer: Tokenizer | No
 
 
 def _document_end(config: Config, tokenizer: Tokenizer | None) -> int | None:
-    """Return the end-of-document token, as the data says it, or else the tokenizer."""
+    """Return the end-of-document token: the configuration's, the data's, or the tokenizer's."""
+    if config.model.eod_token_id is not None:
+        return config.model.eod_token_id
     for domain in config.trained.values():
         for prefix in domain.train:
             sidecar = read_sidecar(prefix)
