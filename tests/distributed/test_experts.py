@@ -124,7 +124,13 @@ def check(
                 assert record["statistics"][key] == pytest.approx(value, rel=1e-4), (where, key)
         assert all(result["ledger"] == own[0]["ledger"] for result in own), name
         assert np.allclose(own[0]["valid"], one["valid"], rtol=2e-5), name
-        weights = joined(own, layout_of(file, world))
+        layout = layout_of(file, world)
+        for rank, result in enumerate(own):
+            held = {key.split(".")[3] for key in result["parameters"] if ".experts." in key}
+            place = layout.coordinates(rank).data % layout.expert_size
+            part = 4 // layout.expert_size
+            assert held == {str(place * part + one) for one in range(part)}, name
+        weights = joined(own, layout)
         assert weights.keys() == one["parameters"].keys()
         for key, value in one["parameters"].items():
             value = value[: weights[key].shape[0]]
@@ -138,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.option
+@pytest.mark.option("moe_expert_parallel_size")
 def test_two_ranks_train_as_one(folder: Path, pools: RankPools) -> None:
     layouts = {
         "tensor": {"model_parallel_size": 2},
@@ -152,7 +158,6 @@ def test_two_ranks_train_as_one(folder: Path, pools: RankPools) -> None:
     check(pools, folder, 2, layouts)
 
 
-@pytest.mark.option
 def test_interval_and_sinkhorn_on_two_ranks(folder: Path, pools: RankPools) -> None:
     gated = {"activation": "swiglu", "intermediate_size": 48, "use_bias_in_mlp": False}
     layouts = {

@@ -20,8 +20,6 @@ from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
 from tests.support.model_spec import TestSpec
 
-option = pytest.mark.option
-
 SPEC = TestSpec(
     moe_num_experts=4, moe_top_k=2, moe_router_type="topk", moe_loss_coeff=0.01, vocab_size=96
 )
@@ -82,7 +80,7 @@ def looped(made: MixtureOfExperts, spec: TestSpec, x: torch.Tensor) -> torch.Ten
     return out
 
 
-@option
+@pytest.mark.option("moe_top_k", "moe_normalize_expert_weights")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,7 +116,7 @@ def test_a_token_knows_nothing_of_its_batch() -> None:
         assert torch.allclose(model(TOKENS[:, :5])[0], whole[:, :5], atol=1e-6)
 
 
-@option
+@pytest.mark.option("moe_num_experts", "moe_expert_interval")
 def test_which_blocks_have_experts() -> None:
     spec = dataclasses.replace(SPEC, num_layers=5, moe_expert_interval=2)
     model = GPT(spec, seed=1)
@@ -144,7 +142,7 @@ def test_experts_are_drawn_by_their_own_names() -> None:
 # Balance
 
 
-@option
+@pytest.mark.option("moe_router_type")
 def test_balanced_logits_ask_all_experts_alike() -> None:
     logits = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(1)) + torch.tensor(
         [4.0, 0.0, 0.0, 0.0]
@@ -161,7 +159,7 @@ def test_balanced_logits_ask_all_experts_alike() -> None:
     assert torch.allclose(plan[0], d1 * cost * d0[:, None], atol=1e-6)
 
 
-@option
+@pytest.mark.option("moe_router_type")
 def test_sinkhorn_spreads_in_training_alone() -> None:
     spec = dataclasses.replace(SPEC, moe_router_type="sinkhorn", moe_top_k=1, moe_loss_coeff=0.0)
     made = layer(spec, scale=1.0)
@@ -212,7 +210,7 @@ def gradients(model: GPT, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@option
+@pytest.mark.option("moe_loss_coeff", "moe_z_loss_coeff")
 def test_coefficients_train_the_router_and_are_no_domains_loss() -> None:
     seen: list[torch.Tensor] = []
     bare = dataclasses.replace(SPEC, moe_loss_coeff=0.0)
@@ -255,7 +253,7 @@ def test_recomputation_changes_and_counts_nothing() -> None:
         assert other.mlp.load.take() is None
 
 
-@option
+@pytest.mark.option("moe_jitter_eps")
 def test_jitter_is_a_function_of_the_token_and_the_step() -> None:
     spec = dataclasses.replace(SPEC, moe_jitter_eps=0.3)
     made, plain = layer(spec), layer(SPEC)
@@ -277,7 +275,7 @@ def test_jitter_is_a_function_of_the_token_and_the_step() -> None:
     assert torch.equal(routed(made.eval(), x).weights, routed(plain.eval(), x).weights)
 
 
-@option
+@pytest.mark.option("moe_lbl_in_fp32")
 def test_the_balancing_loss_in_fp32() -> None:
     x = inputs(2, 64).bfloat16()
     narrow, wide = (
