@@ -35,6 +35,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16": {**LLAMA, "precision": "bfloat16"},
     # A tensor rank's part of the padded vocabulary is as large as the whole is unpadded.
     "padding": {"vocab_size": 128, "make_vocab_size_divisible_by": 128},
+    # What belongs to all blocks, and lives beside the embedding.
+    "learned": {"pos_emb": "learned", "max_position_embeddings": 24},
+    "rpe": {"pos_emb": "rpe", "rpe_num_buckets": 8, "num_attention_heads": 4},
     # Embedding and output weigh more than all blocks, and are on different stages.
     "wide": {
         "num_layers": 3,
@@ -63,6 +66,11 @@ def offloaded(stage: int) -> dict[str, Any]:
 CASES = (
     Relayout("neox", Cell(2, 1, 1, 1), Cell(1, 2, 1, 1), slow=False),
     Relayout("llama", Cell(1, 1, 2, 3), Cell(2, 1, 1, 1), slow=False),
+    Relayout("learned", Cell(1, 1, 2, 3), Cell(2, 1, 1, 1)),
+    Relayout("learned", Cell(1, 2, 1, 1), Cell(1, 1, 2, 3)),
+    Relayout("rpe", Cell(1, 1, 2, 3), Cell(2, 1, 1, 1)),
+    Relayout("rpe", Cell(2, 1, 1, 1), Cell(1, 1, 2, 3)),
+    Relayout("rpe", Cell(1, 2, 1, 1), Cell(1, 1, 2, 3)),
     Relayout("neox", Cell(1, 1, 1, 1), Cell(1, 1, 2, 2)),
     Relayout("neox", Cell(1, 1, 2, 1), Cell(1, 1, 4, 1)),
     Relayout("neox", Cell(1, 1, 4, 2), Cell(1, 1, 1, 1)),

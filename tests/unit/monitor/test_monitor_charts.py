@@ -22,6 +22,7 @@ from megatron.monitor.charts import ChartSink, estimate, perplexity, validation_
 from megatron.monitor.console import ConsoleSink
 from megatron.monitor.identity import stored_identity
 from megatron.monitor.jsonl import JsonlSink
+from megatron.monitor.record import TaskRecord
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -72,9 +73,12 @@ def test_points_have_the_names_that_dashboards_know() -> None:
     for step in (5, 6):
         sink.step(record(step))
     sink.validation(VALIDATION)
+    found = {"arc": {"acc": 0.25, "acc_norm": 0.5}, "wiki": {"word_perplexity": float("inf")}}
+    sink.tasks(TaskRecord(step=6, tasks=found))
     sink.flush()
     sink.close()
-    (step, train), (_, measured) = sink.points
+    (step, train), (_, measured), answered = sink.points
+    assert answered == (6, {"test/arc/acc": 0.25, "test/arc/acc_norm": 0.5})
     assert step == 6
     assert train["train/lm_loss"] == pytest.approx(4 / 6)
     assert train["train/lm_loss/a"] == 5.5  # over steps 5 and 6
