@@ -269,17 +269,13 @@ class TrainEngine(ABC):
             tensor_size=tensor_size,
         )
         frozen = self._frozen()
-        if frozen and not weights_only:
-            raise CheckpointError(
-                f"{folder}: a run that trains a prompt alone goes on only in the layout that wrote "
-                "its checkpoint, whose other form has no frozen weights; resume with that layout"
-            )
-        if not frozen:
-            load_universal(self._engine, checkpoint, weights_only=weights_only, state=self._state)
-            return
         with torch.no_grad():
             for name, parameter in frozen.items():
                 parameter.copy_(checkpoint.part(name, "fp32", parameter.shape))
+        # A base model's checkpoint knows nothing of what is trained beside it.
+        trained = self.partitions.keys() - frozen.keys()
+        if not (frozen and weights_only) or checkpoint.holds(trained):
+            load_universal(self._engine, checkpoint, weights_only=weights_only, state=self._state)
 
 
 def tensor_partitions(model: nn.Module) -> dict[str, Partition | None]:

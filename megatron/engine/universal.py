@@ -128,6 +128,9 @@ def convert_to_universal(
     else:
         _convert_in_passes(source, target, workers, [name for name in state if name != "step"])
     _keep_common_state(target / OPTIMIZER_STATE)
+    from megatron.engine.frozen_weights import add_frozen
+
+    add_frozen(source, target)
 
 
 def _convert(source: Path, target: Path, workers: int) -> None:
@@ -148,7 +151,7 @@ def _convert(source: Path, target: Path, workers: int) -> None:
                     num_extract_workers=workers,
                     num_merge_workers=workers,
                     keep_temp_folder=False,
-                    strict=True,
+                    strict=False,  # patterns of what is frozen match none that it knows
                     inject_missing_state=False,
                 )
             )

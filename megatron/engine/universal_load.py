@@ -9,7 +9,7 @@ the parameters that it holds a part of, and cuts that part out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,21 @@ class UniversalCheckpoint:
                 "checkpoint is of another model"
             )
         return part
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Tell whether parameters are among those stored: all of them, or none.
+
+        Raises:
+            CheckpointError: some are and some are not.
+        """
+        known = {name: (self.folder / "zero" / name).is_dir() for name in names}
+        missing = sorted(name for name, there in known.items() if not there)
+        if missing and any(known.values()):
+            raise CheckpointError(
+                f"{self.folder} has no parameter {missing[0]}, and has others that are trained; "
+                "the checkpoint is of another model"
+            )
+        return not missing
 
     def step(self, name: str) -> float:
         """Return how many updates a parameter has had."""

@@ -33,6 +33,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gated": {"activation": "geglu", "intermediate_size": 48},
     "llama": LLAMA,
     "bf16": {**LLAMA, "precision": "bfloat16"},
+    # Most of it is frozen, and has no state of the optimizer.
+    "lora": {"lora": {"rank": 2, "targets": ["query_key_value", "dense_4h_to_h"]}},
+    "prompt": {"soft_prompt_tuning": {"enabled": True, "n_tokens": 3}},
+    "llama lora": {**LLAMA, "lora": {"rank": 2}},
     # A tensor rank's part of the padded vocabulary is as large as the whole is unpadded.
     "padding": {"vocab_size": 128, "make_vocab_size_divisible_by": 128},
     # What belongs to all blocks, and lives beside the embedding.
@@ -71,6 +75,11 @@ CASES = (
     Relayout("rpe", Cell(1, 1, 2, 3), Cell(2, 1, 1, 1)),
     Relayout("rpe", Cell(2, 1, 1, 1), Cell(1, 1, 2, 3)),
     Relayout("rpe", Cell(1, 2, 1, 1), Cell(1, 1, 2, 3)),
+    Relayout("lora", Cell(2, 1, 1, 1), Cell(1, 2, 1, 1), slow=False),
+    Relayout("lora", Cell(1, 2, 1, 1), Cell(1, 1, 2, 2)),
+    Relayout("prompt", Cell(2, 1, 1, 1), Cell(1, 1, 2, 2)),
+    Relayout("llama lora", Cell(1, 2, 1, 1), Cell(2, 1, 1, 2)),
+    Relayout("llama lora", Cell(2, 1, 1, 2), Cell(1, 1, 1, 1)),
     Relayout("neox", Cell(1, 1, 1, 1), Cell(1, 1, 2, 2)),
     Relayout("neox", Cell(1, 1, 2, 1), Cell(1, 1, 4, 1)),
     Relayout("neox", Cell(1, 1, 4, 2), Cell(1, 1, 1, 1)),

@@ -67,6 +67,9 @@ def loaded_state(rank: int, world: int, file: Path) -> dict[str, Any]:
     tensors: dict[str, dict[str, Part]] = {}
     for name, parameter in engine.module.named_parameters():
         division = parts.engine.partitions[name]
+        if not parameter.requires_grad:
+            tensors[name] = {"fp32": (parameter.detach().float().cpu().clone(), division)}
+            continue
         whole = {"fp32": safe_get_full_fp32_param(parameter)}
         for key in STATES[1:]:
             whole[key] = safe_get_full_optimizer_state(parameter, key)
