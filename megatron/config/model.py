@@ -420,7 +420,9 @@ class ModelConfig(Group):
                 f"not with the gated activation '{self.activation}', whose width GPT-NeoX counts "
                 "in another way; give intermediate_size, the width itself",
             )
-        if given is not None and self.gated and given > 6 * self.hidden_size:
+        # A narrow model's own default is more than that, and must be understood when it is read.
+        most = max(6 * self.hidden_size, GATED_MULTIPLE)
+        if given is not None and self.gated and given > most:
             raise invalid(
                 "intermediate_size",
                 f"is more than 6 × hidden_size; GPT-NeoX divides this value by three under "

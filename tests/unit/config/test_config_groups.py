@@ -211,3 +211,13 @@ def test_deepspeed_dictionary_with_everything(load):
     assert result["dump_state"] is True
     assert deepspeed_config(load("precision: bf16\n"), 1, 1, 1)["bf16"] == {"enabled": True}
     assert config.zero.options == {"overlap_comm": True}  # merging changes nothing
+
+
+def test_a_narrow_gated_width_can_be_read_again():
+    """What a run writes down of itself is its configuration; GPT-NeoX's thrice the width is not."""
+    sizes = {"num_layers": 1, "seq_length": 8, "num_attention_heads": 2, "activation": "swiglu"}
+    narrow = ModelConfig(hidden_size=32, **sizes)
+    assert narrow.intermediate_size == 256
+    assert ModelConfig(**narrow.model_dump()) == narrow
+    with pytest.raises(ValidationError, match="did you mean 2048"):
+        ModelConfig(hidden_size=512, intermediate_size=6144, **sizes)
