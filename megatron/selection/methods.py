@@ -18,12 +18,24 @@ from megatron.selection.base import Selector
 
 METHODS: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "less": "megatron.selection.less",
         "ppl": "megatron.selection.perplexity",
         "bm25": "megatron.selection.bm25",
+        "embed": "megatron.selection.embed",
         "random": "megatron.selection.random_order",
     }
 )
 """Module of each method, by the value of ``--method``."""
+
+_CHUNK_DOCUMENTS: Final = 4096
+_OF_SLOW_METHODS: Final[Mapping[str, int]] = MappingProxyType(
+    {"embed": 1024, "ppl": 512, "less": 64}
+)
+
+
+def chunk_documents(name: str) -> int:
+    """Return how many documents of a method are one chunk, which is what a kill may lose."""
+    return _OF_SLOW_METHODS.get(name, _CHUNK_DOCUMENTS)
 
 
 class Method(Protocol):

@@ -52,18 +52,24 @@ def target(name: str, *texts: str) -> Target:
 
 
 def mixed_corpus(
-    seed: int, documents: int = 500, share: float = 0.2
+    seed: int, documents: int = 500, share: float = 0.2, strength: float = 6.0
 ) -> tuple[list[str], NDArray[np.bool_], list[str]]:
     """Return texts of which a share is from the target's distribution, which, and examples of it.
 
     Both distributions have the same words, half of them with other probabilities: what tells
     them apart is how often words stand together, not words that only one of them has.
+
+    Args:
+        seed: of the texts.
+        documents: in all.
+        share: of them that is from the target's distribution.
+        strength: factor between the two probabilities of the words that differ.
     """
     rng = np.random.default_rng(seed)
     common = 1 / np.arange(10, 410)
     theirs, ours = common.copy(), common.copy()
-    ours[100:200] *= 6
-    theirs[200:300] *= 6
+    ours[100:200] *= strength
+    theirs[200:300] *= strength
 
     def draw(weights: NDArray[np.float64]) -> str:
         picked = rng.choice(len(weights), size=rng.integers(20, 60), p=weights / weights.sum())
