@@ -19,6 +19,7 @@ from megatron.selection.base import Selector
 METHODS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "less": "megatron.selection.less",
+        "less": "megatron.selection.less",
         "ppl": "megatron.selection.perplexity",
         "bm25": "megatron.selection.bm25",
         "embed": "megatron.selection.embed",
