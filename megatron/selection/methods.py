@@ -18,11 +18,10 @@ from megatron.selection.base import Selector
 
 METHODS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "less": "megatron.selection.less",
-        "less": "megatron.selection.less",
-        "ppl": "megatron.selection.perplexity",
         "bm25": "megatron.selection.bm25",
         "embed": "megatron.selection.embed",
+        "ppl": "megatron.selection.perplexity",
+        "less": "megatron.selection.less",
         "random": "megatron.selection.random_order",
     }
 )

@@ -69,7 +69,10 @@ class WorkFolder:
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except OSError:
-                holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
+                holder = (
+                    os.pread(descriptor, 64, 0).decode(errors="replace").strip()
+                    or "another process"
+                )
                 if wait is None:
                     raise RunError(
                         f"{self.path}: {holder} works on it; wait for it, or choose another --out"

@@ -1,0 +1,361 @@
+r"""Keep the documents that a table of scores and a budget choose, as text and ready to train on.
+
+    tools/select_data.py select --scores scores/bm25.parquet --share 0.05 --out chosen \
+        --tokenizer-type HFTokenizer --vocab-file tokenizer.json
+
+Written are OUT/NAME.jsonl (the records as they were, with id and score, in the order of the choice)
+and, with a tokenizer or from tokenised data, a domain of .bin/.idx and OUT/NAME.yml, a
+configuration fragment with it.  NAME is TASK-train-pSHARE-METHOD unless --name says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron.errors import ConfigError, DataError
+from megatron.selection.bill import Bill
+from megatron.selection.choose import ORDERS, Limit, Places, Ranking, choose, share_of
+from megatron.selection.commands.shared import (
+    add_config_arguments,
+    add_tokenizer_arguments,
+    inputs_of,
+    parser_of,
+    positive,
+    read_configuration,
+    tokenizer_choice,
+)
+from megatron.selection.corpus import DocumentCorpus
+from megatron.selection.cost_model import Model, known_model, read_number, sized_model
+from megatron.selection.domain_output import TokenizerChoice
+from megatron.selection.inputs import open_corpus
+from megatron.selection.names import Naming, domain_name, output_name, task_name
+from megatron.selection.outputs import OutputRequest, Outputs, write_outputs
+from megatron.selection.progress import Progress
+from megatron.selection.table import ScoreTable, TableFacts
+from megatron.selection.work import work_folder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from megatron.config import Config
+
+_BATCH = 1024
+
+
+def make_parser(prog: str, words: list[str]) -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = parser_of(prog, __doc__)
+    parser.add_argument(
+        "--scores", required=True, metavar="FILE.parquet", help="the table of the scoring"
+    )
+    _add_budget(parser)
+    _add_ranking(parser)
+    _add_outputs(parser)
+    group = parser.add_argument_group("documents")
+    group.add_argument(
+        "--train", nargs="+", action="extend", metavar="PATH",
+        help="where the documents are now, if not where they were when they were scored",
+    )  # fmt: skip
+    add_config_arguments(parser, "the model for --flops, domains for --train, and the tokenizer")
+    add_tokenizer_arguments(parser, "Makes the domain; counts tokens where the scoring did not.")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Choose, write, and say what came of it."""
+    config = read_configuration(options)
+    choice = tokenizer_choice(options, config)
+    table = ScoreTable(options.scores)
+    facts = table.facts
+    ranking = _ranking(options)
+    columns = table.columns("score", "tokens", "source")
+    table.close()
+    scores, tokens = columns["score"], columns["tokens"]
+    bill = _bill(options, config, facts)
+    corpus = _open(options, config, choice, facts)
+    try:
+        if (options.tokens is not None or bill is not None) and (tokens < 0).any():
+            tokens = _count(corpus, choice)
+        limit = _limit(options, bill, len(scores))
+        chosen = choose(scores, ranking, limit, tokens=tokens, sources=columns["source"])
+        about = _about(facts, ranking, chosen, tokens)
+        print(about)
+        if bill is not None:
+            print("\n".join(bill.lines(int(tokens[chosen].sum()))))
+        if options.dry_run:
+            return 0
+        request = _outputs(options, config, choice, facts, ranking, chosen, about)
+        done = write_outputs(corpus, chosen, scores, request, _say)
+    finally:
+        corpus.close()
+    print("\n".join(_done_lines(done, request)))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how much (one of the first four)")
+    one = group.add_mutually_exclusive_group(required=True)
+    one.add_argument("--share", type=float, metavar="P", help="of the documents, 0.05 = 5 %%")
+    one.add_argument("--documents", type=positive, metavar="N", help="so many")
+    one.add_argument("--tokens", metavar="N", help="as many as have so many tokens (5e6, 5M)")
+    one.add_argument(
+        "--flops", metavar="N",
+        help="as many as can be trained on once the scoring is paid for too (1e18)",
+    )  # fmt: skip
+    group.add_argument(
+        "--model-size", metavar="SIZE",
+        help="with --flops: parameters of the model that will be trained (7B); it may be given by "
+        "--config instead, whose attention and vocabulary are then counted too",
+    )  # fmt: skip
+    group.add_argument(
+        "--epochs", type=float, default=1.0, metavar="E",
+        help="with --flops: passes that training makes (default: 1)",
+    )  # fmt: skip
+
+
+def _add_ranking(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which")
+    group.add_argument(
+        "--order", choices=ORDERS, default="top",
+        help="top: highest scores first (default); low, mid: the lowest or middle third first, "
+        "each third shuffled; sample: drawn, high scores more often",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of shuffles and draws (default: 0)"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T",
+        help="of sample: low follows the scores, high is even (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--thirds-of", choices=("all", "kept"), default="all",
+        help="low, mid: cut all documents into thirds (default), or, as the paper's program, only "
+        "what is kept, which is then the lowest scores",
+    )  # fmt: skip
+    group.add_argument(
+        "--per-source", choices=("share", "equal"),
+        help="take the same share of every source, or equally much of each as long as it lasts",
+    )  # fmt: skip
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", required=True, metavar="DIR", help="folder of all files")
+    group.add_argument("--name", metavar="NAME", help="what the files' names begin with")
+    group.add_argument(
+        "--task", metavar="NAME", help="in the names (default: what the targets were called)"
+    )
+    group.add_argument(
+        "--epoch", type=int, default=0, metavar="E",
+        help="in the name of a choice by perplexity: how long its model was trained (default: 0)",
+    )  # fmt: skip
+    group.add_argument("--domain", metavar="NAME", help="name of the domain (default: TASK-METHOD)")
+    group.add_argument(
+        "--workers", type=positive, default=1, metavar="N",
+        help="processes that tokenise (default: 1)",
+    )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="write over what is there")
+    group.add_argument("--dry-run", action="store_true", help="say what would be kept, no more")
+
+
+def _ranking(options: argparse.Namespace) -> Ranking:
+    return Ranking(
+        order=options.order,
+        seed=options.seed,
+        temperature=options.temperature,
+        thirds_of=options.thirds_of,
+        per_source=options.per_source,
+    )
+
+
+def _bill(options: argparse.Namespace, config: Config | None, facts: TableFacts) -> Bill | None:
+    if options.flops is None:
+        for flag, given in (("model-size", options.model_size), ("epochs", options.epochs != 1)):
+            if given:
+                raise ConfigError(f"--{flag} belongs to --flops; leave it out")
+        return None
+    budget = read_number(options.flops, "--flops")
+    return Bill(
+        flops=budget, scoring=facts.cost, model=_model(options, config), epochs=options.epochs
+    )
+
+
+def _model(options: argparse.Namespace, config: Config | None) -> Model:
+    if options.model_size is not None:
+        return sized_model(options.model_size)
+    if config is None:
+        raise ConfigError(
+            "--flops: say what will be trained: its configuration by --config, or --model-size 7B"
+        )
+    from megatron.training.plan.command import with_vocabulary
+
+    return known_model(with_vocabulary(config).model, Path(options.config[-1]).stem)
+
+
+def _limit(options: argparse.Namespace, bill: Bill | None, documents: int) -> Limit:
+    if bill is not None:
+        return Limit(tokens=bill.tokens)
+    if options.tokens is not None:
+        return Limit(tokens=read_number(options.tokens, "--tokens"))
+    if options.share is not None:
+        return Limit(documents=share_of(documents, options.share))
+    return Limit(documents=options.documents)
+
+
+def _open(
+    options: argparse.Namespace, config: Config | None, choice: TokenizerChoice, facts: TableFacts
+) -> DocumentCorpus:
+    """Open the corpus that was scored.
+
+    Raises:
+        DataError: it is not where it was, or not what it was.
+    """
+    options.field = facts.inputs["field"]
+    options.text_documents = facts.inputs["text_documents"]
+    words = options.train or list(facts.inputs["words"])
+    work = work_folder(Path(options.scores))
+    corpus = open_corpus(
+        inputs_of(options, config, words),
+        tokenizer=choice.tokenizer(),
+        folder=work.index if work.path.exists() else None,
+    )
+    if corpus.fingerprint() != facts.data:
+        corpus.close()
+        raise DataError(f"--train {' '.join(words)}: {_what_differs(corpus, facts)}")
+    return corpus
+
+
+def _what_differs(corpus: DocumentCorpus, facts: TableFacts) -> str:
+    then = {str(part["name"]): part for part in facts.parts}
+    now = {part.name: part for part in corpus.facts()}
+    for name, part in now.items():
+        if name not in then:
+            return f"'{name}' was not scored; name what was, or score again"
+        if part.as_json() != then[name]:
+            return (
+                f"'{name}' has changed since it was scored (it had {then[name]['documents']:,} "
+                f"documents, and has {part.documents:,}); score it again"
+            )
+    missing = [name for name in then if name not in now]
+    if missing:
+        return f"'{missing[0]}' was scored too; name it as well"
+    return "the documents stand in another order than when they were scored"
+
+
+def _count(corpus: DocumentCorpus, choice: TokenizerChoice) -> NDArray[np.int64]:
+    """Count every document's tokens.
+
+    Raises:
+        ConfigError: there is nothing to count with.
+    """
+    encoder = choice.encoder()
+    if encoder is None:
+        raise ConfigError(
+            "--tokens and --flops need each document's tokens, and the scoring counted none; give "
+            "--tokenizer-type and --vocab-file (to score as well, next time)"
+        )
+    progress = Progress(total=len(corpus), done=0, what="counted")
+    counts = np.zeros(len(corpus), dtype=np.int64)
+    for start in range(0, len(corpus), _BATCH):
+        batch = list(corpus.read(start, min(start + _BATCH, len(corpus))))
+        counts[start : start + len(batch)] = encoder.count(batch)
+        progress.add(len(batch))
+    progress.close()
+    return counts
+
+
+def _about(facts: TableFacts, ranking: Ranking, chosen: Places, tokens: NDArray[np.int64]) -> str:
+    own = tokens[chosen]
+    counted = "" if (own < 0).any() else f", {int(own.sum()):,} tokens"
+    task = f" for {facts.task}" if facts.task else ""
+    return (
+        f"{len(chosen):,} of {facts.documents:,} documents by {facts.method}{task}, order "
+        f"{ranking.order}{counted}"
+    )
+
+
+def _outputs(
+    options: argparse.Namespace,
+    config: Config | None,
+    choice: TokenizerChoice,
+    facts: TableFacts,
+    ranking: Ranking,
+    chosen: Places,
+    about: str,
+) -> OutputRequest:
+    task = options.task if options.task is not None else facts.task
+    share = options.share if options.share is not None else len(chosen) / facts.documents
+    naming = Naming(
+        task=task,
+        method=facts.method,
+        parameters=facts.parameters,
+        ranking=ranking,
+        share=share,
+        epoch=options.epoch,
+    )
+    keys: dict[str, str] = {}
+    if config is None and choice.kind is not None:  # else the configuration has them already
+        named = {
+            "tokenizer_type": choice.kind,
+            "vocab_file": choice.vocab_file,
+            "merge_file": choice.merge_file,
+        }
+        keys = {key: value for key, value in named.items() if value is not None}
+    digest = hashlib.sha256(np.ascontiguousarray(chosen, dtype="<i8").tobytes())
+    encoder = choice.encoder()
+    domain = options.domain or domain_name(task, facts.method)
+    return OutputRequest(
+        folder=Path(options.out),
+        name=task_name(options.name) if options.name else output_name(naming),
+        settings={
+            "method": facts.method,
+            "parameters": dict(facts.parameters),
+            "data": facts.data,
+            "targets": dict(facts.targets),
+            "documents": len(chosen),
+            "chosen": digest.hexdigest(),
+            "order": ranking.order,
+            "seed": ranking.seed,
+            "tokenizer": None if encoder is None else dict(encoder.identity()),
+            "domain": domain,
+        },
+        field=facts.inputs["field"],
+        domain=domain,
+        about=about,
+        choice=choice,
+        config_keys=keys,
+        workers=options.workers,
+        overwrite=options.overwrite,
+        scoring={
+            "documents": facts.documents,
+            "flops": facts.cost.flops,
+            "tokens": facts.cost.tokens,
+        },
+    )
+
+
+def _done_lines(done: Outputs, request: OutputRequest) -> list[str]:
+    lines = [f"{done.records}"]
+    if done.domain is not None:
+        trained = ""
+        if done.domain.labels is not None:
+            trained = f", {done.domain.trained:,} of them trained on"
+        lines.append(
+            f"{done.domain.prefix}.bin: {done.domain.documents:,} documents, "
+            f"{done.domain.tokens:,} tokens{trained}"
+        )
+        lines.append(f"train on it with: ./deepy.py train.py MODEL.yml {done.fragment}")
+    else:
+        lines.append("no tokenizer is named, so no domain is made (--tokenizer-type, --config)")
+    if done.already_done:
+        lines.append("already complete: nothing to do (--overwrite makes it again)")
+    return lines
