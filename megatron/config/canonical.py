@@ -23,6 +23,11 @@ from megatron.config.config import FLAT_GROUPS
 from megatron.config.domains import map_data_keys, map_weights
 from megatron.config.draft import Draft
 from megatron.config.model import GATED, GATED_MULTIPLE, ModelConfig
+from megatron.config.monitors import (
+    read_activation_checkpointing,
+    read_tensorboard,
+    read_wandb,
+)
 from megatron.config.neox import (
     ALIASES,
     DATA_KEYS,
@@ -52,6 +57,9 @@ _READERS: dict[str, _Reader] = {
     "bf16": read_bf16,
     "precision": read_precision,
     "amp": read_amp,
+    "tensorboard": read_tensorboard,
+    "wandb": read_wandb,
+    "activation_checkpointing": read_activation_checkpointing,
     "zero_optimization": read_zero,
     **{key: partial(put_zero_option, key=option) for key, option in ZERO_ALIASES.items()},
 }
@@ -62,6 +70,7 @@ _OWN = (
     "deepspeed_extra_args",
     "bias_gelu_fusion",
     "num_unique_layers",
+    "decay_lr_to",
     "fp32_allreduce",
     "data_types",
     *LAUNCHER_KEYS,
@@ -120,7 +129,7 @@ def _read_key(draft: Draft, key: str, node: Node) -> None:
         draft.put("deepspeed", key, node)
     elif key == "fp32_allreduce":
         _read_allreduce(draft, node)
-    elif key in ("bias_gelu_fusion", "num_unique_layers", *LAUNCHER_KEYS):
+    elif key in ("bias_gelu_fusion", "num_unique_layers", "decay_lr_to", *LAUNCHER_KEYS):
         draft.put("", key, node)
     else:
         _read_foreign(draft, key, node)
@@ -350,10 +359,27 @@ def _complete_norm(draft: Draft) -> None:
 
 def _complete_schedule(draft: Draft) -> None:
     """Note what a scheduler of DeepSpeed's decides in the place of other keys."""
+    _complete_end(draft)
     block = draft.get("schedule", "scheduler")
     if block is not None and block.value is not None:
         others = "lr_decay_style, lr_decay_iters, warmup, min_lr"
         draft.ignore(others, "the block scheduler decides the learning rate")
+
+
+def _complete_end(draft: Draft) -> None:
+    """Read ``decay_lr_to``, the learning rate at the end as a share of the peak."""
+    share = draft.groups.get("", {}).pop("decay_lr_to", None)
+    if share is None or share.value is None:
+        return
+    peak = draft.get("optimizer", "lr")
+    if isinstance(share.value, bool) or not isinstance(share.value, int | float):
+        draft.problems.add(share, "should be a number from 0 to 1")
+    elif not 0 <= share.value <= 1:
+        draft.problems.add(share, "should be from 0 to 1, a share of the peak learning rate")
+    elif peak is not None and isinstance(peak.value, int | float):
+        # Written as a decimal would be: 0.1 × 3e-4 is 3e-5.
+        end = float(f"{share.value * peak.value:.12g}")
+        draft.put("schedule", "min_lr", replace(share, value=end))
 
 
 def _complete_sharing(draft: Draft) -> None:

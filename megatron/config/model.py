@@ -274,6 +274,8 @@ class ModelConfig(Group):
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_num_layers: Count = 1
     """Number of blocks that are recomputed as one."""
+    checkpoint_in_cpu: bool = False
+    """Keep the inputs of recomputed blocks in the host's memory until backward."""
 
     @property
     def context_length(self) -> int:

@@ -177,17 +177,14 @@ REFUSED: dict[str, Refusal] = {
     "precompute_model_name": Refusal(instead="there is no precomputation; remove the key"),
     # keys of published files that GPT-NeoX itself does not know
     "attention_type": Refusal(instead="set num_kv_heads, the number of key and value heads"),
-    "decay_lr_to": Refusal(instead="set min_lr, the learning rate at the end"),
     # checkpoints
     "s3_path": Refusal(instead="checkpoints are not sent to S3; copy the folder in save"),
 }
 
 _KERNELS = "the kernels are chosen automatically"
-_CHECKPOINTING = "activations are recomputed by checkpoint_activations alone"
 _LAUNCHER = "set by the launcher"
 _DERIVED = "worked out from the other keys"
 _UNUSED = "GPT-NeoX itself does not use it"
-_MONITOR = "metrics.jsonl and report.html hold what is recorded"
 _PREFERENCE = "belongs to preference training"
 _MUP_DETAIL = "the base model of µP is named by mup_base_hidden_size"
 
@@ -237,14 +234,16 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ),
     "weights are drawn on the CPU, the same on every layout": ("use_cpu_initialization",),
     "the rotary table is never part of a checkpoint": ("rotary_save_freqs_buffer",),
-    _CHECKPOINTING: (
+    "blocks are recomputed by torch; whose code does it changes no result": (
         "deepspeed_activation_checkpointing",
-        "activation_checkpointing",
+    ),
+    "torch's allocator keeps what is saved; contiguous or not changes no result": (
         "contiguous_checkpointing",
-        "checkpoint_in_cpu",
+    ),
+    "sequence_parallel divides what tensor ranks keep": ("partition_activations",),
+    "a measuring aid: wall_clock_breakdown takes times, profile traces backward": (
         "synchronize_each_layer",
         "profile_backward",
-        "partition_activations",
     ),
     _LAUNCHER: (
         "local_rank",
@@ -269,43 +268,30 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     _UNUSED: (
         "param_sharing_style",
         "short_seq_prob",
-        "adlr_autoresume",
-        "adlr_autoresume_interval",
-        "onnx_safe",
         "deepscale",
         "deepscale_config",
-        "no_save_optim",
-        "hysteresis",
+        "adlr_autoresume_interval",
+    ),
+    "GPT-NeoX itself does not use it; the block fp16 has it as hysteresis": ("hysteresis",),
+    "GPT-NeoX itself does not use it; the block fp16 has it as loss_scale_window": (
         "loss_scale_window",
-        "min_scale",
     ),
+    "GPT-NeoX itself does not use it; the block fp16 has it as min_loss_scale": ("min_scale",),
+    "needs a module of one cluster that GPT-NeoX does not have; a stopped run goes on anyway": (
+        "adlr_autoresume",
+    ),
+    "gelu is exact here as with it; nothing is exported to ONNX": ("onnx_safe",),
     "no random-number file decides a resume": ("no_save_rng", "no_load_rng"),
-    "a checkpoint is verified by the hashes of its files": (
-        "checkpoint_validation_with_forward_pass",
-    ),
-    "every validation is reported per domain, with bits per byte": ("char_level_ppl",),
     "data is memory-mapped and read ahead; there is no index to build or share": (
         "use_shared_fs",
         "mmap_warmup",
         "num_workers",
     ),
-    _MONITOR: (
-        "wandb_init_all_ranks",
-        "comet_experiment",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "dump_state",
-        "flops_profiler",
-        "tensorboard",
-        "wandb",
-        "csv_monitor",
-        "comms_logger",
-    ),
-    "the snapshot goes into the run's own folder": ("memory_profiling_path",),
+    "the numbers are of the whole run; one rank sends them": ("wandb_init_all_ranks",),
+    "GPT-NeoX sets it itself: the experiment that use_comet opens": ("comet_experiment",),
     "sums of squares are taken as gradients come by, and no gradient is kept": (
         "gradient_noise_scale_cpu_offload",
     ),
-    "traces and snapshots are kept in run_dir": ("memory_profiling_path",),
     "optimizers are handed to DeepSpeed as objects": ("zero_allow_untested_optimizer",),
     "DeepSpeed compresses no dense gradients of embeddings any more; results are the same": (
         "sparse_gradients",

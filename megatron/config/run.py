@@ -17,6 +17,7 @@ from megatron.config.base import (
     Text,
     invalid,
 )
+from megatron.config.profiling import CommsLoggerConfig, CsvMonitorConfig, FlopsProfilerConfig
 
 _SKIP = re.compile(r"skip\(([1-9][0-9]{0,8})\)")
 
@@ -73,6 +74,9 @@ class TrainingConfig(Group):
     always is)."""
     audit_samples: bool = False
     """Write the ordered list of [domain, epoch, sample] of every step to `samples.jsonl`."""
+    char_level_ppl: bool = False
+    """Report perplexity per character, too: exp(loss × tokens / characters), with characters
+    counted in decoded held-out text (200 windows of a domain). Needs `tokenizer_type`."""
     eod_mask_loss: bool = False
     """Leave the loss of end-of-document tokens out."""
     fp16_lm_cross_entropy: bool = False
@@ -158,6 +162,13 @@ class CheckpointConfig(Group):
     no_load_optim: bool = False
     """Leave the optimizer's state of a checkpoint where it is: weights, data, mixing and the step
     go on, and the optimizer starts afresh. Every launch does so as long as it is set."""
+    no_save_optim: bool = False
+    """Leave the optimizer's state out of checkpoints, which are then a third as large or less. To
+    go on from one set `no_load_optim` or `finetune`; weights have the model's number format, and
+    another layout cannot load them. Not under ZeRO 3."""
+    checkpoint_validation_with_forward_pass: bool = False
+    """Keep the loss of a forward pass on fixed tokens with each checkpoint, and compare it after
+    loading. (That every byte is what was written is checked anyway.)"""
     save_timeout: Positive = 600.0
     """Seconds that a stopped run may take to save before it is killed."""
 
@@ -220,6 +231,9 @@ class LoggingConfig(Group):
 
     log_interval: Count = 10
     """Steps between two lines on the console and in `metrics.jsonl`."""
+    steps_per_print: Count | None = None
+    """Steps between two lines on the console, where they shall be others than those of
+    `metrics.jsonl`. Default: `log_interval`."""
     log_dir: Text | None = None
     """Folder of the ranks' output files. Default: `logs` in `run_dir`."""
     log_grad_norm: bool = False
@@ -235,6 +249,17 @@ class LoggingConfig(Group):
     the gradients of micro-batches and that of the whole batch, as `noise_scale`."""
     gradient_noise_scale_n_batches: Count = 5
     """Steps that a noise scale is averaged over, the logged step the last of them."""
+    wall_clock_breakdown: bool = False
+    """Record the seconds of rank 0's reading, forward and backward passes, sums over ranks and
+    updates of logged steps, as `timers/…`. Waits for the GPU around each of them."""
+    flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
+    """Count the floating-point operations of one step by module: the block `flops_profiler:
+    {enabled, profile_step, module_depth, top_modules, detailed, output_file}`, as DeepSpeed's."""
+    comms_logger: CommsLoggerConfig = CommsLoggerConfig()
+    """Let DeepSpeed log what it sends: the block `comms_logger: {enabled, verbose, prof_all,
+    prof_ops, debug}`. The totals are written to `profile/communication.json` in `run_dir`."""
+    dump_state: bool = False
+    """Write what DeepSpeed was given and what it made of that to `deepspeed.json` in `run_dir`."""
     profile: bool = False
     """Write a trace of torch's profiler for rank 0 into `profile` in `run_dir`."""
     profile_step_start: Count = 10
@@ -243,11 +268,16 @@ class LoggingConfig(Group):
     """Step before which the trace ends."""
     memory_profiling: bool = False
     """Keep the allocations of the same steps in rank 0's CUDA memory, for torch's memory viewer."""
+    memory_profiling_path: Text | None = None
+    """File that they are written to. Default: `profile/memory.pickle` in `run_dir`."""
     use_tensorboard: bool = False
     """Write TensorBoard events."""
     tensorboard_dir: Text | None = None
     """Folder of the events; giving it switches `use_tensorboard` on. Default: `tensorboard` in
     `run_dir`."""
+    csv_monitor: CsvMonitorConfig = CsvMonitorConfig()
+    """Write every number that charts have to a file of its own: the block `csv_monitor: {enabled,
+    output_path, job_name}`, as DeepSpeed's."""
     use_wandb: bool = False
     """Record to Weights & Biases (offline where WANDB_MODE says so)."""
     wandb_group: Text | None = None

@@ -24,6 +24,26 @@ def check_run(config: Config, add: Add) -> None:
             f"takes the softmax of fp16 logits, and precision is {config.precision}; use "
             "precision: fp16, or leave it out",
         )
+    if config.model.checkpoint_in_cpu and not config.model.checkpoint_activations:
+        add(
+            "model",
+            "checkpoint_in_cpu",
+            "keeps the inputs of recomputed blocks, and none is recomputed; set "
+            "checkpoint_activations: true, or leave it out",
+        )
+    if config.checkpoint.no_save_optim and config.zero_stage == 3:
+        add(
+            "checkpoint",
+            "no_save_optim",
+            "goes with ZeRO 1 and 2: under ZeRO 3 the weights are in the optimizer's files; use "
+            "zero_optimization: {stage: 2}, or save whole checkpoints",
+        )
+    if config.training.char_level_ppl and config.tokenizer.tokenizer_type is None:
+        add(
+            "training",
+            "char_level_ppl",
+            "needs tokenizer_type and vocab_file, to count the characters of a token",
+        )
     _check_sums(config, add)
 
 

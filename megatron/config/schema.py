@@ -238,6 +238,10 @@ def _mapped_keys(keys: dict[str, Schema]) -> dict[str, Schema]:
         "data_types": {"type": "object"},
         "fp32_allreduce": flag,
         "amp": {"type": "object"},
+        "tensorboard": {"type": "object"},
+        "wandb": {"type": "object"},
+        "activation_checkpointing": {"type": "object"},
+        "decay_lr_to": {"type": "number", "minimum": 0, "maximum": 1},
         "deepspeed_mpi": flag,
         "deepspeed_slurm": flag,
     }
@@ -289,6 +293,11 @@ MAPPED: dict[str, str] = {
     "scale_by_reward_loss_diff": "`mixing: {scale_by_reward_loss_diff}` of `validation_gap`",
     "data_types": "`deepspeed_extra_args: {data_types}`",
     "fp32_allreduce": "`communication_data_type: fp32`",
+    "tensorboard": "`use_tensorboard` and `tensorboard_dir: OUTPUT_PATH/JOB_NAME`",
+    "wandb": "`use_wandb`, `wandb_group`, `wandb_team` and `wandb_project`",
+    "activation_checkpointing": "`cpu_checkpointing` is `checkpoint_in_cpu`; the others have no "
+    "effect",
+    "decay_lr_to": "`min_lr`, as a share of the peak learning rate",
     "amp": "`precision: fp16` with fp32 masters (apex's O2; O1 and O3 are run as that), or `fp32` "
     "for O0; `loss_scale` and `min_loss_scale` go into the block `fp16`",
     "deepspeed_mpi": "`launcher: openmpi`",

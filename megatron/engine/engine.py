@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.engine.clock import StepClock
 from megatron.engine.experts import SharedExperts
 from megatron.engine.observer import StepObserver
 from megatron.engine.optimizer import describe_flat_parts
@@ -74,6 +75,7 @@ class TrainEngine(ABC):
         self.partitions = dict(partitions)
         self._before_micro_batch = before_micro_batch or (lambda step, micro: None)
         self._observers: list[StepObserver] = []
+        self._reading: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches
         self._betas: Callable[[int], tuple[float, float] | None] = lambda step: None
         self._state: Sequence[str] = ADAM_STATE
         self._writer = _RecordingWriter(engine.checkpoint_engine)
@@ -97,6 +99,39 @@ class TrainEngine(ABC):
     def observe(self, observer: StepObserver) -> None:
         """Let an observer measure every step from now on."""
         self._observers.append(observer)
+
+    def leave_optimizer_out(self) -> None:
+        """Write checkpoints without the optimizer's state from now on (ZeRO 0 to 2)."""
+        self._writer.optimizer = False
+
+    def take_times(self, *, logged: Callable[[int], bool], device: torch.device) -> None:
+        """Record where the time of logged steps goes, see :class:`megatron.engine.clock.StepClock`.
+
+        Args:
+            logged: whether a step is recorded.
+            device: of the model.
+        """
+        clock = StepClock(self._engine, logged=logged, device=device)
+        self._reading = clock.reading
+        self.observe(clock)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what DeepSpeed made of its configuration, as texts and numbers."""
+        engine = self._engine
+        return {
+            "optimizer": type(engine.optimizer).__name__,
+            "inner_optimizer": type(getattr(engine.optimizer, "optimizer", None)).__name__,
+            "zero_stage": int(engine.zero_optimization_stage()),
+            "parameters": {
+                name: [list(parameter.shape), str(parameter.dtype)]
+                for name, parameter in self.module.named_parameters()
+            },
+            "settings": {
+                key: value if isinstance(value, int | float | str | None) else str(value)
+                for key, value in vars(engine._config).items()
+                if not key.startswith("_")
+            },
+        }
 
     def follow_betas(self, betas: Callable[[int], tuple[float, float] | None]) -> None:
         """Let the schedule set the decay rates of an optimizer that has them, step by step."""
@@ -139,7 +174,7 @@ class TrainEngine(ABC):
             if "betas" in group and (betas := self._betas(step)) is not None:
                 group["betas"] = betas
         skipped_before = self._engine.skipped_steps
-        self._train(step, micro_batches)
+        self._train(step, self._reading(micro_batches))
         skipped = self._engine.skipped_steps > skipped_before
         grad_norm = self._engine.get_global_grad_norm()
         statistics: dict[str, float] = {}
@@ -313,10 +348,16 @@ class _RecordingWriter:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self.optimizer = True
         self.written: list[Path] = []
         self.complete: Callable[[Any, str], Any] = _as_it_is
 
     def save(self, state_dict: Any, path: str) -> Any:
+        if not self.optimizer:
+            if path.endswith("optim_states.pt"):
+                return None
+            if "optimizer" in state_dict:  # without ZeRO it stands beside the weights
+                state_dict = {**state_dict, "optimizer": None}
         result = self._inner.save(self.complete(state_dict, path), path)
         self.written.append(Path(path))
         return result

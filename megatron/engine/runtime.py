@@ -153,6 +153,17 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
+def communication_totals() -> dict[str, Any]:
+    """Return how often DeepSpeed sent how much, by operation and size in bytes; collective."""
+    import deepspeed.comm as comm
+
+    logged = comm.log_summary(return_dict=True) or {}
+    return {
+        name: {str(size): dict(told) for size, told in sizes.items()}
+        for name, sizes in logged.get("summary", {}).items()
+    }
+
+
 def open_board(runtime: Runtime) -> NoticeBoard | None:
     """Return the notice board of all ranks; ``None`` in a job of one."""
     return NoticeBoard(runtime.rank, runtime.world_size) if runtime.world_size > 1 else None

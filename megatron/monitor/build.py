@@ -22,9 +22,9 @@ def build_sinks(
     """Return the sinks that the configuration asks for.
 
     Args:
-        logging: the configuration's logging group: ``log_interval``, ``tensorboard_dir``,
-            ``use_tensorboard``, ``use_wandb`` and ``wandb_*``, ``use_comet`` and ``comet_*``.
-            A field it lacks counts as not set.
+        logging: the configuration's logging group: ``log_interval``, ``steps_per_print``,
+            ``tensorboard_dir``, ``use_tensorboard``, ``csv_monitor``, ``use_wandb`` and
+            ``wandb_*``, ``use_comet`` and ``comet_*``. A field it lacks counts as not set.
         run_dir: the run folder.
         rank: global rank; only rank 0 has sinks, the others get an empty group.
         total_steps: length of the run.
@@ -40,7 +40,8 @@ def build_sinks(
     interval = getattr(logging, "log_interval", None) or 1
     sinks: list[Sink] = [JsonlSink(run_dir, log_interval=interval, audit=audit_samples)]
     if console:
-        sinks.append(ConsoleSink(log_interval=interval, total_steps=total_steps))
+        shown = getattr(logging, "steps_per_print", None) or interval
+        sinks.append(ConsoleSink(log_interval=shown, total_steps=total_steps))
     sinks += chart_sinks(logging, run_dir, interval)
     return SinkGroup(sinks)
 
@@ -52,6 +53,11 @@ def chart_sinks(logging: Any, run_dir: Path, interval: int) -> list[Sink]:
         return getattr(logging, name, None)
 
     sinks: list[Sink] = []
+    if (tables := option("csv_monitor")) is not None and tables.enabled:
+        from megatron.monitor.tables import CsvSink
+
+        folder = Path(tables.output_path or run_dir / "csv") / (tables.job_name or "")
+        sinks.append(CsvSink(folder, log_interval=interval))
     if option("use_tensorboard") or option("tensorboard_dir"):
         from megatron.monitor.tensorboard import TensorBoardSink
 

@@ -132,6 +132,8 @@ def validation_scalars(record: ValidationRecord) -> Scalars:
         scalars[f"{group}/lm_loss_ppl/{domain}"] = perplexity(loss)
     for domain, bits in record.bits_per_byte.items():
         scalars[f"{group}/bits_per_byte/{domain}"] = bits
+    for domain, loss in record.character_loss.items():
+        scalars[f"{group}/lm_loss_char_lvl_ppl/{domain}"] = perplexity(loss)
     known = {name: loss for name, loss in record.valid_loss.items() if math.isfinite(loss)}
     if known:
         scalars[f"{group}/avg_lm_loss"] = record.average

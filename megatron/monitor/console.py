@@ -138,7 +138,10 @@ class PlainView:
         ]
         if len(order) > MOST_DOMAINS:
             cells.append(f"and {len(order) - MOST_DOMAINS} more domains")
-        self._print([" · ".join(parts), *wrap(cells)])
+        lines = [" · ".join(parts), *wrap(cells)]
+        if times := timer_cells(record):
+            lines += wrap(times)
+        self._print(lines)
         return True
 
     def validation(self, record: ValidationRecord, first: ValidationRecord) -> None:
@@ -181,6 +184,15 @@ def headline(record: StepRecord, total: int | None) -> list[str]:
     if record.skipped:
         parts.append("update skipped")
     return parts
+
+
+def timer_cells(record: StepRecord) -> list[str]:
+    """Return where a step's time went, where that was taken."""
+    return [
+        f"{name.removeprefix('timers/')} {seconds * 1e3:.1f} ms"
+        for name, seconds in record.statistics.items()
+        if name.startswith("timers/")
+    ]
 
 
 def by_share(interval: Interval) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.errors import RunError
 from megatron.monitor.append import AppendFile
-from megatron.monitor.charts import validation_scalars
+from megatron.monitor.charts import perplexity, validation_scalars
 from megatron.monitor.encode import VectorEncoder, dumps, named, number
 from megatron.monitor.record import (
     LEDGER_VECTORS,
@@ -241,6 +241,9 @@ def validation_fields(record: ValidationRecord) -> dict[str, Any]:
     line |= {key: number(value) for key, value in average_scalars(record).items()}
     if record.bits_per_byte:
         line["bits_per_byte"] = named(record.bits_per_byte)
+    if record.character_loss:
+        perplexities = {name: perplexity(loss) for name, loss in record.character_loss.items()}
+        line["char_lvl_ppl"] = named(perplexities)
     if record.review is not None:
         line["review"] = record.review
     if record.seconds is not None:

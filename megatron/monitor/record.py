@@ -23,7 +23,8 @@ TIME_FIELDS: tuple[str, ...] = ("tokens_per_second", "seconds", "eta_seconds", "
 """Fields of ``metrics.jsonl`` that depend on the clock.
 
 Everything else in a run's files is a function of its configuration and data:
-two runs are compared bit for bit after these fields have been dropped.
+two runs are compared bit for bit after these fields have been dropped (and, where
+``wall_clock_breakdown`` asks for them, those that begin with ``timers/``).
 ``mixture.jsonl`` and ``samples.jsonl`` have none.
 """
 
@@ -193,6 +194,7 @@ class ValidationRecord:
         step: training steps done when it was measured (0: before the first).
         valid_loss: mean nats per token by domain.
         bits_per_byte: the same in bits per byte of text, where the bytes are known.
+        character_loss: the same in nats per character, where that is wanted.
         weights: the mixture whose weighted average is wanted beside the plain one.
         split: ``"valid"`` or ``"test"``.
         seconds: duration; a time field.
@@ -202,6 +204,7 @@ class ValidationRecord:
     step: int
     valid_loss: Mapping[str, float]
     bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+    character_loss: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] | None = None
     split: str = "valid"
     seconds: float | None = None

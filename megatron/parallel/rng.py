@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from megatron.parallel.topology import Topology
@@ -43,14 +45,17 @@ class DropoutRng:
     first masks again even when other micro-batches ran in between.
     """
 
-    def __init__(self, *, seed: int, topology: Topology) -> None:
+    def __init__(self, *, seed: int, topology: Topology, inputs_on_host: bool = False) -> None:
         """Make the masks of a run with ``seed`` on the rank of ``topology``.
+
+        With ``inputs_on_host`` what is recomputed keeps its inputs in the host's memory.
 
         Whoever counts what passes through looks at ``recomputing``: it is true while what has
         run forward before runs once more for backward.
         """
         self._seed = seed
         self.topology = topology
+        self._inputs_on_host = inputs_on_host
         self._key: DropoutKey | None = None
         self.recomputing = False
 
@@ -122,7 +127,13 @@ class DropoutRng:
             finally:
                 self._key, self.recomputing = before, False
 
-        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+        # Inside, what recomputation keeps for itself is not concerned: only the inputs are.
+        with save_on_cpu(pin_memory=_on_gpu(inputs)) if self._inputs_on_host else nullcontext():
+            return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _on_gpu(inputs: Iterable[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron.config import Config, resolve_batch
+from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.data.loader import Loader
 from megatron.data.sampler import Sampler
 from megatron.engine.engine import TrainEngine
@@ -31,6 +31,7 @@ from megatron.signals.foresight import Foresight
 from megatron.signals.ledger import Ledger
 from megatron.signals.reference import ModelReference, ReferenceSource
 from megatron.signals.validation import LossObserver, Validation
+from megatron.training.characters import tokens_per_character
 from megatron.training.compatible import model_facts
 from megatron.training.domains import OpenDomains, average_weights
 from megatron.training.engines import Batch, build_engine
@@ -40,7 +41,7 @@ from megatron.training.held_out import HeldOutUses, contributes
 from megatron.training.layout import run_layout
 from megatron.training.loop import Reader
 from megatron.training.planner import Planner
-from megatron.training.profiling import attach_profiler
+from megatron.training.profiling import attach_profiler, dump_state
 from megatron.training.reading import PlanReader
 from megatron.training.recorder import RunRecorder
 from megatron.training.reference import ReferenceReader, reference_source
@@ -111,7 +112,7 @@ def build(
     topology = Topology.create(
         layout, runtime.rank, sequence_parallel=config.parallel.sequence_parallel
     )
-    batch = Batch(*resolve_batch(config.batch, layout.data_size))
+    batch, training = Batch(*resolve_batch(config.batch, layout.data_size)), config.training
     overhead = Overhead()
     ledger = Ledger(
         len(domains.names),
@@ -124,6 +125,9 @@ def build(
     engine = build_engine(config, topology, batch, observer)
     attach_statistics(config, engine, topology, batch, runtime.device)
     attach_profiler(config, engine, runtime)
+    if config.logging.dump_state and runtime.rank == 0:
+        given = deepspeed_config(config, batch.micro, batch.accumulation, layout.data_size)
+        dump_state(config, engine, given)
     eod_id = masked_token(config, domains)
     held_out = HeldOutUses(config, runtime, topology, batch, domains, observer, eod_id)
     sampler = _sampler(config, domains, batch)
@@ -215,6 +219,11 @@ def build(
             token_costs=costs,
             exhaustion=_exhaustion(config, domains, batch),
             average_weights=average_weights(config.domains),
+            tokens_per_character=tokens_per_character(
+                config, domains, training.validation_samples(batch.total)
+            )
+            if runtime.rank == 0
+            else None,
             say=say,
         ),
         throughput=throughput,

@@ -30,6 +30,7 @@ NOT_ARCHITECTURE = {
     "moe_lbl_in_fp32",
     "checkpoint_activations",
     "checkpoint_num_layers",
+    "checkpoint_in_cpu",
     "seq_length",
     "max_position_embeddings",
     "make_vocab_size_divisible_by",
@@ -39,6 +40,9 @@ NOT_ARCHITECTURE = {
 
 LORA = "lora"
 """Key of the low-rank updates in what :func:`model_facts` says; absent where there are none."""
+
+WITHOUT_OPTIMIZER = "without_optimizer"
+"""Name among a manifest's facts of a checkpoint that holds no optimizer's state."""
 
 OPTIMIZER = "optimizer"
 """Name of what :func:`layout_facts` says of the optimizer."""
@@ -151,6 +155,13 @@ def how_to_load(
             another one.
     """
     saved = dict(manifest.layout)
+    bare = bool(manifest.extra.get(WITHOUT_OPTIMIZER))
+    if bare and not weights_only:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} was written with no_save_optim, without the "
+            "optimizer's state; set no_load_optim: true to go on with an optimizer that starts "
+            "afresh, or finetune: true to begin a new run with the weights"
+        )
     if not weights_only:
         _check_same_optimizer(manifest, saved, layout)
     if saved.get("universal"):
@@ -161,6 +172,12 @@ def how_to_load(
     whole = not weights_only or 3 not in (saved.get("zero_stage"), layout["zero_stage"])
     if whole and all(saved.get(key) == layout.get(key) for key in keys):
         return "directly"
+    if bare:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} was written with no_save_optim and can be "
+            "loaded in its own layout alone (model_parallel_size, pipe_parallel_size, ZeRO below "
+            "3); use that layout"
+        )
     check_convertible(saved, layout)
     saved_state(saved, f"the checkpoint of step {manifest.step}", weights_only=weights_only)
     return "convert"

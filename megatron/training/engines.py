@@ -52,7 +52,11 @@ def build_engine(
         config, micro=batch.micro, accumulation=batch.accumulation, data_size=topology.data_size
     )
     loss_fn = training_loss(config, topology, observer)
-    dropout = DropoutRng(seed=config.training.seed, topology=topology)
+    dropout = DropoutRng(
+        seed=config.training.seed,
+        topology=topology,
+        inputs_on_host=config.model.checkpoint_in_cpu,
+    )
 
     def before_micro_batch(step: int, micro: int) -> None:
         dropout.begin(step=step, micro_batch=micro)

@@ -48,6 +48,7 @@ class RunRecorder:
         exhaustion: speaks up before a domain's data runs out.
         average_weights: by split, the weights of domains and targets in its weighted average,
             where the configuration gives them; else the mixture's are taken.
+        tokens_per_character: of each domain's text, where perplexity per character is wanted.
         say: takes a line for the console.
     """
 
@@ -69,6 +70,7 @@ class RunRecorder:
         token_costs: TokenCosts,
         exhaustion: ExhaustionWatch | None = None,
         average_weights: Mapping[str, Mapping[str, float]] | None = None,
+        tokens_per_character: Mapping[str, float] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Keep the parts."""
@@ -87,6 +89,7 @@ class RunRecorder:
         self._token_costs = token_costs
         self._exhaustion = exhaustion
         self._average_weights = average_weights or {}
+        self._tokens_per_character = tokens_per_character or {}
         self._say = say
 
     def step(
@@ -192,6 +195,11 @@ class RunRecorder:
                     name: loss / np.log(2.0) / self._bytes_per_token[name]
                     for name, loss in measured.items()
                     if name in self._bytes_per_token
+                },
+                character_loss={
+                    name: loss * self._tokens_per_character[name]
+                    for name, loss in measured.items()
+                    if name in self._tokens_per_character
                 },
                 weights=self._average_weights.get(split)
                 or dict(zip(self._domains, weights.tolist(), strict=True)),

@@ -22,6 +22,7 @@ from megatron.training.compatible import check_form, how_to_load, layout_facts, 
 from megatron.training.conversion import universal_form
 from megatron.training.domains import OpenDomains
 from megatron.training.edits import Edits, find_edits, follow_edits
+from megatron.training.forward_check import check_forward_loss
 from megatron.training.layout import run_layout
 from megatron.training.soft_prompt import load_around_prompt, prompt_values
 
@@ -230,6 +231,7 @@ def restore(
         )
     else:
         parts.engine.load(files.parent, files.name, weights_only=not source.optimizer)
+    check_forward_loss(config, runtime, parts.topology, parts.engine, manifest, say)
     if source.weights_only:
         load_around_prompt(config, parts.engine, prompt)
         taken = "weights and the optimizer" if source.optimizer else "weights"

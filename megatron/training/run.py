@@ -25,17 +25,20 @@ from megatron.training.agreement import Agreement
 from megatron.training.build import Parts, build, run_facts
 from megatron.training.check import Checked, preflight
 from megatron.training.compatible import (
+    WITHOUT_OPTIMIZER,
     check_same_data,
     check_same_model,
     layout_facts,
     model_facts,
 )
+from megatron.training.forward_check import keep_forward_loss
 from megatron.training.live_tasks import live_tasks
 from megatron.training.loop import Ending, Loop
 from megatron.training.milestones import Milestones, TaskNumbers
 from megatron.training.plan import checkpoint_bytes
 from megatron.training.product import NAME as MIXTURE
 from megatron.training.product import write_mixture
+from megatron.training.profiling import write_communication
 from megatron.training.restore import (
     Source,
     edits_since,
@@ -112,6 +115,7 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
     parts.sinks.start(start or None, _description(config, checked, parts))
     try:
         step, ending = _train(config, runtime, parts, milestones, stop, start=start)
+        write_communication(config, runtime)
     finally:
         heartbeat.at(ENDING)
         parts.sinks.close()
@@ -182,11 +186,15 @@ def _milestones(
         facts={
             **run_facts(config),
             FACT: schedule_facts(config),
+            **({WITHOUT_OPTIMIZER: True} if config.checkpoint.no_save_optim else {}),
             "weights": dict(zip(checked.domains.names, weights.tolist(), strict=True)),
         },
         universal_info=_universal_info(config),
+        measured=keep_forward_loss(config, runtime, parts.topology, parts.engine),
         bytes_needed=checkpoint_bytes(config),
     )
+    if config.checkpoint.no_save_optim:
+        parts.engine.leave_optimizer_out()
 
     def write_product(step: int) -> None:
         if runtime.rank == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Saver:
         facts: further facts for the manifest (threads, versions).
         universal_info: how the files can be converted to another layout, see
             :func:`megatron.engine.universal.universal_info`.
+        measured: returns facts that are taken of the model at each save; collective.
         bytes_needed: estimated size of a checkpoint.
     """
 
@@ -50,6 +51,7 @@ class Saver:
     fingerprints: Mapping[str, Any]
     facts: Mapping[str, Any]
     universal_info: Mapping[str, Any]
+    measured: Callable[[], Mapping[str, Any]] = dict
     bytes_needed: int | None = None
 
     def save(self, step: int) -> None:
@@ -58,20 +60,21 @@ class Saver:
         Raises:
             RunError: the disk is full or refuses; earlier checkpoints are intact.
         """
+        measured = self.measured()
         self.sinks.flush()
         if self.runtime.rank == 0:
             self.store.begin(step, bytes_needed=self.bytes_needed)
         self.runtime.barrier()
         try:
             with disk_errors(self.store.temporary_path(step), needed=self.bytes_needed):
-                self._write(step)
+                self._write(step, measured)
         except RunError:
             # The space that a failed save took is wanted back; earlier checkpoints stand.
             self.store.abort(step)
             raise
         self.runtime.barrier()
 
-    def _write(self, step: int) -> None:
+    def _write(self, step: int, measured: Mapping[str, Any]) -> None:
         first, temporary = self.runtime.rank == 0, self.store.temporary_path(step)
         client_state = {
             "iteration": step,
@@ -96,5 +99,5 @@ class Saver:
                 layout=self.layout,
                 config_hash=self.config_hash,
                 fingerprints=self.fingerprints,
-                extra=self.facts,
+                extra={**self.facts, **measured},
             )

@@ -36,6 +36,7 @@ class Setting:
         tensor_size: ranks that share each layer.
         sequence_parallel: they also share the sequence between those layers.
         on_cpu: CPU kernels, which keep more.
+        inputs_on_host: recomputed blocks keep their inputs in the host's memory.
     """
 
     micro_batch: int
@@ -43,6 +44,7 @@ class Setting:
     tensor_size: int = 1
     sequence_parallel: bool = False
     on_cpu: bool = False
+    inputs_on_host: bool = False
 
     def tokens(self, spec: ModelSpec) -> int:
         """Tokens of a micro-batch."""
@@ -132,6 +134,8 @@ def blocks_saved(spec: ModelSpec, setting: Setting, blocks: Sequence[str]) -> fl
     """Return what neighbouring blocks keep, given their kinds: all, or their groups' inputs."""
     if not spec.checkpoint_activations:
         return sum(block_saved(spec, setting, kind) for kind in blocks)
+    if setting.inputs_on_host and not setting.on_cpu:
+        return setting.residual(spec) if blocks else 0.0  # on its way there or back
     return -(-len(blocks) // spec.checkpoint_num_layers) * setting.residual(spec)
 
 

@@ -157,6 +157,7 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
         tensor_size=layout.tensor_size,
         sequence_parallel=config.parallel.sequence_parallel and layout.tensor_size > 1,
         on_cpu=on_cpu,
+        inputs_on_host=config.model.checkpoint_in_cpu,
     )
     bounds = layer_bounds(config)
     stages = []

@@ -104,3 +104,53 @@ def test_gpt_neox_cannot_do_without_deepspeed_either(load):
         load("deepspeed: false\n")
     assert load("sparse_gradients: true\n").ignored
     assert load("curriculum_seqlen: 8\n").ignored
+
+
+@pytest.mark.option("tensorboard", "wandb", "csv_monitor", "comms_logger")
+def test_deepspeeds_monitors_are_our_sinks(load):
+    board = load("tensorboard: {enabled: true, output_path: logs/, job_name: a}\n").logging
+    assert (board.use_tensorboard, board.tensorboard_dir) == (True, "logs/a")
+    weights = load("wandb: {enabled: true, group: g, team: t, project: p}\n").logging
+    assert (weights.use_wandb, weights.wandb_group, weights.wandb_team) == (True, "g", "t")
+    assert weights.wandb_project == "p"
+    off = load("tensorboard: {enabled: false, output_path: x}\nwandb: {enabled: false}\n")
+    assert off == load()
+    tables = load("csv_monitor: {enabled: true, output_path: t, job_name: j}\n").logging.csv_monitor
+    assert (tables.enabled, tables.output_path, tables.job_name) == (True, "t", "j")
+    log = load("comms_logger: {enabled: true, prof_all: false, prof_ops: [all_reduce]}\n")
+    assert dictionary(log)["comms_logger"]["prof_ops"] == ["all_reduce"]
+    assert "comms_logger" not in dictionary(load())
+    with pytest.raises(ConfigError, match="unknown key of wandb"):
+        load("wandb: {enabled: true, grop: g}\n")
+
+
+@pytest.mark.option("min_lr")
+def test_the_rate_at_the_end_may_be_a_share_of_the_peak(load):
+    assert load("decay_lr_to: 0.033\n").schedule.min_lr == 0.033e-3
+    assert load("decay_lr_to: 0.1\nmin_lr: 1e-4\n").schedule.min_lr == 1e-4
+    with pytest.raises(ConfigError, match="contradicts"):
+        load("decay_lr_to: 0.1\nmin_lr: 2e-4\n")
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        load("decay_lr_to: 33\n")
+
+
+@pytest.mark.option("activation_checkpointing", "checkpoint_in_cpu")
+def test_where_recomputed_blocks_keep_their_inputs(load):
+    block = load(
+        "checkpoint_activations: true\n"
+        "activation_checkpointing: {cpu_checkpointing: true, partition_activations: true}\n"
+    )
+    assert block.model.checkpoint_in_cpu
+    assert [text.split(":")[0] for text in block.ignored] == [
+        "activation_checkpointing.partition_activations"
+    ]
+    with pytest.raises(ConfigError, match="none is recomputed"):
+        load("checkpoint_in_cpu: true\n")
+
+
+def test_what_a_checkpoint_cannot_be_saved_without(load):
+    assert load("no_save_optim: true\n").checkpoint.no_save_optim
+    with pytest.raises(ConfigError, match="weights are in the optimizer's files"):
+        load("no_save_optim: true\nzero_optimization: {stage: 3}\n")
+    with pytest.raises(ConfigError, match="needs tokenizer_type"):
+        load("char_level_ppl: true\n")
