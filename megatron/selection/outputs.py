@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ class OutputRequest:
     about: str
     choice: TokenizerChoice
     config_keys: Mapping[str, str]
+    scoring: Mapping[str, Any]
     workers: int = 1
     overwrite: bool = False
-    scoring: Mapping[str, Any] = field(default_factory=dict)
 
     def path(self, ending: str) -> Path:
         """Return the path of a file with this ending."""

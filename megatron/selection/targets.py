@@ -12,6 +12,7 @@ from typing import Any, Final
 from megatron.errors import DataError
 from megatron.selection.base import Document, Target
 from megatron.selection.inputs import Inputs, open_corpus
+from megatron.tokenizer import Tokenizer
 
 SUBTASK_KEYS: Final = ("subtask", "task")
 _NAMED: Final = re.compile(r"(?P<name>[^=/\\*?]+)=(?P<path>.+)")
@@ -34,8 +35,10 @@ class TargetSet:
         return {target.name: _fingerprint(target.documents) for target in self.targets}
 
 
-def open_targets(words: Sequence[str], *, field: str | None = None) -> TargetSet:
-    """Read targets from files.
+def open_targets(
+    words: Sequence[str], *, field: str | None = None, tokenizer: Tokenizer | None = None
+) -> TargetSet:
+    """Read targets from files, or from tokenised data sets by their prefix.
 
     A word is ``NAME=PATH`` or a path: a folder is a task with a subtask for each of its files, a
     file one whose subtasks are in the key ``subtask`` or ``task`` of its records, or, where no
@@ -45,10 +48,12 @@ def open_targets(words: Sequence[str], *, field: str | None = None) -> TargetSet
     Args:
         words: as given, at least one.
         field: key that holds the text or the conversation; None finds out.
+        tokenizer: that turns tokenised examples into text.
 
     Raises:
         DataError: something does not exist, has no text, or two subtasks have one name.
     """
+    given = _Given(field=field, tokenizer=tokenizer, alone=len(words) == 1)
     found: dict[str, list[Document]] = {}
     groups = []
     for word in words:
@@ -56,7 +61,7 @@ def open_targets(words: Sequence[str], *, field: str | None = None) -> TargetSet
         path = named["path"] if named else word
         own = named["name"].strip() if named else None
         groups.append(own or _task_name(path))
-        for name, documents in _subtasks(path, own, field, alone=len(words) == 1).items():
+        for name, documents in _subtasks(path, own, given).items():
             if name in found:
                 raise DataError(
                     f"--target {word}: a second subtask '{name}'; give one of them another name: "
@@ -67,11 +72,25 @@ def open_targets(words: Sequence[str], *, field: str | None = None) -> TargetSet
     return TargetSet(name="+".join(dict.fromkeys(groups)), targets=targets)
 
 
-def _subtasks(
-    path: str, own: str | None, field: str | None, *, alone: bool
-) -> Mapping[str, list[Document]]:
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """What holds for every word.
+
+    Attributes:
+        field: see :func:`open_targets`.
+        tokenizer: see there.
+        alone: whether there is one word.
+    """
+
+    field: str | None
+    tokenizer: Tokenizer | None
+    alone: bool
+
+
+def _subtasks(path: str, own: str | None, given: _Given) -> Mapping[str, list[Document]]:
     """Return the examples of a path by the name of their subtask."""
-    corpus = open_corpus(Inputs(words=(path,), field=field, flag="--target"))
+    inputs = Inputs(words=(path,), field=given.field, flag="--target")
+    corpus = open_corpus(inputs, tokenizer=given.tokenizer)
     try:
         several = len(corpus.parts) > 1 or Path(path).is_dir()
         found: dict[str, list[Document]] = {}
@@ -79,7 +98,7 @@ def _subtasks(
             name = _inside(row.record) or (row.document.source if several else None)
             if name is None:
                 name = own or row.document.source
-            elif own is not None and not alone:
+            elif own is not None and not given.alone:
                 name = f"{own}/{name}"
             found.setdefault(name, []).append(row.document)
         return found

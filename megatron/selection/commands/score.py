@@ -61,13 +61,16 @@ def run(options: argparse.Namespace) -> int:
     config = read_configuration(options)
     choice = tokenizer_choice(options, config)
     selector = load_method(options.method).from_options(options)
-    targets = open_targets(options.target, field=options.field) if options.target else None
+    tokenizer = choice.tokenizer()
+    targets = None
+    if options.target:
+        targets = open_targets(options.target, field=options.field, tokenizer=tokenizer)
     request = ScoreRequest(
         selector=selector,
         inputs=inputs_of(options, config, options.train),
         targets=targets,
         out=out,
-        tokenizer=choice.tokenizer(),
+        tokenizer=tokenizer,
         encoder=choice.encoder(),
         shard=shard,
         chunk_documents=options.chunk_documents or chunk_documents(options.method),

@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             print("\n".join(bill.lines(int(tokens[chosen].sum()))))
         if options.dry_run:
             return 0
-        request = _outputs(options, config, choice, facts, ranking, chosen, about)
+        request = _outputs(options, choice, facts, ranking, chosen, about)
         done = write_outputs(corpus, chosen, scores, request, _say)
     finally:
         corpus.close()
@@ -285,7 +285,6 @@ def _about(facts: TableFacts, ranking: Ranking, chosen: Places, tokens: NDArray[
 
 def _outputs(
     options: argparse.Namespace,
-    config: Config | None,
     choice: TokenizerChoice,
     facts: TableFacts,
     ranking: Ranking,
@@ -302,14 +301,12 @@ def _outputs(
         share=share,
         epoch=options.epoch,
     )
-    keys: dict[str, str] = {}
-    if config is None and choice.kind is not None:  # else the configuration has them already
-        named = {
-            "tokenizer_type": choice.kind,
-            "vocab_file": choice.vocab_file,
-            "merge_file": choice.merge_file,
-        }
-        keys = {key: value for key, value in named.items() if value is not None}
+    named = {
+        "tokenizer_type": choice.kind,
+        "vocab_file": choice.vocab_file,
+        "merge_file": choice.merge_file,
+    }
+    keys = {key: value for key, value in named.items() if value is not None}
     digest = hashlib.sha256(np.ascontiguousarray(chosen, dtype="<i8").tobytes())
     encoder = choice.encoder()
     domain = options.domain or domain_name(task, facts.method)
