@@ -138,3 +138,30 @@ def test_a_run_goes_on_from_one_checkpoint_of_another(folder: Path, pools: RankP
     for name in ("mixture", "samples"):
         assert runs.records(folder / "new", name) == runs.records(folder / "old", name)[4:]
     assert runs.weights_hash(folder / "new", STEPS) == runs.weights_hash(folder / "old", STEPS)
+
+
+@pytest.mark.option("valid_label_data_paths", "test_label_data_paths")
+def test_labels_of_held_out_data(folder: Path, pools: RankPools) -> None:
+    """What the labels leave out is not measured either."""
+    found = {}
+    for split in ("none", "valid", "test"):
+        domains = {
+            name: {
+                "train": str(folder / name),
+                **{part: str(folder / name) for part in ("valid", "test")},
+                **({} if split == "none" else {f"{split}_labels": str(folder / f"{name}-l")}),
+            }
+            for name in DOMAINS
+        }
+        file = write(folder, f"held-{split}", domains=domains, train_iters=1, save_interval=1)
+        assert pools.call(relayout.train, 1, file) == [0]
+        records = runs.records(folder / f"held-{split}", "metrics")
+        found[split] = [
+            next(r[f"{part}_loss"] for r in records if f"{part}_loss" in r)
+            for part in ("valid", "test")
+        ]
+    (valid, test), labelled = found["none"], (found["valid"], found["test"])
+    assert labelled[0][0] != valid
+    assert labelled[0][1] == test
+    assert labelled[1][0] == valid
+    assert labelled[1][1] != test
