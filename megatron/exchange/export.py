@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from megatron.exchange.place import whole_folder
 from megatron.exchange.shards import plan_shards, write_shards
 from megatron.exchange.source import Source
 from megatron.exchange.tokenizer_files import open_tokenizer, write_tokenizer
+from megatron.exchange.updates import Merged, without_updates
 from megatron.exchange.weights import Weights, open_weights, parameters, true_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,8 +88,29 @@ def export(
             exact=exact, scratch=output.absolute().parent, say=say,
         ) as weights,
     ):  # fmt: skip
-        _write(folder, source, architecture, weights, precision, options, say)
-        return _compare(folder, source, weights, precision, options, say)
+        if source.model.lora is None:
+            _write(folder, source, architecture, weights, precision, options, say)
+            return _compare(folder, source, weights, precision, options, say)
+        plain, merged = (
+            replace(source, model=without_updates(source.model)), Merged(weights, source.model)
+        )  # fmt: skip
+        _write(folder, plain, architecture, merged, precision, options, say)
+        _check_merged(plain, merged, source, weights, say)
+        return _compare(folder, plain, merged, precision, options, say)
+
+
+def _check_merged(
+    plain: Source, merged: Weights, source: Source, weights: Weights, say: Callable[[str], None]
+) -> None:
+    """Compare the model whose weights have taken the updates up with the one beside them."""
+    tokens = sample_tokens(source.model)
+    found = compare(
+        our_logits(plain.model, merged, tokens),
+        our_logits(source.model, weights, tokens),
+        bound=TOLERANCE,
+        what="the model with its updates added to its weights",
+    )
+    say(f"updates of rank {getattr(source.model.lora, 'rank', 0)} added ({found.difference:.1e})")
 
 
 def _notes(source: Source, architecture: Architecture) -> list[str]:

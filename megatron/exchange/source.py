@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.checkpoint.manifest import Manifest
 from megatron.config import ModelConfig, TokenizerConfig, load_config
 from megatron.errors import CheckpointError
-from megatron.training.compatible import check_same_model
+from megatron.training.compatible import check_same_model, facts_of
 from megatron.training.convert import choose
 from megatron.training.reference_checkpoint import recorded_config
 
@@ -58,8 +58,5 @@ def find_source(
         if known is None:
             raise CheckpointError(f"{path}: vocab_size is nowhere said; add it to --config_file")
         model = model.model_copy(update={"vocab_size": known})
-    saved = manifest.extra.get("model", {})
-    check_same_model(
-        manifest, {k: v for k, v in model.model_dump(mode="json").items() if k in saved}
-    )
+    check_same_model(manifest, facts_of(model))
     return Source(path=path, manifest=manifest, model=model, tokenizer=config.tokenizer)

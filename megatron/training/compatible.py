@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from megatron.checkpoint.manifest import Manifest
-from megatron.config import Config
+from megatron.config import Config, ModelConfig
 from megatron.config.optimisation import OptimizerConfig
 from megatron.engine.universal import ADAM_STATE, check_convertible
 from megatron.errors import CheckpointError
@@ -218,10 +218,14 @@ def taken_alone(config: Config) -> bool:
 
 def model_facts(config: Config) -> dict[str, object]:
     """Return what a checkpoint's model must agree in with the configuration's."""
-    facts = config.model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
-    lora = config.model.lora
-    if lora is not None:
-        facts[LORA] = lora.model_dump(mode="json", exclude={"dropout"})
+    return facts_of(config.model)
+
+
+def facts_of(model: ModelConfig) -> dict[str, object]:
+    """Return those of a model."""
+    facts = model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
+    if model.lora is not None:
+        facts[LORA] = model.lora.model_dump(mode="json", exclude={"dropout"})
     return facts
 
 

@@ -14,6 +14,7 @@ from megatron.checkpoint.bundle import write_bundle
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config, ModelConfig, load_config
 from megatron.exchange.weights import parameters, partition_of, true_shape
+from megatron.training.compatible import facts_of
 
 VOCABULARY = 97
 REST = {
@@ -102,7 +103,7 @@ def save(
             "zero_stage": 1,
             "precision": precision,
         },
-        extra={"model": model.model_dump(mode="json")},
+        extra={"model": facts_of(model)},
     )
     return folder
 

@@ -56,6 +56,30 @@ def given(keys: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if value is not None}
 
 
+@pytest.mark.parametrize(("keys", "layout"), [(NEOX, {"pipeline": True}), (LLAMA, {"tensor": 2})])
+def test_updates_are_added_to_the_weights(
+    tmp_path: Path, keys: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    every = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    keys = {**given(keys), "lora": {"rank": 3, "targets": every}}
+    model = exchange.config(tmp_path / "run", keys).model
+    weights = exchange.random_weights(model)
+    exchange.save(tmp_path / "run", keys, weights, **layout)
+    said: list[str] = []
+    source = find_source(tmp_path / "run", step=None, say=quiet)
+    export(source, tmp_path / "hf", ExportOptions(), say=said.append)
+    assert any("updates of rank 3" in line for line in said)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        found = theirs(tokens).logits
+        hidden, output = loaded(model, weights)(tokens)
+        bare, _ = loaded(model.model_copy(update={"lora": None}), weights)(tokens)
+    expected = (hidden @ output.T)[..., :VOCABULARY]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (bare - hidden).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(("keys", "layout", "kind"), GRID)
 def test_there_and_back(
     tmp_path: Path, keys: dict[str, Any], layout: dict[str, Any], kind: str
