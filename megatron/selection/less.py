@@ -242,11 +242,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_options(options: argparse.Namespace) -> Less:
     """Make the selector; see :class:`Less` for the errors.
 
-    A run of ours needs an ``exporter`` besides, which the command sets.
+    A run of ours needs ``options.exporter`` besides, which the command sets.
     """
     return Less(
         model=options.model,
         settings=settings_of(options),
         batch_tokens=options.batch_tokens,
         device=options.device,
+        exporter=getattr(options, "exporter", None),
     )

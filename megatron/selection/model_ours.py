@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron.checkpoint.store import CheckpointStore
@@ -16,6 +15,7 @@ from megatron.model.domain_loss import DomainLoss
 from megatron.parallel.topology import Topology
 from megatron.selection.base import Say
 from megatron.selection.language_model import Ids, Losses, Named
+from megatron.selection.padding import cut_rows, pad_rows
 from megatron.tokenizer import Tokenizer
 from megatron.training.frozen import build_frozen, whole_parameters
 from megatron.training.inference_options import run_tokenizer
@@ -113,17 +113,3 @@ class OurModel:
     def _count(self, length: int) -> float:
         spec = self._spec.model_copy(update={"seq_length": length})
         return forward_flops(spec, length)
-
-
-def pad_rows(rows: Sequence[Ids]) -> torch.Tensor:
-    """Return int64 [n, longest], each row filled up at its end with token 0."""
-    padded = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
-    for number, row in enumerate(rows):
-        padded[number, : len(row)] = row
-    return torch.from_numpy(padded)
-
-
-def cut_rows(losses: torch.Tensor, rows: Sequence[Ids]) -> list[Losses]:
-    """Return of each row of losses what belongs to its tokens, all but the first of them."""
-    found = losses.double().cpu().numpy()
-    return [found[number, : len(row) - 1] for number, row in enumerate(rows)]

@@ -20,7 +20,7 @@ from megatron.selection.model_folder import (
     longest_input,
     tokenizer_identity,
 )
-from megatron.selection.model_ours import cut_rows, pad_rows
+from megatron.selection.padding import cut_rows, pad_rows
 
 _PURPOSE = "scoring by a model of transformers"
 _CHUNK_TOKENS = 1024

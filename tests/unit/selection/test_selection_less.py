@@ -39,10 +39,24 @@ NEOX_MODEL = {**NEOX, "gpt_j_residual": True, "rotary_pct": 0.25, "no_weight_tyi
 CHAT = (("user", "ab cab?"), ("assistant", "bad cab"), ("user", "fed"), ("assistant", "face"))
 
 
+KEYS = {"neox": NEOX_MODEL, "llama": LLAMA}
+
+
 @pytest.fixture(scope="module", params=["neox", "llama"])
-def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def each(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    return make_models(folder, NEOX_MODEL if request.param == "neox" else LLAMA, length=96)[1]
+    return make_models(folder, KEYS[request.param], length=96)[1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of ours, and the folder that it is exported to."""
+    return make_models(tmp_path_factory.mktemp("made"), LLAMA, length=96)
+
+
+@pytest.fixture(scope="module")
+def model(both: tuple[Path, Path]) -> Path:
+    return both[1]
 
 
 def corpus() -> Made:
@@ -114,11 +128,11 @@ def test_adams_update_is_the_next_step_of_torchs_adamw():
     assert torch.equal(precondition(gradient[None], state, "sign")[0], gradient.sign())
 
 
-def test_influence_equals_a_dense_computation(model, tmp_path):
-    selector = prepared(model, tmp_path)
+def test_influence_equals_a_dense_computation(each, tmp_path):
+    selector = prepared(each, tmp_path)
     documents = corpus().documents
     found, cost = selector.score(documents)
-    tools = open_features(model, SMALL, batch_tokens=64, device="cpu")
+    tools = open_features(each, SMALL, batch_tokens=64, device="cpu")
     signs = explicit_signs(tools.lora.size, SMALL.dimension, SMALL.seed)
 
     def gradient(example: Example, state: LoraState) -> np.ndarray:
@@ -232,7 +246,7 @@ def test_the_warm_up_learns_and_the_seed_decides(model, tmp_path):
         "same": {}, "seed": {"seed": 6}, "dropout": {"dropout": 0.3}, "rank": {"rank": 4},
         "alpha": {"alpha": 8.0}, "batch": {"warmup_batch": 3}, "rate": {"rate": 1e-3},
         "share": {"warmup_share": 0.2}, "cut": {"max_tokens": 30}, "bf16": {"dtype": "bf16"},
-        "modules": {"lora_targets": ("dense",) if "neox" in str(model) else ("v_proj",)},
+        "modules": {"lora_targets": ("v_proj",)},
     }.items():  # fmt: skip
         settings = replace(SMALL, epochs=1, **changes)
         Less(model=str(model), settings=settings, device="cpu").prepare(
@@ -248,7 +262,7 @@ def test_options_reach_the_selector_and_decide_its_scores(model, tmp_path):
     parser = argparse.ArgumentParser()
     less.add_arguments(parser)
     given = ["--model", str(model), "--lora-rank", "2", "--lora-alpha", "3", "--lora-dropout", "0",
-             "--lora-targets", "dense" if "neox" in str(model) else "v_proj", "--warmup-share",
+             "--lora-targets", "v_proj", "--warmup-share",
              "0.3", "--epochs", "2", "--warmup-batch", "5", "--learning-rate", "0.1", "--dimension",
              "7", "--gradient-type", "sign", "--max-tokens", "11", "--seed", "4", "--dtype",
              "bf16", "--batch-tokens", "99", "--device", "cpu"]  # fmt: skip
@@ -269,7 +283,7 @@ def test_options_reach_the_selector_and_decide_its_scores(model, tmp_path):
         with pytest.raises(ConfigError, match="must be"):
             LessSettings(**{flag: value})
     with pytest.raises(ConfigError, match="no such module"):
-        prepared(model, tmp_path / "other", lora_targets=("densee",))
+        prepared(model, tmp_path / "other", lora_targets=("v_projj",))
 
 
 def test_answers_alone_are_learned(model, tmp_path):
@@ -294,8 +308,8 @@ def test_answers_alone_are_learned(model, tmp_path):
     assert np.array_equal(kept[0].labels, chat.labels)
 
 
-def test_a_run_of_ours_is_exported_by_whoever_makes_the_selector(tmp_path):
-    ours, hf = make_models(tmp_path / "made", LLAMA)
+def test_a_run_of_ours_is_exported_by_whoever_makes_the_selector(both, tmp_path):
+    ours, hf = both
     selector = Less(model=str(ours), settings=SMALL, device="cpu")
     with pytest.raises(ConfigError, match="convert_checkpoint"):
         selector.prepare(corpus(), targets(), tmp_path / "work", quiet)
