@@ -40,7 +40,7 @@ from megatron.config.neox import (
 from megatron.config.node import Node
 from megatron.config.optimizers import OPTIMIZER_PARAMS
 from megatron.config.problems import Problems
-from megatron.config.run import CheckpointConfig, is_run_name
+from megatron.config.run import STEPS_OF_EPOCHS, CheckpointConfig, is_run_name
 from megatron.config.sampling import map_sampling_keys
 from megatron.config.suggest import did_you_mean
 
@@ -270,6 +270,10 @@ def _complete(draft: Draft) -> None:
     if merges is not None and merges.value is not None and (kind is None or kind.value is None):
         fields = draft.groups["tokenizer"]
         fields["tokenizer_type"] = replace(merges, value="GPT2BPETokenizer")
+    training = draft.groups.setdefault("training", {})
+    epochs, steps = training.get("train_epochs"), training.get("train_iters")
+    if epochs is not None and epochs.value is not None and (steps is None or steps.value is None):
+        training["train_iters"] = replace(epochs, value=STEPS_OF_EPOCHS)
     options = draft.groups.pop("zero_options", {})
     if options:
         first = next(iter(options.values()))

@@ -173,7 +173,6 @@ REFUSED: dict[str, Refusal] = {
             ("neg_", "label_data"),
         )
     },
-    "train_epochs": Refusal(instead="give train_iters; --check prints the epochs of every domain"),
     "precompute_model_name": Refusal(instead="there is no precomputation; remove the key"),
     # keys of published files that GPT-NeoX itself does not know
     "attention_type": Refusal(instead="set num_kv_heads, the number of key and value heads"),

@@ -21,6 +21,9 @@ from megatron.config.profiling import CommsLoggerConfig, CsvMonitorConfig, Flops
 
 _SKIP = re.compile(r"skip\(([1-9][0-9]{0,8})\)")
 
+STEPS_OF_EPOCHS = 2**40
+"""Stands for ``train_iters`` until the data has been opened, under ``train_epochs``."""
+
 
 def _nonfinite(value: Any) -> Any:
     if isinstance(value, str):
@@ -39,7 +42,11 @@ class TrainingConfig(Group):
     """Length of the run, validation, and what makes it repeatable."""
 
     train_iters: Count
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; or give `train_epochs`."""
+    train_epochs: Count | None = None
+    """Where no `train_iters` are given: as many steps as this many passes over all training data
+    have whole batches, each domain's windows counted once a pass. How often each domain itself is
+    read follows from the mixture; with `mixing: {weights: natural}` it is so often, too."""
     seed: NonNegativeInt = 1234
     """Seed of the weights, the order of the data and dropout."""
     eval_interval: Count = 1000
@@ -88,6 +95,11 @@ class TrainingConfig(Group):
     reported losses are without it. (GPT-NeoX reads the key for reward models alone.)"""
     epoch_offset: bool = True
     """Let each epoch of a domain cut its windows at another offset."""
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether the number of steps is still to be worked out from the data."""
+        return self.train_iters == STEPS_OF_EPOCHS
 
     @property
     def nonfinite_limit(self) -> int:

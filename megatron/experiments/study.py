@@ -47,7 +47,12 @@ class Base:
 
     def load(self, more: Iterable[str] = ()) -> Config:
         """Return the configuration with ``more`` overrides after its own."""
-        return load_config(self.files, conf_dir=self.conf_dir, overrides=[*self.overrides, *more])
+        config = load_config(self.files, conf_dir=self.conf_dir, overrides=[*self.overrides, *more])
+        if config.training.counts_epochs:
+            raise ConfigError(
+                "train_epochs: the runs of a study are as long as its budget says; give train_iters"
+            )
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from megatron.training.compatible import (
 from megatron.training.counting import counter
 from megatron.training.domains import OpenDomains, open_run_domains, start_weights
 from megatron.training.edits import find_edits
+from megatron.training.epochs import with_steps
 from megatron.training.inference_options import check_tasks
 from megatron.training.layout import layer_bounds, run_layout
 from megatron.training.plan import checkpoint_bytes
@@ -84,7 +85,7 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
     deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=data_size)
     domains = open_run_domains(config)
     try:
-        config = complete(config, domains)
+        config = with_steps(complete(config, domains), domains, total)
         layer_bounds(config)
         weights = start_weights(config.mixing, config.domains, domains)
         mixer = build_controller(config, domains, weights, micro=micro, total=total)

@@ -16,6 +16,7 @@ from megatron.data.loss_header import HEADER_NAME
 from megatron.data.loss_store import LossStore
 from megatron.errors import ConfigError, NeomixError
 from megatron.training.domains import OpenDomains, open_run_domains
+from megatron.training.epochs import with_steps
 from megatron.training.layout import run_layout
 from megatron.training.reference_checkpoint import check_reference, find_reference
 from megatron.training.summary import check_device, complete
@@ -105,11 +106,11 @@ def open_for_scoring(config: Config, *, world_size: int, gpus: int) -> tuple[Con
     Raises:
         NeomixError: the ranks cannot be arranged as asked, or the data is not there.
     """
-    resolve_batch(config.batch, run_layout(config, world_size).data_size)
+    total = resolve_batch(config.batch, run_layout(config, world_size).data_size)[2]
     check_device(config, on_cpu=gpus == 0)
     domains = open_run_domains(config)
     try:
-        return complete(config, domains), domains
+        return with_steps(complete(config, domains), domains, total), domains
     except NeomixError:
         domains.close()
         raise

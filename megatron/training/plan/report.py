@@ -140,6 +140,9 @@ def _traffic(plan: Plan, assumptions: Assumptions) -> Iterator[str]:
 
 
 def _time(plan: Plan, assumptions: Assumptions) -> Iterator[str]:
+    if plan.config.training.counts_epochs and not assumptions.tokens:
+        yield "budget: train_epochs needs the data to be counted: see --check, or give --tokens"
+        return
     steps, data = plan.config.training.train_iters, plan.config.data
     rows = data.tokens_per_row(steps, plan.config.model.context_length)
     tokens = assumptions.tokens or float(plan.total * rows)

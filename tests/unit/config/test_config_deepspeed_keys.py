@@ -148,6 +148,17 @@ def test_where_recomputed_blocks_keep_their_inputs(load):
         load("checkpoint_in_cpu: true\n")
 
 
+@pytest.mark.option("train_epochs")
+def test_epochs_stand_for_steps_until_the_data_is_counted(load):
+    epochs = load("train_epochs: 2\n", without=("train_iters",))
+    assert epochs.training.counts_epochs
+    both = load("train_epochs: 2\n")
+    assert both.training.train_iters == 100
+    assert not both.training.counts_epochs
+    with pytest.raises(ConfigError, match="train_iters: required"):
+        load("", without=("train_iters",))
+
+
 def test_what_a_checkpoint_cannot_be_saved_without(load):
     assert load("no_save_optim: true\n").checkpoint.no_save_optim
     with pytest.raises(ConfigError, match="weights are in the optimizer's files"):

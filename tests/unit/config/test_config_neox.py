@@ -182,9 +182,9 @@ use_wandb: null
         "partition-activations",
         "synchronize-each-layer",
         "distributed-backend",
-        "steps_per_print",
-        "wall_clock_breakdown",
     ]
+    assert config.logging.steps_per_print == 10
+    assert config.logging.wall_clock_breakdown
 
 
 @pytest.mark.option("optimizer", "optimizer_type")
