@@ -27,7 +27,7 @@ from megatron.selection.base import Corpus, Document, Say
 
 WordsOf = Callable[[Document], list[str]]
 
-_BATCH: Final = 1000  # documents between two looks at the segment's size
+_BATCH: Final = 256  # documents between two looks at the segment's size
 _MERGED_AT_ONCE: Final = 64  # files open at a time
 _PLACES: Final = 32  # bits for the number of a word in its segment
 _SUMMED_IN_ORDER: Final = 8_000_000  # words; 16 bytes of memory each
@@ -137,6 +137,16 @@ class _Counted:
     length: int = 0
     frequency: Counter[str]
 
+    def distinct(
+        self, documents: Iterator[Document], words_of: WordsOf
+    ) -> Iterator[Mapping[str, None]]:
+        """Yield a document's words, each once, where it first stands; hold one document."""
+        for one in documents:
+            found = words_of(one)
+            self.documents += 1
+            self.length += len(found)
+            yield dict.fromkeys(found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Segment:
@@ -152,13 +162,11 @@ def _count_segment(
     """Count documents until the segment is full or there are none."""
     found = _Counted(frequency=Counter())
     while found.documents < limits.documents and len(found.frequency) < limits.words:
-        size = min(_BATCH, limits.documents - found.documents)
-        batch = [words_of(one) for one in itertools.islice(documents, size)]
-        if not batch:
+        before = found.documents
+        batch = itertools.islice(documents, min(_BATCH, limits.documents - before))
+        found.frequency.update(itertools.chain.from_iterable(found.distinct(batch, words_of)))
+        if found.documents == before:
             break
-        found.documents += len(batch)
-        found.length += sum(map(len, batch))
-        found.frequency.update(itertools.chain.from_iterable(map(dict.fromkeys, batch)))
     return found
 
 

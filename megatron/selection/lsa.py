@@ -8,7 +8,6 @@ projected on the leading directions of a sample of the corpus by a truncated SVD
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ PURPOSE: Final = "--method embed --model lsa"
 
 _FILE: Final = "lsa.npz"
 _TEXTS_AT_ONCE: Final = 1024
+_CHARACTERS_AT_ONCE: Final = 1 << 24
 _PASS_OVER: Final = 50  # documents between two of the sample that are rather read than sought past
 
 
@@ -137,5 +137,14 @@ def sample(corpus: Corpus, most: int) -> Iterator[Any]:
 
 
 def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:
-    while block := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
+    """Yield texts in lists that are not too long."""
+    block: list[str] = []
+    characters = 0
+    for text in texts:
+        block.append(text)
+        characters += len(text)
+        if len(block) == _TEXTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield block
+            block, characters = [], 0
+    if block:
         yield block
