@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -89,6 +89,14 @@ def laws_along(gains: Sequence[Gain], sizes: FloatArray) -> FloatArray:
     mixed = (1.0 - way) * nodes[before, row] + way * nodes[after, row]
     mixed[:, 1] = np.exp(mixed[:, 1])
     return np.asarray(mixed)
+
+
+def fitted_along(gains: Sequence[Gain], sizes: FloatArray) -> FloatArray:
+    """Return the fitted law at each of some sizes, [sizes, 3]."""
+    same = [
+        replace(gain, draws=np.repeat(gain.law[None], len(sizes) - 1, axis=0)) for gain in gains
+    ]
+    return laws_along(same, sizes)
 
 
 def _rows(gains: Sequence[Gain]) -> int:

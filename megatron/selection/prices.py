@@ -102,9 +102,11 @@ class Prices:
         model = self.model(method)
         if model is None or self.reading is None:
             return "as its runs were charged"
+        count = self.reading.checkpoints
         passes = {
             "embed": "one forward pass",
             "ppl": "one forward pass",
-            "less": f"{self.reading.checkpoints} × three forward passes' worth and the warm-up",
+            "less": f"gradients at {count} checkpoint{'s' if count > 1 else ''} (each as dear as "
+            "three forward passes) and a warm-up",
         }[kind]
         return f"{passes} of {model.name} over {size_name(self.reading.corpus)} tokens"

@@ -19,7 +19,7 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: Final[tuple[str, ...]] = ("score", "merge", "select")
+COMMANDS: Final[tuple[str, ...]] = ("score", "merge", "select", "fit", "plan")
 """Names of the subcommands; the module has the same name."""
 
 
