@@ -96,15 +96,19 @@ MAPPED: dict[str, str] = {
 """What is said of a name that asks for a place and not for a rule."""
 
 _ONE_BIT = (
-    "sends its own compressed gradients, which ZeRO (always on here) and DeepSpeed's 1-bit code "
-    "exclude each other from doing; use Adam with communication_data_type: fp16 to send less"
+    "was code of DeepSpeed's, which DeepSpeed no longer has (0.19); use Adam with "
+    "communication_data_type: fp16 to send less"
 )
 REFUSED_KINDS: dict[str, str] = {
     "onebitadam": _ONE_BIT,
     "zerooneadam": _ONE_BIT,
     "onebitlamb": _ONE_BIT,
-    "muon": "orthogonalises whole matrices, of which tensor ranks hold parts; use Adam or Lion",
-    "musgd": "is sgd with µP's learning rates; use sgd with use_mup",
+    "muon": "orthogonalises whole matrices, of which ZeRO's and tensor ranks hold parts, and "
+    "GPT-NeoX has none; use Adam or Lion",
+    "muadam": "is Adam with µP's learning rates; use Adam with use_mup",
+    "muadamw": "is AdamW with µP's learning rates; use AdamW with use_mup",
+    "musgd": "is SGD with µP's learning rates, which are known for Adam's kind alone; use Adam "
+    "with use_mup",
     "adagrad": "is not offered; use SM3, which keeps less of the same",
     "lamb": "is not offered; use Adam",
 }

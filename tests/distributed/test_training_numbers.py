@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import yaml
 from support import runs
 from support.equality import relative
+from support.optimizers import Watched
 from support.pool import RankPools
-from support.training import Harness
 
 from megatron.config import load_config
 from megatron.parallel.layout import Layout
@@ -42,7 +42,7 @@ def body(rank: int, world: int, files: dict[str, Path]) -> dict[str, Any]:
     """Train what each file describes, one after the other."""
     found = {}
     for name, file in files.items():
-        harness = Harness(file)
+        harness = Watched(file)
         try:
             harness.run(STEPS)
             optimizer = harness.parts.engine.optimizer
@@ -51,6 +51,7 @@ def body(rank: int, world: int, files: dict[str, Path]) -> dict[str, Any]:
                 "losses": [record["domain_loss"] for record in harness.ledger],
                 "lr": [record["lr"] for record in harness.ledger],
                 "norms": [record["grad_norm"] for record in harness.ledger],
+                "statistics": harness.statistics,
                 "betas": inner.param_groups[0]["betas"],
                 "before": (
                     not getattr(optimizer, "postscale_gradients", True),
@@ -172,3 +173,37 @@ def test_gradients_divided_before_their_sum_are_the_same(pools: RankPools, data:
             other = found[f"{name}-{kind}"]
             assert relative(other["norms"], after["norms"]) <= 1e-6, (name, kind)
             assert np.allclose(other["losses"], after["losses"], rtol=1e-6, equal_nan=True)
+
+
+@pytest.mark.option("wall_clock_breakdown", "flops_profiler", "checkpoint_in_cpu")
+def test_measuring_changes_nothing_in_any_layout(pools: RankPools, data: Path) -> None:
+    parts = {"forward", "backward", "optimizer", "batch generator", "backward-allreduce"}
+    recomputed = {"checkpoint_activations": True, "log_interval": 2}
+    cases: dict[str, dict[str, Any]] = {}
+    for name, shape in SHAPES.items():
+        cases[f"{name}-plain"] = {**shape, **recomputed}
+        cases[f"{name}-measured"] = {
+            **shape,
+            **recomputed,
+            "checkpoint_in_cpu": True,
+            "wall_clock_breakdown": True,
+            "flops_profiler": {"enabled": True, "profile_step": 2},
+        }
+    found = train(pools, data, cases)
+    totals = {}
+    for name in SHAPES:
+        plain, measured = found[f"{name}-plain"], found[f"{name}-measured"]
+        assert measured["losses"] == plain["losses"], name
+        assert measured["norms"] == plain["norms"], name
+        for step, statistics in measured["statistics"].items():
+            told = {key.removeprefix("timers/") for key in statistics}
+            # Step 3 is not logged.
+            assert told == ((parts | ({"pipe"} & told)) if step < 3 else set()), (name, step)
+        assert ("timers/pipe" in measured["statistics"][1]) is (name == "pipe")
+        assert plain["statistics"] == {1: {}, 2: {}, 3: {}}
+        profile = (data / f"{name}-measured" / "profile" / "flops.txt").read_text()
+        totals[name] = int(profile.split("total ")[1].split()[0].replace(",", ""))
+    assert totals["zero1"] == totals["zero2"]
+    # ZeRO 3's hooks let recomputation run to the end of a block.
+    assert totals["zero1"] <= totals["zero3"] < 1.1 * totals["zero1"]
+    assert 0 < totals["pipe"] < totals["zero1"] * 2

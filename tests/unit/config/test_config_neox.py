@@ -203,7 +203,7 @@ def test_optimizer_forms(load):
     for text in ("amsgrad=true", "bias_correction=false", "momentum=0.9"):
         with pytest.raises(ConfigError, match=text.split("=")[0]):
             load("", f"optimizer.params.{text}")
-    for name in ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Muon"):
+    for name in ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Muon", "MuAdam", "MuSGD"):
         with pytest.raises(ConfigError, match=f"refused: {name} .*; use "):
             load("", f"optimizer.type={name}")
 
