@@ -14,7 +14,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = load_command(name)
     options = parse(name, rest)
     options.words = [PROGRAM, *given]
+    options.exporter = _export
     # One process is one core; more are asked for by --workers or --shard.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
@@ -93,6 +94,22 @@ def overview() -> str:
 
     parts = [str(__doc__).strip(), *(command_parser(name).format_help() for name in COMMANDS)]
     return "\n\n".join(parts).rstrip()
+
+
+def _export(given: str, folder: Path, say: Callable[[str], None]) -> None:
+    """Write RUN or RUN,ITERATION as a folder that transformers loads, unless it is there.
+
+    What exports stands above what chooses, so the selectors that need it are handed it.
+    """
+    if folder.is_dir():
+        return
+    from megatron.exchange.export import ExportOptions, export
+    from megatron.exchange.source import find_source
+    from megatron.selection.language_model import named_model
+
+    run = named_model(given)
+    source = find_source(run.path, step=run.step, say=say)
+    export(source, folder, ExportOptions(precision="fp32"), say=say)
 
 
 def _terminate(*_: object) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, RunError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Number formats by the names that they have in configurations."""
@@ -19,6 +22,9 @@ def choose_device(name: str) -> torch.device:
         ConfigError: there is no such device.
     """
     there = torch.cuda.is_available()
+    if not there:
+        # What reads our checkpoints looks for a GPU too, and would complain of finding none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "auto":
         return torch.device("cuda" if there else "cpu")
     try:
@@ -30,6 +36,23 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
     return device
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Say which flag helps where a device runs out of memory.
+
+    Raises:
+        RunError: it has.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"the device has no memory for one pass of the model ({reason}); give a smaller "
+            "--batch-tokens, or --dtype bf16; the same command goes on where this one stopped"
+        ) from error
 
 
 def positive(text: str) -> int:

@@ -78,8 +78,10 @@ class Less:
             ConfigError: the model is a run of ours, and there is no exporter.
             DataError: a subtask, or the sample of the warm-up, has nothing to learn.
         """
+        from megatron.selection.devices import choose_device
         from megatron.selection.less_warmup import sample, warm_up
 
+        choose_device(self.device)
         folder.mkdir(parents=True, exist_ok=True)
         self._export(folder, say)
         tools = self._tools(folder)

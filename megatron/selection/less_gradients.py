@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from megatron.data.samples import UNTRAINED
-from megatron.errors import RunError
+from megatron.selection.devices import enough_memory
 from megatron.selection.less_examples import Example
 from megatron.selection.lora_model import LoraModel
 
@@ -141,7 +141,9 @@ class ExampleGradients:
                     yield numbers, torch.cat(found)
                     numbers, found = [], []
                 numbers = numbers + part
-                found.append(self._gradients(parameters, [examples[number] for number in part]))
+                with enough_memory():
+                    gradients = self._gradients(parameters, [examples[n] for n in part])
+                found.append(gradients)
         if numbers:
             yield numbers, torch.cat(found)
 
@@ -156,11 +158,8 @@ class ExampleGradients:
                     warnings.simplefilter("ignore")  # of operations that vmap does one by one
                     each = vmap(taken, in_dims=(None, 0, 0))(parameters, tokens, labels)
                 return self._flat(each, len(examples))
-            except torch.OutOfMemoryError as error:
-                raise RunError(
-                    f"less: no memory for gradients of {len(examples)} examples at once; give a "
-                    "smaller --batch-tokens"
-                ) from error
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError, NotImplementedError):
                 # Some models decide by what is in a tensor, which vmap cannot: one by one, then.
                 self._together = False

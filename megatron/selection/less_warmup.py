@@ -14,6 +14,7 @@ import torch
 from megatron.data.permutation import hash_key, permute_one
 from megatron.errors import DataError
 from megatron.selection.base import Corpus, Say
+from megatron.selection.devices import enough_memory
 from megatron.selection.less_examples import Example, ExampleFile, ExampleMaker, write_examples
 from megatron.selection.less_gradients import (
     BETA_1,
@@ -178,9 +179,10 @@ def _add_gradients(lora: LoraModel, batch: list[Example], batch_tokens: int) -> 
     total = 0.0
     for numbers in by_length([len(one.tokens) for one in batch], batch_tokens):
         tokens, labels = padded([batch[number] for number in numbers], lora.device)
-        logits = lora.model(input_ids=tokens, use_cache=False).logits
-        losses = example_losses(logits, labels)
-        (losses.sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
+        with enough_memory():
+            logits = lora.model(input_ids=tokens, use_cache=False).logits
+            losses = example_losses(logits, labels)
+            (losses.sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
         total += float(losses.detach().double().sum())
     return total
 

@@ -162,6 +162,8 @@ class Perplexity:
         if self._store is not None:
             return self._store.score(documents)[:, None], Cost()
         assert self._model is not None, "open() comes before score()"
+        from megatron.selection.devices import enough_memory
+
         model = self._model
         tokens = [self._tokens(document, model) for document in documents]
         size, stride = fitted(self._window, self._stride, model.longest)
@@ -174,7 +176,9 @@ class Perplexity:
         cost = Cost()
         for batch in batches(pieces, self._batch_tokens):
             rows = [tokens[one.document][one.window.start : one.window.stop] for one in batch]
-            for one, losses in zip(batch, model.token_losses(rows), strict=True):
+            with enough_memory():
+                lost = model.token_losses(rows)
+            for one, losses in zip(batch, lost, strict=True):
                 sums[one.document] += losses[-one.window.predicted :].sum()
                 counts[one.document] += one.window.predicted
                 read = one.window.read

@@ -342,3 +342,28 @@ def test_learning_rates_and_modules():
     assert attention_modules(gpt2, ()) == ("c_attn",)
     with pytest.raises(ConfigError, match="not known which"):
         attention_modules(torch.nn.Sequential(torch.nn.Linear(2, 2)), ())
+
+
+def test_the_command_exports_a_run_and_its_shards_agree_to_the_byte(both, tmp_path):
+    from tools import select_data
+
+    records = [{"text": local_tasks.text(n, 3 + n)} for n in range(20)]
+    records += [{"messages": [{"role": r, "content": c} for r, c in CHAT]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (tmp_path / "t.jsonl").write_text(json.dumps(records[3]) + "\n")
+
+    def score(out: str, method: str, *words: str) -> Path:
+        given = ["--train", tmp_path / "train.jsonl", "--out", tmp_path / out, "--device", "cpu",
+                 "--chunk-documents", "4", "--model", both[0], *words]  # fmt: skip
+        assert select_data.main(["score", "--method", method, *map(str, given)]) == 0
+        return tmp_path / out
+
+    less_words = ["--target", f"t={tmp_path / 't.jsonl'}", "--dimension", "64", "--epochs", "1",
+                  "--warmup-batch", "4", "--warmup-share", "0.3"]  # fmt: skip
+    for method, words in (("ppl", ["--window", "24", "--stride", "8"]), ("less", less_words)):
+        whole = score(f"{method}.parquet", method, *words).read_bytes()
+        for shard in ("2/3", "0/3", "1/3"):
+            score(f"{method}-3.parquet", method, *words, "--shard", shard)
+        assert select_data.main(["merge", "--out", str(tmp_path / f"{method}-3.parquet")]) == 0
+        assert (tmp_path / f"{method}-3.parquet").read_bytes() == whole
+    assert (tmp_path / "less-3.parquet.work/prepared/exported/config.json").is_file()

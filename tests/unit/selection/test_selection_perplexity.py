@@ -16,7 +16,7 @@ from support.selecting import Made, document, make_models, quiet
 from support.store import made_up_losses, write_store
 
 from megatron.data.domain import open_domain
-from megatron.errors import ConfigError, DataError
+from megatron.errors import ConfigError, DataError, RunError
 from megatron.selection import perplexity
 from megatron.selection.inputs import Inputs, open_corpus
 from megatron.selection.perplexity import Perplexity
@@ -189,6 +189,16 @@ def test_what_is_given_decides(models, tmp_path):
         Perplexity(model=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no GPU"):
         Perplexity(model=str(hf), device="cuda:7").prepare(Made([]), (), tmp_path, quiet)
+    selector = Perplexity(model=str(hf), device="cpu")
+    selector.open(tmp_path, ())
+    assert selector._model is not None
+
+    def no_room(rows: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    selector._model.token_losses = no_room  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="smaller --batch-tokens"):
+        selector.score(texts())
     half = scored(hf, tmp_path, texts(), dtype="bf16")
     full = scored(hf, tmp_path, texts())
     assert np.nanmax(np.abs(half - full)) > 1e-4
