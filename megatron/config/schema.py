@@ -265,6 +265,9 @@ MAPPED: dict[str, str] = {
     "decay_embeddings": "Whether input and output embeddings decay, as in GPT-NeoX.",
     "lr_end": "`min_lr`",
     "save_iters": "`extra_save_iters`",
+    "num_experts": "`moe_num_experts`",
+    "expert_interval": "`moe_expert_interval`",
+    "moe_aux_loss_coeff": "`moe_loss_coeff`",
     "data_path": "one domain under `domains`, cut by `split`",
     "train_data_paths": "domains, named by file (or folder, where file names say nothing)",
     "valid_data_paths": "`valid` of the domains, matched by name, else by place in the list; "

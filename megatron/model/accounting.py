@@ -69,6 +69,14 @@ def parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
     return embeddings + blocks + norm_parameters(spec)
 
 
+def active_parameters(spec: ModelSpec, layer: int) -> int:
+    """Return the parameters of a block that one token passes through."""
+    kind, experts = block_kinds(spec)[layer]
+    one = sum(parameter.count for parameter in expert_inventory(spec))
+    idle = 0 if experts == 1 else (experts - spec.moe_top_k) * one
+    return block_parameters(spec, kind, experts) - idle
+
+
 def active_parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
     """Return the parameters that one token passes through: of all experts, those it goes to.
 
@@ -76,9 +84,11 @@ def active_parameter_count(spec: ModelSpec, *, tensor_size: int = 1) -> int:
         spec: the architecture.
         tensor_size: tensor-parallel ranks, for the padding of the vocabulary.
     """
-    one = sum(parameter.count for parameter in expert_inventory(spec))
-    idle = sum(experts - spec.moe_top_k for experts in block_experts(spec) if experts > 1)
-    return parameter_count(spec, tensor_size=tensor_size) - idle * one
+    idle = sum(
+        block_parameters(spec, *kind) - active_parameters(spec, layer)
+        for layer, kind in enumerate(block_kinds(spec))
+    )
+    return parameter_count(spec, tensor_size=tensor_size) - idle
 
 
 def layer_names(spec: ModelSpec) -> list[str]:

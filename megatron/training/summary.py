@@ -14,6 +14,7 @@ from megatron.monitor.throughput import short
 from megatron.parallel.layout import Layout
 from megatron.training.domains import OpenDomains
 from megatron.training.plan import make_plan
+from megatron.training.plan.report import active
 from megatron.training.plan.units import size
 
 FloatArray = npt.NDArray[np.float64]
@@ -114,8 +115,8 @@ def startup_report(
         f"{curriculum}; {iters:,} steps = {short(float(trained))} tokens"
     )
     say(
-        f"model: {plan.parameters:,} parameters (vocabulary {model.vocab_size:,} padded to "
-        f"{model.padded_vocab_size(layout.tensor_size):,}), {config.precision}, "
+        f"model: {plan.parameters:,} parameters{active(plan)} (vocabulary {model.vocab_size:,} "
+        f"padded to {model.padded_vocab_size(layout.tensor_size):,}), {config.precision}, "
         f"{plan.flops_per_token / 1e9:.3g} GFLOP per token, "
         f"{plan.flops_per_token * trained:.3g} FLOP in all"
     )

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.model.accounting import block_kinds
 from megatron.model.spec import (
     GATED_ACTIVATIONS,
     MIXERS,
     ModelSpec,
-    attention_types,
     ffn_width,
     head_size,
     kv_heads,
@@ -81,7 +81,7 @@ def stage_activations(
 ) -> StageActivations:
     """Count the activations of the layers from ``first`` up to before ``last``."""
     total = spec.num_layers + 3
-    blocks = attention_types(spec)[max(first, 1) - 1 : max(last - 1, 0)]
+    blocks = block_kinds(spec)[max(first, 1) - 1 : max(last - 1, 0)]
     tokens = setting.tokens(spec)
     saved = blocks_saved(spec, setting, blocks)
     saved += tokens * 24  # ids, targets, mask, weights
@@ -90,13 +90,13 @@ def stage_activations(
     # A stage keeps its output for backward; tensor ranks that hold the same share it out.
     handed_on = tokens * spec.hidden_size * setting.width / setting.tensor_size
     saved += handed_on if last < total else loss_saved(spec, setting)
-    workspace = _block_workspace(spec, setting) if blocks else 0.0
+    workspace = _block_workspace(spec, setting, blocks) if blocks else 0.0
     if last == total:
         workspace = max(workspace, loss_workspace(spec, setting))
     return StageActivations(saved=saved, in_flight=in_flight, workspace=workspace)
 
 
-def block_saved(spec: ModelSpec, setting: Setting, kind: str = "global") -> float:
+def block_saved(spec: ModelSpec, setting: Setting, kind: str = "global", experts: int = 1) -> float:
     """Return the bytes that one block keeps when it is not recomputed, its input included."""
     if kind in MIXERS:
         return _gmlp_saved(spec, setting, kind)
@@ -113,7 +113,20 @@ def block_saved(spec: ModelSpec, setting: Setting, kind: str = "global") -> floa
         norms -= residual  # both norms keep the same input
     inputs = residual * (1 if shares_norm(spec) else 2)  # of the two column-parallel projections
     masks = _hidden_mask(spec, setting) * 2 + _attention_masks(spec, setting)
-    return attention + share * ffn_width(spec) * _mlp_copies(spec) + norms + inputs + masks
+    mlp = share * ffn_width(spec) * _mlp_copies(spec)
+    if experts > 1:
+        mlp = mlp * spec.moe_top_k + _dispatch_saved(spec, setting, experts)
+    return attention + mlp + norms + inputs + masks
+
+
+def _dispatch_saved(spec: ModelSpec, setting: Setting, experts: int) -> float:
+    """Rows sorted by expert and as they came back, the router's numbers, and places of rows."""
+    tokens, chosen = setting.tokens(spec), spec.moe_top_k
+    ranks = setting.tensor_size if setting.sequence_parallel else 1
+    rows = 2 * chosen * tokens * spec.hidden_size * setting.width
+    routed = tokens / ranks * (2 * experts * 4 + chosen * 8)
+    noise = 2 * setting.residual(spec) if spec.moe_jitter_eps else 0.0
+    return rows + routed + tokens * chosen * (2 * 8 + setting.width) + noise
 
 
 def _gmlp_saved(spec: ModelSpec, setting: Setting, kind: str) -> float:
@@ -130,10 +143,10 @@ def _gmlp_saved(spec: ModelSpec, setting: Setting, kind: str) -> float:
     return numbers + _hidden_mask(spec, setting)
 
 
-def blocks_saved(spec: ModelSpec, setting: Setting, blocks: Sequence[str]) -> float:
+def blocks_saved(spec: ModelSpec, setting: Setting, blocks: Sequence[tuple[str, int]]) -> float:
     """Return what neighbouring blocks keep, given their kinds: all, or their groups' inputs."""
     if not spec.checkpoint_activations:
-        return sum(block_saved(spec, setting, kind) for kind in blocks)
+        return sum(block_saved(spec, setting, *kind) for kind in blocks)
     if setting.inputs_on_host and not setting.on_cpu:
         return setting.residual(spec) if blocks else 0.0  # on its way there or back
     return -(-len(blocks) // spec.checkpoint_num_layers) * setting.residual(spec)
@@ -178,15 +191,16 @@ def loss_workspace(spec: ModelSpec, setting: Setting) -> float:
     return workspace + tokens * spec.hidden_size * setting.width  # the final norm's output
 
 
-def _block_workspace(spec: ModelSpec, setting: Setting) -> float:
+def _block_workspace(spec: ModelSpec, setting: Setting, blocks: Sequence[tuple[str, int]]) -> float:
     """Return what one block's backward adds: its gradients, and what is recomputed for it."""
     share = setting.tokens(spec) * setting.width / setting.tensor_size
+    chosen = spec.moe_top_k if max(experts for _, experts in blocks) > 1 else 1
     gradients = 2 * share * ffn_width(spec) * (2 if spec.activation in GATED_ACTIVATIONS else 1)
-    gradients += 2 * setting.residual(spec)
+    gradients = (gradients + 2 * setting.residual(spec)) * chosen
     if not spec.checkpoint_activations:
         return gradients
     repeated = min(spec.checkpoint_num_layers, spec.num_layers)
-    largest = max(block_saved(spec, setting, kind) for kind in set(attention_types(spec)))
+    largest = max(block_saved(spec, setting, *kind) for kind in set(blocks))
     again = repeated * largest - setting.residual(spec)
     return gradients + again
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import ModelSpec, block_experts
 from megatron.training.plan.activations import Setting
 from megatron.training.plan.zero import ZeroSettings
 
@@ -25,6 +25,7 @@ class StageShape:
         stages: how many there are.
         parameters: that one of its tensor ranks holds.
         weight_bytes: of those, padded as they are sent.
+        experts: of those, parameters of experts that data ranks share out.
     """
 
     first: int
@@ -33,6 +34,7 @@ class StageShape:
     stages: int
     parameters: int
     weight_bytes: float
+    experts: int = 0
 
 
 def step_volume(
@@ -44,6 +46,7 @@ def step_volume(
     data_size: int,
     accumulation: int,
     domains: int,
+    expert_size: int = 1,
 ) -> dict[str, float]:
     """Return the bytes that one rank of a stage sends in a step, by kind (no kind with none).
 
@@ -55,12 +58,14 @@ def step_volume(
         data_size: data-parallel ranks.
         accumulation: micro-batches per step.
         domains: K, for the ledger.
+        expert_size: data ranks that share experts out.
     """
     volume = {
         "tensor": _tensor(spec, setting, shape) * accumulation,
         "pipeline": _pipeline(spec, setting, shape) * accumulation,
         "tied embedding": _tied(spec, setting, zero, shape),
-        **_zero(zero, shape, data_size, accumulation),
+        "experts": _experts(spec, setting, shape, expert_size) * accumulation,
+        **_zero(zero, shape, data_size, accumulation, expert_size),
         "ledger": _all_reduce(data_size) * (4 * domains + 4) * 8,
     }
     return {kind: sent for kind, sent in volume.items() if sent}
@@ -120,13 +125,28 @@ def _tied(spec: ModelSpec, setting: Setting, zero: ZeroSettings, shape: StageSha
     return _all_reduce(2) * rows * spec.hidden_size * zero.accumulated_width
 
 
+def _experts(spec: ModelSpec, setting: Setting, shape: StageShape, ranks: int) -> float:
+    """One micro-batch: rows to their experts and back, twice with the gradients; spread evenly."""
+    if ranks == 1:
+        return 0.0
+    held = block_experts(spec)[max(shape.first, 1) - 1 : max(shape.last - 1, 0)]
+    blocks = sum(number > 1 for number in held)
+    rows = setting.tokens(spec) * spec.moe_top_k
+    passes = 6 if spec.checkpoint_activations else 4
+    return blocks * passes * rows * spec.hidden_size * setting.width * (ranks - 1) / ranks
+
+
 def _zero(
-    zero: ZeroSettings, shape: StageShape, data_size: int, accumulation: int
+    zero: ZeroSettings, shape: StageShape, data_size: int, accumulation: int, expert_size: int
 ) -> dict[str, float]:
     """Gradients to their owners, weights back (Rajbhandari et al. 2020, section 7)."""
-    half = _all_reduce(data_size) / 2
-    gradients = shape.parameters * zero.communicated_width * half
-    weights = shape.weight_bytes * half
+    # Shared experts go around among their copies alone.
+    half, own = _all_reduce(data_size) / 2, _all_reduce(data_size // expert_size) / 2
+    gradients = zero.communicated_width * (
+        (shape.parameters - shape.experts) * half + shape.experts * own
+    )
+    each = shape.weight_bytes / max(shape.parameters, 1)
+    weights = each * ((shape.parameters - shape.experts) * half + shape.experts * own)
     if zero.stage == 3:
         # Gathered for forward and for backward, reduce-scattered, with every micro-batch.
         return {

@@ -8,14 +8,14 @@ from itertools import pairwise
 
 from megatron.config import Config, deepspeed_config, resolve_batch
 from megatron.model.accounting import (
-    block_parameters,
+    active_parameter_count,
+    active_parameters,
     flops_per_token,
     held_parameters,
     mixed_numbers,
     parameter_count,
 )
 from megatron.model.inventory import is_trained, stage_inventory
-from megatron.model.spec import attention_types
 from megatron.parallel.layout import Layout
 from megatron.training.layout import layer_bounds
 from megatron.training.plan.activations import Setting, StageActivations, stage_activations
@@ -104,6 +104,11 @@ class Plan:
         return parameter_count(self.config.model, tensor_size=self.layout.tensor_size)
 
     @property
+    def active_parameters(self) -> int:
+        """Of those, the ones that a token passes through."""
+        return active_parameter_count(self.config.model, tensor_size=self.layout.tensor_size)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step trains on."""
         return self.total * self.config.model.context_length
@@ -162,13 +167,16 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
     bounds = layer_bounds(config)
     stages = []
     for stage, (first, last) in enumerate(pairwise(bounds)):
-        inventory = stage_inventory(model, first, last, tensor_size=layout.tensor_size)
+        inventory = stage_inventory(
+            model, first, last, tensor_size=layout.tensor_size, expert_size=layout.expert_size
+        )
         trained = [one for one in inventory if is_trained(model, one)]
         held = states(
             trained,
             zero,
             data_size=layout.data_size,
             accumulation=accumulation,
+            expert_size=layout.expert_size,
             state_bytes=state_bytes(config),
         )
         count = sum(one.count for one in inventory)
@@ -182,6 +190,9 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
             stages=layout.pipe_size,
             parameters=count,
             weight_bytes=float(count * zero.width),
+            experts=sum(one.count for one in inventory if one.expert)
+            if layout.expert_size > 1
+            else 0,
         )
         sent = step_volume(
             model,
@@ -189,6 +200,7 @@ def make_plan(config: Config, layout: Layout, *, on_cpu: bool = False) -> Plan:
             zero,
             shape,
             data_size=layout.data_size,
+            expert_size=layout.expert_size,
             accumulation=accumulation,
             domains=len(config.trained),
         )
@@ -246,11 +258,10 @@ def state_bytes(config: Config) -> int:
 def _stage_flops(config: Config, layout: Layout, first: int, last: int) -> float:
     """Return what a stage's layers cost for one token: its blocks, and the output's product."""
     model = config.model
-    kinds = attention_types(model)
     cost = sum(
-        (block_parameters(model, kinds[layer]) + mixed_numbers(model, layer))
+        (active_parameters(model, layer) + mixed_numbers(model, layer))
         * (8.0 if model.checkpoint_activations else 6.0)
-        for layer in range(max(first, 1) - 1, min(max(last - 1, 0), len(kinds)))
+        for layer in range(max(first, 1) - 1, min(max(last - 1, 0), model.num_layers))
     )
     if last == model.num_layers + 3:
         cost += 6.0 * model.padded_vocab_size(layout.tensor_size) * model.hidden_size

@@ -34,14 +34,16 @@ def _layout(plan: Plan) -> Iterator[str]:
         else "nothing recomputed"
     )
     sequence = ", sequence divided too" if plan.config.parallel.sequence_parallel else ""
+    shared = plan.layout.expert_size
+    experts = f", experts divided among {shared} data ranks" if shared > 1 else ""
     offloaded = ", optimizer on the host" if plan.zero.optimizer_on_host else ""
     yield (
         f"plan: {layout.world_size:,} ranks = pipeline {layout.pipe_size} × data "
-        f"{layout.data_size} × tensor {layout.tensor_size}{sequence}; "
+        f"{layout.data_size} × tensor {layout.tensor_size}{sequence}{experts}; "
         f"{plan.config.precision}, ZeRO stage {plan.zero.stage}{offloaded}, {recomputed}"
     )
     yield (
-        f"model: {plan.parameters:,} parameters (vocabulary padded to "
+        f"model: {plan.parameters:,} parameters{active(plan)} (vocabulary padded to "
         f"{model.padded_vocab_size(layout.tensor_size):,}), "
         f"{plan.flops_per_token / 1e9:.4g} GFLOP per token, forward and backward"
     )
@@ -50,6 +52,13 @@ def _layout(plan: Plan) -> Iterator[str]:
         f"ranks = {plan.total:,} samples of {model.context_length:,} tokens = "
         f"{plan.tokens_per_step:,} tokens per step"
     )
+
+
+def active(plan: Plan) -> str:
+    """Say how many parameters a token passes through, where those are not all."""
+    if plan.active_parameters == plan.parameters:
+        return ""
+    return f", {plan.active_parameters:,} of them active"
 
 
 _COLUMNS = ("weights", "gradients", "optimizer", "buffers", "activations", "in flight", "peak")

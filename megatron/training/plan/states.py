@@ -54,6 +54,7 @@ def states(
     *,
     data_size: int,
     accumulation: int,
+    expert_size: int = 1,
     state_bytes: int = ADAM_MOMENTS,
 ) -> States:
     """Work out the bytes for the parameters of one stage and tensor rank.
@@ -63,29 +64,40 @@ def states(
         zero: DeepSpeed's settings.
         data_size: data-parallel ranks.
         accumulation: micro-batches per step.
+        expert_size: data ranks that share experts out; an expert's state is divided among its
+            copies alone.
         state_bytes: of the optimizer beside the master weights, for each number.
     """
-    groups = [
-        [one.count for one in parameters if one.decayed == decayed] for decayed in (True, False)
+    shared = (False, True) if expert_size > 1 else (None,)
+    keys = [(decayed, expert) for expert in shared for decayed in (True, False)]
+    counts = [
+        [one.count for one in parameters if one.decayed == decayed and expert in (None, one.expert)]
+        for decayed, expert in keys
     ]
-    groups = [group for group in groups if group]
+    ranks = [data_size // (expert_size if expert else 1) for _, expert in keys]
+    groups = [group for group in zip(counts, ranks, strict=True) if group[0]]
     if zero.stage == 3:
-        return _whole_division(groups, zero, data_size, state_bytes)
-    return _flat_division(groups, zero, data_size, accumulation, state_bytes)
+        return _whole_division([held for held, _ in groups], zero, data_size, state_bytes)
+    return _flat_division(groups, zero, accumulation, state_bytes)
 
 
 def _flat_division(
-    groups: list[list[int]],
+    counted: list[tuple[list[int], int]],
     zero: ZeroSettings,
-    data_size: int,
     accumulation: int,
     state_bytes: int,
 ) -> States:
-    """Stages 0 to 2: weights are whole, in one flat buffer a group, cut into equal parts."""
-    ranks = data_size if zero.stage else 1
-    unit = _ALIGNMENT * ranks
-    padded = [-(-sum(group) // unit) * unit if zero.stage else sum(group) for group in groups]
-    part = [size // ranks for size in padded]
+    """Stages 0 to 2: weights are whole, in one flat buffer a group, cut into equal parts.
+
+    Each group comes with the number of ranks that divide it.
+    """
+    groups = [group for group, _ in counted]
+    ranks = [number if zero.stage else 1 for _, number in counted]
+    padded = [
+        -(-sum(group) // (_ALIGNMENT * own)) * _ALIGNMENT * own if zero.stage else sum(group)
+        for group, own in zip(groups, ranks, strict=True)
+    ]
+    part = [size // own for size, own in zip(padded, ranks, strict=True)]
     total, own, largest = sum(map(sum, groups)), sum(part), max(part)
     width, added = zero.width, zero.accumulated_width
     compact = zero.stage > 0 and added > width
@@ -163,13 +175,17 @@ def _whole_division(
     )
 
 
-def _most_touched(groups: list[list[int]], part: list[int], ranks: int) -> int:
+def _most_touched(groups: list[list[int]], part: list[int], ranks: list[int]) -> int:
     """Return the numbers of all parameters that the part of one rank overlaps, at most."""
-    change = [0] * (ranks + 1)
-    for counts, size in zip(groups, part, strict=True):
-        start = 0
+    touched = [0] * max(ranks)
+    for counts, size, own in zip(groups, part, ranks, strict=True):
+        change, start = [0] * (own + 1), 0
         for count in counts:
             change[start // size] += count
             change[(start + count - 1) // size + 1] -= count
             start += count
-    return max(accumulate(change[:-1]))
+        sums = [*accumulate(change[:-1])]
+        # Data rank r has the part r // e of a group that every e-th rank divides.
+        each = len(touched) // own
+        touched = [before + sums[rank // each] for rank, before in enumerate(touched)]
+    return max(touched)

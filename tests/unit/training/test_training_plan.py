@@ -310,3 +310,39 @@ def test_what_cannot_be_planned(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+MIXTURE: dict[str, Any] = {"moe_num_experts": 8, "moe_top_k": 2, "moe_router_type": "topk"}
+
+
+def test_experts_that_are_shared_out_are_held_once_in_so_many_ranks(folder: Path) -> None:
+    whole = planned(folder, 8, **MIXTURE)
+    shared = planned(folder, 8, **MIXTURE, moe_expert_parallel_size=4)
+    expert = 2 * 4096 * 16384 + 16384 + 4096
+    assert whole.parameters == shared.parameters == whole.worst.parameters
+    assert shared.worst.parameters == whole.parameters - 32 * 6 * expert
+    assert whole.active_parameters == whole.parameters - 32 * 6 * expert
+    assert shared.worst.states.weights == pytest.approx(2 * shared.worst.parameters, rel=1e-6)
+    # All of the optimizer's state is there once.
+    for plan in (whole, shared):
+        assert plan.worst.states.optimizer == pytest.approx(12 * whole.parameters / 8, rel=1e-6)
+    assert "experts" not in whole.worst.sent
+    tokens, passes = 2 * 2048, 4
+    rows = 32 * 2 * tokens * 4096 * 2 * passes * 8  # blocks, choices, bytes, micro-batches
+    assert shared.worst.sent["experts"] == rows * 3 / 4
+    assert shared.worst.sent["gradients"] < whole.worst.sent["gradients"]
+    # A token costs what the experts cost that it goes to.
+    dense = planned(folder, 8, intermediate_size=2 * 16384)
+    assert whole.flops_per_token == pytest.approx(dense.flops_per_token, rel=1e-4)
+    text = "\n".join(report(shared, Assumptions()))
+    assert "experts divided among 4 data ranks" in text
+    assert f"{whole.active_parameters:,} of them active" in text
+    assert "active" not in "\n".join(report(dense, Assumptions()))
+
+
+def test_a_stage_without_shared_experts_is_refused(folder: Path) -> None:
+    changes = {"pipe_parallel_size": 2, "moe_expert_interval": 32, "moe_expert_parallel_size": 2}
+    with pytest.raises(ConfigError, match="stage 1 of the pipeline has no block with experts"):
+        planned(folder, 4, **MIXTURE, **changes)
+    with pytest.raises(ConfigError, match="does not divide the 3 data-parallel ranks"):
+        planned(folder, 3, **MIXTURE, moe_expert_parallel_size=2)
