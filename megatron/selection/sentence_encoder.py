@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from megatron.errors import ConfigError, DataError
+from megatron.errors import ConfigError, DataError, did_you_mean
 from megatron.selection import libraries
 from megatron.selection.base import Corpus, Cost, FloatArray, Say
 from megatron.selection.encoder import TextOf
@@ -46,8 +46,8 @@ class SentenceEncoder:
         self._price = Price(per_token=0.0, per_text=0.0, width=0.0)
         if not self.folder.is_dir():
             raise ConfigError(
-                f"--model {self.folder}: no such folder; give one that sentence-transformers has "
-                "saved, or lsa"
+                f"--model {self.folder}: no such folder{did_you_mean(str(self.folder), ['lsa'])}; "
+                "give one that sentence-transformers has saved, or lsa"
             )
 
     def parameters(self) -> Mapping[str, Any]:
@@ -86,6 +86,9 @@ class SentenceEncoder:
             return
         device = choose_device(self.device)
         library = libraries.load("sentence_transformers", PURPOSE)
+        quiet = libraries.load("transformers", PURPOSE).logging
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
         try:
             model = library.SentenceTransformer(
                 str(self.folder),

@@ -291,6 +291,7 @@ def test_flags_make_the_selector(bert: Path) -> None:
     for flags, message in {
         "": "needs --model",
         "--model nowhere": "nowhere: no such folder",
+        "--model lsaa": "did you mean 'lsa'",
         "--model lsa --lsa-features 8": "--lsa-dimensions 128",
     }.items():
         with pytest.raises(ConfigError, match=message):
