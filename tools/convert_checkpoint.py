@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_exchange(parser: argparse.ArgumentParser) -> None:
     to_hf = parser.add_argument_group("to Hugging Face")
     to_hf.add_argument(
-        "--architecture", choices=("auto", "neox", "llama", "mistral"), default="auto",
+        "--architecture", choices=("auto", "neox", "llama", "mistral", "mixtral"), default="auto",
         help="model class (default: the first that computes the same)",
     )  # fmt: skip
     to_hf.add_argument(

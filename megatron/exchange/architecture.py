@@ -65,7 +65,7 @@ class Architecture:
     activations: dict[str, str] = field(repr=False)
     understood: frozenset[str] = field(repr=False)
     unused: frozenset[str] = field(repr=False)
-    fixed: dict[str, bool] = field(default_factory=dict, repr=False)
+    fixed: dict[str, bool | str] = field(default_factory=dict, repr=False)
 
 
 NEOX = Architecture(
@@ -106,7 +106,24 @@ MISTRAL = Architecture(
     unused=_RMS_UNUSED,
     fixed={"use_bias_in_attn_linear": False, "use_bias_in_mlp": False},
 )
-ARCHITECTURES = {one.name: one for one in (NEOX, LLAMA, MISTRAL)}
+MIXTRAL = Architecture(
+    name="mixtral",
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    norm="rmsnorm",
+    activations=_GATED,
+    understood=frozenset(
+        {"rms_norm_epsilon", "sliding_window_width", "moe_num_experts", "moe_top_k"}
+    ),
+    unused=_RMS_UNUSED,
+    fixed={
+        "use_bias_in_attn_linear": False,
+        "use_bias_in_mlp": False,
+        "moe_router_type": "topk",
+        "moe_normalize_expert_weights": True,
+    },
+)
+ARCHITECTURES = {one.name: one for one in (NEOX, LLAMA, MISTRAL, MIXTRAL)}
 """Every architecture by its name, in the order in which ``auto`` tries them."""
 
 
@@ -151,6 +168,14 @@ def obstacles(model: ModelConfig, architecture: Architecture) -> list[str]:
     known = _SIZES | architecture.understood
     given = model.model_dump()
     taken = {key: given[key] for key in known if given.get(key) is not None}
+    if architecture is MIXTRAL:
+        if model.moe_num_experts < 2:
+            found["moe_num_experts"] = "it has two or more"
+        elif model.moe_top_k < 2:
+            found["moe_top_k"] = "its weights of experts sum to 1, so that it takes two or more"
+            taken["moe_top_k"] = 2
+    elif model.moe_num_experts < 2:
+        known |= {key for key in given if key.startswith("moe_")}
     plain = ModelConfig(**{**taken, **architecture.fixed, "pos_emb": "none"}).model_dump()
     for key, value in plain.items():
         if key not in known | architecture.unused | NOT_ARCHITECTURE and given[key] != value:

@@ -40,7 +40,7 @@ class ExportOptions:
     """How a folder is written.
 
     Attributes:
-        architecture: ``auto``, ``neox``, ``llama`` or ``mistral``.
+        architecture: ``auto``, ``neox``, ``llama``, ``mistral`` or ``mixtral``.
         precision: ``auto`` (that of the training), ``fp32``, ``bf16`` or ``fp16``.
         tokenizer: whether the tokenizer goes with it.
         pad: token that fills up batches; None for none.

@@ -11,7 +11,13 @@ from pydantic import ValidationError
 
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
-from megatron.exchange.architecture import ARCHITECTURES, MISTRAL, NEOX, Architecture
+from megatron.exchange.architecture import (
+    ARCHITECTURES,
+    MISTRAL,
+    MIXTRAL,
+    NEOX,
+    Architecture,
+)
 from megatron.exchange.libraries import transformers
 
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_fast", "gelu_new", "gelu_accurate", "gelu_python_tanh")
@@ -82,7 +88,14 @@ def hf_config(
         "rope_theta": model.rotary_emb_base,
         "rope_parameters": rope,
     }
-    if architecture is MISTRAL:
+    if architecture is MIXTRAL:
+        content |= {
+            "num_local_experts": model.moe_num_experts,
+            "num_experts_per_tok": model.moe_top_k,
+            "router_aux_loss_coef": model.moe_loss_coeff,
+            "router_jitter_noise": model.moe_jitter_eps or 0.0,
+        }
+    if architecture in (MISTRAL, MIXTRAL):
         # Theirs counts the token itself, ours those before it.
         width = model.sliding_window_width
         content["sliding_window"] = None if width is None else width + 1
@@ -182,7 +195,16 @@ def model_keys(config: Any, folder: Path) -> dict[str, Any]:
         "use_bias_in_mlp": bool(getattr(config, "mlp_bias", False)),
     }
     window = getattr(config, "sliding_window", None)
-    if one is MISTRAL and window is not None and window < config.max_position_embeddings:
+    if one is MIXTRAL:
+        keys |= {
+            "moe_num_experts": config.num_local_experts,
+            "moe_top_k": config.num_experts_per_tok,
+            "moe_router_type": "topk",
+            "moe_normalize_expert_weights": True,
+            "moe_loss_coeff": float(config.router_aux_loss_coef),
+            "moe_jitter_eps": float(config.router_jitter_noise) or None,
+        }
+    if one in (MISTRAL, MIXTRAL) and window is not None and window < config.max_position_embeddings:
         if window < 2:
             raise _strange(folder, "sliding_window", window, "2 or more, or null")
         keys["sliding_window_width"] = window - 1

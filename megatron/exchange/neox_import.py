@@ -153,6 +153,11 @@ def _sized(
     A gated MLP's width is counted in other ways by other versions; the files do not lie.
     """
     model = config.model
+    if model.moe_num_experts > 1:
+        raise CheckpointError(
+            f"{folder} has moe_num_experts: {model.moe_num_experts}; GPT-NeoX's files of experts "
+            "are not read, but Mixtral's in a Hugging Face folder are"
+        )
     rows = sum(int(part.shape[0]) for part in stored_parts(folder, 0, [_EMBEDDING]))
     size = source.vocab_size or model.vocab_size or _tokenizer_size(config)
     if size is None:

@@ -111,6 +111,8 @@ def _llama_block(model: ModelConfig, ours: str, theirs: str) -> list[Piece]:
     found += _linear(f"{ours}.attention.dense", f"{theirs}.self_attn.o_proj", attention)
     name = "post_attention_layernorm"
     found += _norm(model, f"{ours}.{name}", f"{theirs}.{name}")
+    if model.moe_num_experts > 1:
+        return found + _experts(model, f"{ours}.mlp", f"{theirs}.block_sparse_moe")
     found += [
         Piece(
             ours=f"{ours}.mlp.dense_h_to_4h.{kind}",
@@ -121,6 +123,23 @@ def _llama_block(model: ModelConfig, ours: str, theirs: str) -> list[Piece]:
         for kind in mlp
     ]
     return found + _linear(f"{ours}.mlp.dense_4h_to_h", f"{theirs}.mlp.down_proj", mlp)
+
+
+def _experts(model: ModelConfig, ours: str, theirs: str) -> list[Piece]:
+    """Return router and experts by the names that files of Mixtral have."""
+    found = [Piece(ours=f"{ours}.router.weight", theirs=(f"{theirs}.gate.weight",))]
+    for number in range(model.moe_num_experts):
+        own, other = f"{ours}.experts.{number}", f"{theirs}.experts.{number}"
+        found += [
+            Piece(
+                ours=f"{own}.dense_h_to_4h.weight",
+                theirs=(f"{other}.w3.weight", f"{other}.w1.weight"),
+                split=_halves,
+                join=_joined,
+            ),
+            Piece(ours=f"{own}.dense_4h_to_h.weight", theirs=(f"{other}.w2.weight",)),
+        ]
+    return found
 
 
 def _linear(ours: str, theirs: str, kinds: Sequence[str]) -> list[Piece]:

@@ -24,6 +24,14 @@ from megatron.model.gpt import GPT
 transformers = pytest.importorskip("transformers")
 
 MISTRAL = {**LLAMA, "sliding_window_width": 8}
+MIXTRAL = {
+    **LLAMA,
+    "moe_num_experts": 4,
+    "moe_top_k": 2,
+    "moe_router_type": "topk",
+    "moe_normalize_expert_weights": True,
+    "moe_loss_coeff": 0.02,
+}
 # Keys, layout, and the class that is expected.
 GRID: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (NEOX, {}, "GPTNeoX"),
@@ -45,6 +53,8 @@ GRID: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({**LLAMA, "use_bias_in_mlp": True}, {"tensor": 2, "pipeline": True}, "Llama"),
     ({**LLAMA, "activation": "geglu"}, {}, "Llama"),
     (MISTRAL, {"tensor": 2}, "Mistral"),
+    (MIXTRAL, {"tensor": 2}, "Mixtral"),
+    ({**MIXTRAL, "sliding_window_width": 8, "moe_top_k": 3}, {"pipeline": True}, "Mixtral"),
 ]
 
 
@@ -199,6 +209,21 @@ REFUSED = [
     ({**LLAMA, "gpt_j_residual": True}, "llama", "gpt_j_residual: true"),
     ({**LLAMA, "use_bias_in_mlp": True}, "mistral", "use_bias_in_mlp: true"),
     (LLAMA, "neox", "norm: rmsnorm"),
+    (LLAMA, "mixtral", "moe_num_experts: 1"),
+    (MIXTRAL, "llama", "moe_num_experts: 4"),
+    ({**NEOX, "moe_num_experts": 4}, "auto", "moe_num_experts: 4"),
+    ({**MIXTRAL, "moe_expert_interval": 2}, "auto", "moe_expert_interval: 2"),
+    ({**MIXTRAL, "moe_router_type": "sinkhorn"}, "auto", "moe_router_type: sinkhorn"),
+    (
+        {**MIXTRAL, "moe_normalize_expert_weights": False},
+        "auto",
+        "moe_normalize_expert_weights: false",
+    ),
+    (
+        {**MIXTRAL, "moe_normalize_expert_weights": False, "moe_top_k": 1},
+        "mixtral",
+        "moe_top_k: 1",
+    ),
     (NEOX, "llama", "norm: layernorm"),
 ]
 
@@ -284,6 +309,29 @@ def test_transformers_own_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"unknown: extra\.weight"):
         import_hugging_face(old, tmp_path / "unknown", say=quiet)
     assert not (tmp_path / "unknown").exists()
+
+
+def test_transformers_own_mixtral(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=40,
+            max_position_embeddings=24,
+            initializer_range=0.3,
+            num_local_experts=4,
+            router_jitter_noise=0.1,
+        )
+    )
+    made.save_pretrained(tmp_path / "hf")
+    import_hugging_face(tmp_path / "hf", tmp_path / "ours", step=3, say=quiet)
+    model = find_source(tmp_path / "ours", step=3, say=quiet).model
+    assert (model.moe_num_experts, model.moe_top_k, model.moe_jitter_eps) == (4, 2, 0.1)
+    assert model.moe_loss_coeff == made.config.router_aux_loss_coef
 
 
 class Hostile:
