@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron.config.data import DomainConfig
 from megatron.data.ingest.sources import COMPRESSIONS, Source, find_sources
 from megatron.errors import DataError, did_you_mean
 from megatron.selection.base import Say
@@ -16,6 +16,9 @@ from megatron.selection.part import Part
 from megatron.selection.text_part import open_text_part
 from megatron.selection.token_part import is_prefix, open_token_part
 from megatron.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron.config.data import DomainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
