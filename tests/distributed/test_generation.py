@@ -110,11 +110,32 @@ def test_every_layout_continues_alike(tmp_path: Path) -> None:
     assert greedy_by_hand(tmp_path, whole["parameters"]) == whole["greedy"]
 
 
-def greedy_by_hand(folder: Path, parameters: dict[str, Any]) -> list[list[int]]:
+@pytest.mark.slow
+def test_experts_continue_alike_wherever_they_are(tmp_path: Path) -> None:
+    runs.make_data(tmp_path / "data")
+    experts = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "sinkhorn"}
+    whole = run_ranks(body, 1, [write(tmp_path, **experts)])[0][0]
+    shared = {**experts, "moe_expert_parallel_size": 2}
+    layouts = [
+        write(tmp_path, **shared),
+        write(tmp_path, **experts, zero_optimization={"stage": 3}),
+        write(tmp_path, **experts, model_parallel_size=2, sequence_parallel=True),
+    ]
+    leader, _ = run_ranks(body, 2, layouts)
+    assert whole["recomputed"] == whole["greedy"]
+    for layout, found in zip(layouts, leader, strict=True):
+        for kind in ("greedy", "recomputed", "drawn", "stopped"):
+            assert found[kind] == whole[kind], (layout.stem, kind)
+        for one, expected in zip(found["scores"], whole["scores"], strict=True):
+            assert one == [pytest.approx(expected[0], abs=1e-4), expected[1]], layout.stem
+    assert greedy_by_hand(tmp_path, whole["parameters"], **experts) == whole["greedy"]
+
+
+def greedy_by_hand(folder: Path, parameters: dict[str, Any], **keys: Any) -> list[list[int]]:
     """Continue one prompt at a time, unpadded, with the whole model in this process."""
     from megatron.config import load_config
 
-    model = GPT(load_config([str(write(folder))]).model, seed=0)
+    model = GPT(load_config([str(write(folder, **keys))]).model, seed=0)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in parameters.items()})
     model.eval()
     continuations = []

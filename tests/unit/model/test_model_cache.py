@@ -27,6 +27,7 @@ def logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
         {"pos_emb": "none"},
         {"rotary_pct": 0.5, "num_kv_heads": 2},
         {"num_kv_heads": 1, "gpt_j_residual": True},
+        {"moe_num_experts": 4, "moe_top_k": 2},
     ],
 )
 @torch.no_grad()
