@@ -241,9 +241,8 @@ def report(
         f"of JSON lines), {options.vocabulary:,} different words by Zipf's law; {SUBTASKS} "
         f"subtasks of {EXAMPLES} examples of {EXAMPLE_WORDS} words.",
         "",
-        "```",
-        f"python benchmarks/selection.py --documents {options.documents} --part {options.part}",
-        "```",
+        "Made by "
+        f"`python benchmarks/selection.py --documents {options.documents} --part {options.part}`.",
         "",
         "| system | documents | wall, s | CPU, s | documents/s (wall) "
         "| peak memory of all processes, MiB |",

@@ -12,7 +12,6 @@ import bm25s
 import numpy as np
 from bm25s import scoring
 from numpy.typing import NDArray
-from scipy import sparse
 
 from megatron.selection.base import FloatArray
 
@@ -79,6 +78,8 @@ class CorpusIndex(bm25s.BM25):  # type: ignore[misc]  # bm25s has no types
 
 def _counts(documents: list[list[int]], terms: int) -> Any:
     """Return how often each term stands in each document, [documents, terms], by rows."""
+    from scipy import sparse
+
     ends = np.zeros(len(documents) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, documents), np.int64, len(documents)), out=ends[1:])
     ids: NDArray[np.int64] = np.fromiter(

@@ -19,7 +19,7 @@ ALLOWED_IN = {
     "wandb": {"monitor"},
     "comet_ml": {"monitor"},
     "transformers": {"tokenizer", "exchange", "inference"},
-    "sklearn": {"experiments"},
+    "sklearn": {"experiments", "selection"},
 }
 # Who may import torch when the module itself is imported, and not only inside a function.
 TORCH_AT_TOP = {
@@ -27,7 +27,11 @@ TORCH_AT_TOP = {
     *("exchange", "selection"),
 }
 # Modules about one optional library, which are themselves imported where they are needed.
-ABOUT = {"megatron/monitor/live.py": "rich", "megatron/inference/harness.py": "lm_eval"}
+ABOUT = {
+    "megatron/monitor/live.py": "rich",
+    "megatron/inference/harness.py": "lm_eval",
+    "megatron/selection/bm25_index.py": "bm25s",
+}
 LIGHT = {"numpy", "pydantic", "pydantic_core", "yaml", "typing_extensions"}
 MIXING_MAY = {"numpy", "scipy"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
