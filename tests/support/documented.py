@@ -39,6 +39,8 @@ class Way:
 
 WAYS = (
     Way(pattern=r"make\b.*", quick="make", why="installs, or runs these tests; CI does both"),
+    # Of what select_data.py writes, which is not there before it is really run.
+    Way(pattern=rf"{DEEPY} .*runs/selection/.*", quick="parse", slow=True),
     Way(pattern=rf"{DEEPY} .*{ACTION}.*", quick="run"),
     Way(pattern=rf"{DEEPY} train\.py configs/mixbench/base\.yml .*", quick="parse", slow=True),
     Way(pattern=rf"{DEEPY} train\.py -d configs local/.*", quick="check", slow=True),
