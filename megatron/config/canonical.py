@@ -40,8 +40,9 @@ from megatron.config.neox import (
 from megatron.config.node import Node
 from megatron.config.optimizers import OPTIMIZER_PARAMS
 from megatron.config.problems import Problems
-from megatron.config.run import STEPS_OF_EPOCHS, CheckpointConfig, is_run_name
+from megatron.config.run import CheckpointConfig, is_run_name
 from megatron.config.sampling import map_sampling_keys
+from megatron.config.schedule_keys import complete_schedule
 from megatron.config.suggest import did_you_mean
 
 FIELDS: dict[str, tuple[str, str]] = {
@@ -250,7 +251,7 @@ def _complete(draft: Draft) -> None:
     _complete_attention(draft)
     _complete_width(draft)
     _complete_norm(draft)
-    _complete_schedule(draft)
+    complete_schedule(draft)
     _complete_sharing(draft)
     _name_run(draft)
     factor, scale = draft.get("checkpoint", "checkpoint_factor"), None
@@ -270,10 +271,6 @@ def _complete(draft: Draft) -> None:
     if merges is not None and merges.value is not None and (kind is None or kind.value is None):
         fields = draft.groups["tokenizer"]
         fields["tokenizer_type"] = replace(merges, value="GPT2BPETokenizer")
-    training = draft.groups.setdefault("training", {})
-    epochs, steps = training.get("train_epochs"), training.get("train_iters")
-    if epochs is not None and epochs.value is not None and (steps is None or steps.value is None):
-        training["train_iters"] = replace(epochs, value=STEPS_OF_EPOCHS)
     options = draft.groups.pop("zero_options", {})
     if options:
         first = next(iter(options.values()))
@@ -359,31 +356,6 @@ def _complete_norm(draft: Draft) -> None:
     tied, side = draft.get("model", "gpt_j_tied"), draft.get("model", "gpt_j_residual")
     if tied is not None and tied.value is True and (side is None or not side.value):
         draft.ignore(tied.name, "belongs to gpt_j_residual: true")
-
-
-def _complete_schedule(draft: Draft) -> None:
-    """Note what a scheduler of DeepSpeed's decides in the place of other keys."""
-    _complete_end(draft)
-    block = draft.get("schedule", "scheduler")
-    if block is not None and block.value is not None:
-        others = "lr_decay_style, lr_decay_iters, warmup, min_lr"
-        draft.ignore(others, "the block scheduler decides the learning rate")
-
-
-def _complete_end(draft: Draft) -> None:
-    """Read ``decay_lr_to``, the learning rate at the end as a share of the peak."""
-    share = draft.groups.get("", {}).pop("decay_lr_to", None)
-    if share is None or share.value is None:
-        return
-    peak = draft.get("optimizer", "lr")
-    if isinstance(share.value, bool) or not isinstance(share.value, int | float):
-        draft.problems.add(share, "should be a number from 0 to 1")
-    elif not 0 <= share.value <= 1:
-        draft.problems.add(share, "should be from 0 to 1, a share of the peak learning rate")
-    elif peak is not None and isinstance(peak.value, int | float):
-        # Written as a decimal would be: 0.1 × 3e-4 is 3e-5.
-        end = float(f"{share.value * peak.value:.12g}")
-        draft.put("schedule", "min_lr", replace(share, value=end))
 
 
 def _complete_sharing(draft: Draft) -> None:

@@ -176,8 +176,8 @@ class CheckpointConfig(Group):
     go on, and the optimizer starts afresh. Every launch does so as long as it is set."""
     no_save_optim: bool = False
     """Leave the optimizer's state out of checkpoints, which are then a third as large or less. To
-    go on from one set `no_load_optim` or `finetune`; weights have the model's number format, and
-    another layout cannot load them. Not under ZeRO 3."""
+    go on from one set `no_load_optim` or `finetune`. The weights have the model's number format.
+    Not under ZeRO 3."""
     checkpoint_validation_with_forward_pass: bool = False
     """Keep the loss of a forward pass on fixed tokens with each checkpoint, and compare it after
     loading. (That every byte is what was written is checked anyway.)"""

@@ -23,18 +23,20 @@ _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _TIED = "tied_modules"
 
 
-def add_frozen(source: Path, target: Path) -> None:
+def add_frozen(source: Path, target: Path, *, everything: bool = False) -> None:
     """Write the parameters that are not trained, float32, beside those that are.
 
     Args:
         source: folder of the checkpoint, vetted.
         target: folder of its universal form.
+        everything: write those that are trained, too: the checkpoint has no optimizer's state.
 
     Raises:
         CheckpointError: the tensor ranks' parts do not make up a parameter.
     """
     heads = [_load(path) for path in source.glob("mp_rank_*_model_states.pt")]
     trained = {name for head in heads for group in head.get("param_shapes") or () for name in group}
+    trained = set() if everything else trained
     info: Mapping[str, Any] = heads[0].get(_INFO, {}) if heads else {}
     tied = any(_TIED in pattern for pattern in info.get("vocabulary_parameter_patterns", ()))
     for names in _files(source, tied=tied):

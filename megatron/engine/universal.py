@@ -122,14 +122,18 @@ def convert_to_universal(
         CheckpointError: DeepSpeed could not convert it; its own message is quoted.
         OSError: the disk refuses.
     """
+    from megatron.engine.frozen_weights import add_frozen
+
     target.mkdir(parents=True, exist_ok=True)
+    if not any(source.glob("*_optim_states.pt")):
+        # Saved without its optimizer: the weights are all there is.
+        add_frozen(source, target, everything=True)
+        return
     if set(state) == set(ADAM_STATE):
         _convert(source, target, workers)
     else:
         _convert_in_passes(source, target, workers, [name for name in state if name != "step"])
     _keep_common_state(target / OPTIMIZER_STATE)
-    from megatron.engine.frozen_weights import add_frozen
-
     add_frozen(source, target)
 
 

@@ -155,8 +155,7 @@ def how_to_load(
             another one.
     """
     saved = dict(manifest.layout)
-    bare = bool(manifest.extra.get(WITHOUT_OPTIMIZER))
-    if bare and not weights_only:
+    if manifest.extra.get(WITHOUT_OPTIMIZER) and not weights_only:
         raise CheckpointError(
             f"the checkpoint of step {manifest.step} was written with no_save_optim, without the "
             "optimizer's state; set no_load_optim: true to go on with an optimizer that starts "
@@ -172,12 +171,6 @@ def how_to_load(
     whole = not weights_only or 3 not in (saved.get("zero_stage"), layout["zero_stage"])
     if whole and all(saved.get(key) == layout.get(key) for key in keys):
         return "directly"
-    if bare:
-        raise CheckpointError(
-            f"the checkpoint of step {manifest.step} was written with no_save_optim and can be "
-            "loaded in its own layout alone (model_parallel_size, pipe_parallel_size, ZeRO below "
-            "3); use that layout"
-        )
     check_convertible(saved, layout)
     saved_state(saved, f"the checkpoint of step {manifest.step}", weights_only=weights_only)
     return "convert"

@@ -45,7 +45,8 @@ def test_a_run_that_is_asked_for_everything(tmp_path: Path) -> None:
     assert any("model_states" in name for name in names)
     assert not any("optim_states" in name for name in names)
 
-    on = runs.run("train.py", file, "--set", "train_iters=6", "--set", "no_load_optim=true")
+    changes = ("train_iters=6", "no_load_optim=true", "model_parallel_size=2")
+    on = runs.run("train.py", file, *(word for one in changes for word in ("--set", one)))
     assert on.returncode == 0, on.stderr
     assert "a forward pass of the loaded weights gives what it gave" in on.stdout
     assert "ended after step 6 of 6" in on.stdout
