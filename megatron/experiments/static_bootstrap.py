@@ -100,7 +100,7 @@ def static_intervals(
     optimum = best_mixture(fit.law, bounds, weights=weights, seed=seed)
     starts = np.stack((optimum.mixture, bounds.nearest(np.full(size, 1.0 / size))))
     predicted, mixtures, values = [], [], []
-    for law in _replicated(fit, replicates, seed):
+    for law in replicated_laws(fit, replicates, seed):
         best = best_mixture(law, bounds, weights=weights, starts=starts)
         predicted.append(law.predict(at))
         mixtures.append(best.mixture)
@@ -121,7 +121,7 @@ def static_intervals(
     )
 
 
-def _replicated(fit: StaticFit, replicates: int, seed: int) -> list[StaticLaw]:
+def replicated_laws(fit: StaticFit, replicates: int, seed: int) -> list[StaticLaw]:
     """Fit the law to as many sets of losses as are asked for, made of the fit's residuals."""
     pool = fit.residual / np.sqrt(1.0 - np.minimum(fit.leverage, _MOST_LEVERAGE))
     pool = pool - pool.mean(axis=0)

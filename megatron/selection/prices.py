@@ -62,7 +62,8 @@ class Prices:
     def choosing(self, method: str, gains: Sequence[Gain]) -> float:
         """Return the operations of scoring the corpus once.
 
-        By formula where the scoring model is given; else what the runs of the fit were charged.
+        By formula where the scoring model is given; else what the runs of the fit were charged, in
+        proportion to the corpus.
 
         Args:
             method: of the fit.
@@ -77,18 +78,19 @@ class Prices:
         model = self.model(method)
         if model is not None and self.reading is not None:
             return selector_flops(kind, self.reading, model)
-        charged = [gain.choosing for gain in gains if gain.method == method and gain.choosing > 0]
+        charged = [gain for gain in gains if gain.method == method and gain.choosing > 0]
         if not charged:
             raise ConfigError(
                 f"what '{method}' costs is not known: its runs have no selection_flops; say which "
                 f"model scores how much: --selector {method}=7B --corpus-tokens 1e9"
             )
-        if self.reading is not None:
-            raise ConfigError(
-                f"the runs of '{method}' were charged {charged[0]:.3g} FLOPs for another corpus; "
-                f"say which model scores the one of --corpus-tokens: --selector {method}=7B"
-            )
-        return sum(charged) / len(charged)
+        if self.reading is None:
+            return sum(gain.choosing for gain in charged) / len(charged)
+        # A selector reads all of the corpus, so that its price grows with it.
+        rates = [
+            gain.choosing / (gain.total / sized_model(gain.size).per_token) for gain in charged
+        ]
+        return self.reading.corpus * sum(rates) / len(rates)
 
     def model(self, method: str) -> Model | None:
         """Return the model that scores for a method; None: not given."""
@@ -100,8 +102,11 @@ class Prices:
         if kind in FREE:
             return "reads no model"
         model = self.model(method)
-        if model is None or self.reading is None:
+        if self.reading is None:
             return "as its runs were charged"
+        if model is None:
+            tokens = size_name(self.reading.corpus)
+            return f"as its runs were charged, in proportion to a corpus of {tokens} tokens"
         count = self.reading.checkpoints
         passes = {
             "embed": "one forward pass",

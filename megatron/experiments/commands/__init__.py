@@ -25,6 +25,7 @@ COMMANDS: Final[tuple[str, ...]] = (
     "regmix",
     "skillit-graph",
     "doremi",
+    "budget",
     "compare",
     "fidelity",
     "report",

@@ -190,8 +190,9 @@ def test_compute_may_be_counted_with_the_choosing(prices):
 
 def test_prices_that_are_not_known_are_asked_for(gains):
     assert Prices().choosing("ppl", gains.gains) == COSTS["ppl"]
-    with pytest.raises(ConfigError, match="another corpus"):
-        Prices(reading=Reading(corpus=1e10)).choosing("ppl", gains.gains)
+    larger = Prices(reading=Reading(corpus=10 * TOKENS))
+    assert larger.choosing("ppl", gains.gains) == pytest.approx(10 * COSTS["ppl"])
+    assert "in proportion" in larger.said("ppl", gains.gains)
     with pytest.raises(ConfigError, match="--corpus-tokens"):
         Prices(selectors={"ppl": sized_model("7B")})
     with pytest.raises(ConfigError, match="did you mean 'ppl'"):

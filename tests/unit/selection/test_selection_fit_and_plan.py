@@ -172,7 +172,7 @@ def test_every_flag_of_plan_does_something(fitted, tmp_path, words, check):
         (["--budget", "1e19", "--task", "exm"], "did you mean 'exam'"),
         (["--budget", "1e19", "--selector", "ppl"], "write METHOD=SIZE"),
         (["--budget", "1e19", "--size", "none.yml"], "neither a size"),
-        (["--budget", "1e19", "--corpus-tokens", "1e9"], "--selector ppl=7B"),
+        (["--budget", "1e19", "--selector", "ppl=7B"], "give --corpus-tokens"),
         (["--budget", "1e19", "--shares", "2"], "in .0, 1."),
         (
             ["--budget", "1e19", "--size", str(ROOT / "configs/models/160m.yml")],
