@@ -14,7 +14,9 @@ from support.pool import RankPools
 
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import load_config
+from megatron.engine.runtime import start_runtime
 from megatron.exchange.weights import LayoutWeights
+from megatron.training.inference import OpenModel
 
 STOP, STEPS = 4, 8
 EXPERTS = {
@@ -64,6 +66,15 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: opened.read(name).float() for name in opened._parameters}
 
 
+def looked_at(rank: int, world: int, file: Path) -> dict[str, torch.Tensor]:
+    """Return the parameters of the model that evaluation and generation look at."""
+    runtime = start_runtime(deterministic=True)
+    config = load_config([str(file)])
+    opened = OpenModel.create(config, runtime, rows=2, cache=file.parent / "cache", say=print)
+    model, _ = opened.load(STEPS)
+    return {name: value.clone() for name, value in model.module.named_parameters()}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -101,6 +112,12 @@ def test_a_run_goes_on_wherever_its_experts_are(
     whole = tmp_path / "whole" / "run"
     last = weights(whole, STEPS)
     assert sum(".experts." in name for name in last) == 2 * 4 * 4
+    if ranks == 2:
+        # Whoever looks at it has all experts, on any number of ranks.
+        (held,) = pools.call(looked_at, 1, tmp_path / "whole" / "config.yml")
+        assert held.keys() == last.keys()
+        for name, value in last.items():
+            assert torch.equal(held[name][: len(value)], value), name
     for number, (world, changes) in enumerate(cases):
         folder = tmp_path / f"case{number}"
         file = write(folder, data, **changes)
