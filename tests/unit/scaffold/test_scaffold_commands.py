@@ -216,7 +216,7 @@ def read_by(command: Command) -> list[str]:
     words = [word for word in command.words if word != "python"][1:]
     found = []
     for place, word in enumerate(words):
-        written = place > 0 and words[place - 1] in OUTPUTS
+        written = place > 0 and words[place - 1] in (*OUTPUTS, "--shard")
         if not written and re.fullmatch(r"[\w.*-]*(/[\w.*-]*)+|[\w-]+\.(json|jsonl|yml|pt)", word):
             found.append(word)
     return found
