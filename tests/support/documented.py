@@ -52,6 +52,16 @@ WAYS = (
         why="hours of training; tests/e2e/test_mix_compare.py runs comparisons",
     ),
     Way(
+        pattern=r"python tools/select_data\.py (fit|plan) .*",
+        quick="parse",
+        why="reads finished runs; tests/unit/selection/test_selection_fit_and_plan.py makes some",
+    ),
+    Way(
+        pattern=r"python tools/mix\.py budget .*",
+        quick="parse",
+        why="reads fitted gains; tests/unit/experiments/test_experiments_budget.py makes some",
+    ),
+    Way(
         pattern=r"python tools/mix\.py (fit-law|report|regmix --study) .*",
         quick="parse",
         why="reads a finished study; tests/e2e/test_mix_*.py make and read studies",
@@ -111,6 +121,11 @@ LEFT_BEHIND = {
     "runs/studies/mid": "a sweep, as the page says",
     "runs/studies/long": "a sweep, as the page says",
     "bench.yml": "the page shows the file",
+    "plans/runs.csv": "a table of a user's runs",
+    "plans/exam": "fit, as the page says",
+    "plans/own": "fit, on another page",
+    "runs/studies/compare": "a comparison, as the page says",
+    "exam.jsonl": "a user's examples",
     "chats.jsonl": "a user's conversations",
     "neox": "a checkpoint of GPT-NeoX and its configuration",
     "my-name/quickstart": "a name on the hub",
