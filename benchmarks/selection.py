@@ -235,7 +235,8 @@ def report(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()}-core {platform.machine()} CPU, "
         f"Python {platform.python_version()}, bm25s {version('bm25s')}, "
         f"rank_bm25 {version('rank_bm25')}.  One process, one thread; whole commands, start-up, "
-        "reading and writing included.",
+        "reading and writing included.  Processes that wanted a core, on average over the "
+        f"last 15 minutes, these among them: {os.getloadavg()[2]:.1f}.",
         "",
         f"{options.documents:,} documents of 20 to 60 words ({words:,} words, {size / 1e6:,.0f} MB "
         f"of JSON lines), {options.vocabulary:,} different words by Zipf's law; {SUBTASKS} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import string
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from rank_bm25 import BM25Okapi
 from scipy.stats import spearmanr
 from support.selection_cases import ListedCorpus, chat, mixed_corpus, precision, target
 
-from megatron.errors import ConfigError, DataError
+from megatron.errors import ConfigError, DataError, MissingExtraError
 from megatron.selection import bm25, document_frequencies
 from megatron.selection.base import Document, Target
 from megatron.selection.bm25 import Bm25
@@ -253,6 +254,14 @@ def test_flags_make_the_selector() -> None:
     made = bm25.from_options(parser.parse_args(flags.split()))
     assert made == Bm25(messages="all", examples="mean", aggregate="max", k1=2, b=0.5, epsilon=0.1)
     assert made.parameters() != Bm25().parameters()
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    bm25.add_arguments(parser)
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(MissingExtraError, match=r"bm25s.*neomix\[select\]"):
+        bm25.from_options(parser.parse_args([]))
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from support.selection_cases import ListedCorpus, chat, document, mixed_corpus, precision, target
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron.errors import ConfigError, DataError
+from megatron.errors import ConfigError, DataError, MissingExtraError
 from megatron.selection import embed
 from megatron.selection.base import Cost, Document, Target
 from megatron.selection.embed import Embed, unit
@@ -296,6 +297,21 @@ def test_flags_make_the_selector(bert: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=message):
             made(flags)
+
+
+@pytest.mark.parametrize(
+    ("module", "library"),
+    [("sklearn", "scikit-learn"), ("sentence_transformers", "sentence-transformers")],
+)
+def test_a_library_that_is_not_there_is_named(
+    module: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = argparse.ArgumentParser()
+    embed.add_arguments(parser)
+    monkeypatch.setitem(sys.modules, module, None)
+    options = parser.parse_args(["--model", "lsa" if module == "sklearn" else str(tmp_path)])
+    with pytest.raises(MissingExtraError, match=rf"{library}.*neomix\[select\]"):
+        embed.from_options(options)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
