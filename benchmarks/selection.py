@@ -262,6 +262,7 @@ def report(
         f"- per document, neomix on {options.documents:,} against rank_bm25 on {options.part:,}: "
         f"**{peer.wall / share / whole.wall:.1f} ×** by wall time, "
         f"**{peer.cpu / share / whole.cpu:.1f} ×** by CPU time",
+        "- wall times are those of a shared machine; CPU times are what to compare",
         f"- scores of the part: {'equal to the bit' if same else '**DIFFER**'}",
     ]
 
