@@ -49,8 +49,8 @@ def deepspeed_config(
         result["gradient_predivide_factor"] = config.parallel.gradient_predivide_factor
         # Where each rank receives its own part alone, DeepSpeed divides after the sum.
         result["zero_optimization"]["reduce_scatter"] = False
-    if config.logging.comms_logger.enabled:
-        result["comms_logger"] = config.logging.comms_logger.model_dump(mode="json")
+    if (log := config.logging.comms_logger) is not None and log.enabled:
+        result["comms_logger"] = log.model_dump(mode="json")
     if config.parallel.sequence_parallel:
         # By default a stage takes activations to be the same on every tensor rank, and each
         # rank sends a part of them.

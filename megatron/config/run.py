@@ -264,10 +264,10 @@ class LoggingConfig(Group):
     wall_clock_breakdown: bool = False
     """Record the seconds of rank 0's reading, forward and backward passes, sums over ranks and
     updates of logged steps, as `timers/…`. Waits for the GPU around each of them."""
-    flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
+    flops_profiler: FlopsProfilerConfig | None = None
     """Count the floating-point operations of one step by module: the block `flops_profiler:
     {enabled, profile_step, module_depth, top_modules, detailed, output_file}`, as DeepSpeed's."""
-    comms_logger: CommsLoggerConfig = CommsLoggerConfig()
+    comms_logger: CommsLoggerConfig | None = None
     """Let DeepSpeed log what it sends: the block `comms_logger: {enabled, verbose, prof_all,
     prof_ops, debug}`. The totals are written to `profile/communication.json` in `run_dir`."""
     dump_state: bool = False
@@ -287,7 +287,7 @@ class LoggingConfig(Group):
     tensorboard_dir: Text | None = None
     """Folder of the events; giving it switches `use_tensorboard` on. Default: `tensorboard` in
     `run_dir`."""
-    csv_monitor: CsvMonitorConfig = CsvMonitorConfig()
+    csv_monitor: CsvMonitorConfig | None = None
     """Write every number that charts have to a file of its own: the block `csv_monitor: {enabled,
     output_path, job_name}`, as DeepSpeed's."""
     use_wandb: bool = False

@@ -112,7 +112,7 @@ def attach_profiler(config: Config, engine: TrainEngine, runtime: Runtime) -> No
                 memory_file=None if path is None else Path(path),
             )
         )
-    if (asked := logging.flops_profiler).enabled:
+    if (asked := logging.flops_profiler) is not None and asked.enabled:
         file = Path(asked.output_file) if asked.output_file else folder / FLOPS
         engine.observe(FlopsProfiler(engine.module, asked, file))
 
@@ -135,7 +135,7 @@ def dump_state(config: Config, engine: TrainEngine, given: Mapping[str, Any]) ->
 
 def write_communication(config: Config, runtime: Runtime) -> None:
     """Write the totals of DeepSpeed's log of communication, where it kept one; collective."""
-    if not config.logging.comms_logger.enabled:
+    if (log := config.logging.comms_logger) is None or not log.enabled:
         return
     found = communication_totals()
     if runtime.rank == 0:

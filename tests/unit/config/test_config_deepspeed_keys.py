@@ -115,7 +115,10 @@ def test_deepspeeds_monitors_are_our_sinks(load):
     assert weights.wandb_project == "p"
     off = load("tensorboard: {enabled: false, output_path: x}\nwandb: {enabled: false}\n")
     assert off == load()
+    none = "flops_profiler: null\ncsv_monitor: null\ncomms_logger: null\nwandb: null\n"
+    assert load(none) == load()
     tables = load("csv_monitor: {enabled: true, output_path: t, job_name: j}\n").logging.csv_monitor
+    assert tables is not None
     assert (tables.enabled, tables.output_path, tables.job_name) == (True, "t", "j")
     log = load("comms_logger: {enabled: true, prof_all: false, prof_ops: [all_reduce]}\n")
     assert dictionary(log)["comms_logger"]["prof_ops"] == ["all_reduce"]
