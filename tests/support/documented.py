@@ -45,6 +45,16 @@ WAYS = (
     Way(pattern=rf"{DEEPY} train\.py configs/mixbench/base\.yml .*", quick="parse", slow=True),
     Way(pattern=rf"{DEEPY} train\.py -d configs local/.*", quick="check", slow=True),
     Way(pattern=rf"{DEEPY} train\.py .*", quick="check", why="trains a model of full size"),
+    Way(
+        pattern=rf"{DEEPY} evaluate\.py .*--eval_include_path configs/tasks .*",
+        quick="config",
+        why="reads questions of one's own; tests/e2e/test_selection_training.py makes some",
+    ),
+    Way(
+        pattern=rf"{DEEPY} train\.py MODEL\.yml .*",
+        quick="none",
+        why="of one's own model; tests/e2e/test_selection_training.py tunes one",
+    ),
     Way(pattern=rf"{DEEPY} (generate|evaluate)\.py .*", quick="config", slow=True),
     Way(
         pattern=r"python tools/mix\.py compare (bench|configs/mixbench/\w+)\.yml.*",
