@@ -92,10 +92,6 @@ def _check(request: ScoreRequest) -> None:
         raise ConfigError(
             f"--method {request.selector.method} compares documents with targets; give --target"
         )
-    if not request.selector.needs_targets and request.targets is not None:
-        raise ConfigError(
-            f"--method {request.selector.method} reads no targets; leave out --target"
-        )
     if request.overwrite and request.shard.count > 1:
         raise ConfigError(
             "--overwrite would throw away what other shards have done; delete the table and its "

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from megatron.errors import DataError
 from megatron.selection.base import Cost
 from megatron.selection.libraries import load
 from megatron.selection.settings import chunk_count, facts_of, ranges_of
-from megatron.selection.table import ScoreTable, TableFacts, TableWriter, read_facts
+from megatron.selection.table import (
+    Scores,
+    ScoreTable,
+    TableFacts,
+    TableWriter,
+    join_rows,
+    read_facts,
+)
 from megatron.selection.work import WorkFolder, difference, work_folder
+
+_GROUP_ROWS: Final = 1 << 14
 
 
 def merge(out: Path, work: Path | None = None) -> TableFacts:
@@ -80,11 +89,8 @@ def join_chunks(work: WorkFolder, out: Path, settings: Mapping[str, Any]) -> Tab
     facts = facts_of(settings, cost, work.words())
     writer = TableWriter(out, facts)
     try:
-        for path in chunks:
-            table = ScoreTable(path)
-            for rows in table.read():
-                writer.add(rows)
-            table.close()
+        for rows in _in_groups(chunks):
+            writer.add(rows)
         writer.close()
     except BaseException:
         writer.abort()
@@ -101,3 +107,17 @@ def _chunk_facts(path: Path) -> TableFacts:
             f"{path}: damaged ({error}); delete it and give the scoring's command again"
         ) from None
     return read_facts(path, metadata or {})
+
+
+def _in_groups(chunks: Sequence[Path]) -> Iterator[Scores]:
+    """Yield the rows of chunks, of so many that row groups are not too small."""
+    held: list[Scores] = []
+    for path in chunks:
+        table = ScoreTable(path)
+        held += table.read()
+        table.close()
+        if sum(map(len, held)) >= _GROUP_ROWS:
+            yield join_rows(held)
+            held = []
+    if held:
+        yield join_rows(held)

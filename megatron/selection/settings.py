@@ -27,7 +27,7 @@ class ScoreRequest:
     Attributes:
         selector: the method.
         inputs: the corpus.
-        targets: what to compare with; None for a method without.
+        targets: what to compare with, or, for a method that does not, what the task is called.
         out: the table.
         tokenizer: that turns tokenised documents into text; None = the data say.
         encoder: that counts tokens; None counts those of tokenised documents alone.
@@ -50,8 +50,10 @@ class ScoreRequest:
 
     @property
     def subtasks(self) -> tuple[Target, ...]:
-        """The targets, () without."""
-        return () if self.targets is None else self.targets.targets
+        """The targets; () for a method that reads none, which they only name the task of."""
+        if self.targets is None or not self.selector.needs_targets:
+            return ()
+        return self.targets.targets
 
 
 def settings_of(request: ScoreRequest, corpus: DocumentCorpus) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def settings_of(request: ScoreRequest, corpus: DocumentCorpus) -> dict[str, Any]
         "method": selector.method,
         "parameters": dict(selector.parameters()),
         "aggregate": selector.aggregate,
-        "targets": {} if request.targets is None else request.targets.fingerprints(),
+        "targets": request.targets.fingerprints() if request.targets and request.subtasks else {},
         "task": "" if request.targets is None else request.targets.name,
         "corpus": [part.as_json() for part in corpus.facts()],
         "documents": len(corpus),

@@ -41,7 +41,7 @@ class TableFacts:
         parts: of each part of the corpus its name, documents and SHA-256.
         targets: hash of each subtask's examples.
         inputs: how its records were read (field, text_documents).
-        chunk_documents: documents of a row group.
+        chunk_documents: that were scored at a time.
         tokenizer: what counted the tokens; None = nothing did.
         cost: of scoring, preparation included.
     """
@@ -91,6 +91,19 @@ class Scores:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.ids)
+
+
+def join_rows(parts: Sequence[Scores]) -> Scores:
+    """Return rows one after the other."""
+    return Scores(
+        ids=[name for part in parts for name in part.ids],
+        sources=[name for part in parts for name in part.sources],
+        numbers=np.concatenate([part.numbers for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        words=np.concatenate([part.words for part in parts]),
+        subtasks=np.concatenate([part.subtasks for part in parts]),
+        score=np.concatenate([part.score for part in parts]),
+    )
 
 
 def aggregate(scores: FloatArray, how: str) -> FloatArray:

@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     targets = None
     if options.target:
         targets = open_targets(options.target, field=options.field, tokenizer=tokenizer)
+        if not selector.needs_targets:
+            print(f"{options.method} reads no targets: --target only names the task")
     request = ScoreRequest(
         selector=selector,
         inputs=inputs_of(options, config, options.train),
@@ -96,7 +98,9 @@ def summary(out: Path, facts: object) -> str:
     from megatron.selection.table import TableFacts
 
     assert isinstance(facts, TableFacts)
-    against = f" against {len(facts.subtasks)} subtasks of {facts.task}" if facts.subtasks else ""
+    count = len(facts.subtasks)
+    several = f"{count} subtask{'s' * (count > 1)} of {facts.task}"
+    against = f" against {several}" if count else ""
     cost = f", {facts.cost.flops:.4g} FLOPs" if facts.cost.flops else ""
     return f"{out}: {facts.documents:,} documents by {facts.method}{against}{cost}"
 

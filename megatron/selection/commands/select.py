@@ -79,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
     bill = _bill(options, config, facts)
     corpus = _open(options, config, choice, facts)
     try:
+        if _counted_otherwise(choice, facts):
+            tokens = np.full_like(tokens, -1)
         if (options.tokens is not None or bill is not None) and (tokens < 0).any():
             tokens = _count(corpus, choice)
         limit = _limit(options, bill, len(scores))
@@ -223,11 +225,20 @@ def _open(
     options.text_documents = facts.inputs["text_documents"]
     words = options.train or list(facts.inputs["words"])
     work = work_folder(Path(options.scores))
-    corpus = open_corpus(
-        inputs_of(options, config, words),
-        tokenizer=choice.tokenizer(),
-        folder=work.index if work.path.exists() else None,
-    )
+    try:
+        corpus = open_corpus(
+            inputs_of(options, config, words),
+            tokenizer=choice.tokenizer(),
+            folder=work.index if work.path.exists() else None,
+        )
+    except DataError as error:
+        if options.train:
+            raise
+        where = " (domains of a configuration: name it by --config)" if config is None else ""
+        raise DataError(
+            f"{error}; the documents were scored there; if they are elsewhere now, say where with "
+            f"--train{where}"
+        ) from None
     if corpus.fingerprint() != facts.data:
         corpus.close()
         raise DataError(f"--train {' '.join(words)}: {_what_differs(corpus, facts)}")
@@ -249,6 +260,12 @@ def _what_differs(corpus: DocumentCorpus, facts: TableFacts) -> str:
     if missing:
         return f"'{missing[0]}' was scored too; name it as well"
     return "the documents stand in another order than when they were scored"
+
+
+def _counted_otherwise(choice: TokenizerChoice, facts: TableFacts) -> bool:
+    """Tell whether the table's counts are not those of the tokenizer that is named now."""
+    encoder = choice.encoder()
+    return encoder is not None and dict(encoder.identity()) != facts.tokenizer
 
 
 def _count(corpus: DocumentCorpus, choice: TokenizerChoice) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import pytest
 from support.selection import Lengths, chat, run_tool, texts, write_lines
 
 from megatron.errors import ConfigError, DataError, NeomixError, RunError
-from megatron.selection import chunk_scoring
+from megatron.selection import chunk_scoring, merging
 from megatron.selection.base import Cost
 from megatron.selection.driver import score
 from megatron.selection.inputs import Inputs
@@ -200,8 +200,6 @@ def test_long_documents_are_handed_over_few_at_a_time(
 def test_what_makes_no_sense_is_refused(request_of: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--method lengths compares .*; give --target"):
         score(request_of("s.parquet", targets=None))
-    with pytest.raises(ConfigError, match=r"--method random reads no targets"):
-        score(request_of("s.parquet", selector=Random()))
     with pytest.raises(ConfigError, match="--overwrite would throw away what other shards"):
         score(request_of("s.parquet", overwrite=True, shard=Shard(index=0, count=2)))
     with pytest.raises(DataError, match=r"nothing was scored for it"):
@@ -233,6 +231,27 @@ def test_a_damaged_table_or_chunk_is_told(request_of: Any, tmp_path: Path) -> No
     pq.write_table(later, tmp_path / "later.parquet")
     with pytest.raises(DataError, match="a table of version 9"):
         ScoreTable(tmp_path / "later.parquet")
+
+
+def test_a_method_without_targets_takes_the_name_of_the_task(tmp_path: Path, capsys: Any) -> None:
+    tool = run_tool(capsys)
+    train = write_lines(tmp_path / "t.jsonl", texts(5))
+    words = ["score", "--method", "random", "--train", train, "--out", tmp_path / "s.parquet"]
+    assert "--target only names the task" in tool(*words, "--target", f"exam={train}")
+    facts = ScoreTable(tmp_path / "s.parquet").facts
+    assert (facts.task, facts.subtasks, facts.targets) == ("exam", (), {})
+
+
+def test_row_groups_are_not_small(
+    request_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "_GROUP_ROWS", 45)
+    score(request_of("s.parquet"))
+    found = pq.ParquetFile(tmp_path / "s.parquet")
+    sizes = [found.metadata.row_group(n).num_rows for n in range(found.num_row_groups)]
+    assert sizes == [50, 50, 50, 50, 5]
+    assert [len(rows) for rows in ScoreTable(tmp_path / "s.parquet").read()] == sizes
+    assert found.read().column("number").to_pylist() == list(range(205))
 
 
 def test_aggregates() -> None:

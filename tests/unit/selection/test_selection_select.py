@@ -271,6 +271,12 @@ def test_tokens_are_counted_when_they_are_asked_for(tool: Tool) -> None:
     assert "give --tokenizer-type and --vocab-file" in tool(*words, code=2)
     tool(*words, *BYTES)
     assert 150 < sum(map(len, documents("o/x_text_document"))) <= 200
+    # Those of another tokenizer are counted anew.
+    train_byte_level_bpe(iter(["word1 word2 word3 "] * 20), "bpe.json", vocab_size=300)
+    other = ["--tokenizer-type", "HFTokenizer", "--vocab-file", "bpe.json"]
+    scored(tool, "a.jsonl", out="t.parquet", more=BYTES)
+    tool("select", "--scores", "t.parquet", *words[3:-1], "y", *other)
+    assert 190 < sum(map(len, documents("o/y_text_document"))) <= 200
 
 
 def test_the_flags_of_a_ranking_decide(tool: Tool) -> None:
@@ -312,7 +318,9 @@ def test_the_corpus_must_be_the_one_that_was_scored(tool: Tool) -> None:
     words = ["select", "--scores", "s.parquet", "--share", 0.5, "--out", "o"]
     Path("moved").mkdir()
     shutil.move("a.jsonl", "moved/a.jsonl")
-    assert "a.jsonl: no such file" in tool(*words, code=2)
+    problem = tool(*words, code=2)
+    assert "a.jsonl: no such file" in problem
+    assert "say where with --train (domains of a configuration: name it by --config)" in problem
     shutil.rmtree("s.parquet.work")  # nor does it need what the scoring left behind
     tool(*words, "--train", "moved/a.jsonl")
     write_lines(Path("moved/a.jsonl"), texts(31))
