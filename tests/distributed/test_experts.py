@@ -29,6 +29,9 @@ EXPERTS = {
     "attention_dropout": 0.0,
     "gradient_clipping": 0.5,
     "log_interval": 1,
+    "log_param_norm": True,
+    "log_grad_norm": True,
+    "log_optimizer_states": True,
     "mixing": {"method": "static"},
     "init_method_std": 0.2,
     "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-3}},
@@ -107,8 +110,8 @@ def check(
     layouts: Mapping[str, Mapping[str, Any]],
     **model: Any,
 ) -> None:
-    (expected,) = pools.call(body, 1, files(folder, {"one": model}))
-    one = expected["one"]
+    (alone,) = pools.call(body, 1, files(folder, {"one": model}))
+    one = alone["one"]
     made = files(folder, {name: {**model, **layout} for name, layout in layouts.items()})
     results = pools.call(body, world, made)
     for name, file in made.items():
@@ -126,10 +129,12 @@ def check(
         assert np.allclose(own[0]["valid"], one["valid"], rtol=2e-5), name
         layout = layout_of(file, world)
         for rank, result in enumerate(own):
+            # A stage may have no block of them.
             held = {key.split(".")[3] for key in result["parameters"] if ".experts." in key}
             place = layout.coordinates(rank).data % layout.expert_size
             part = 4 // layout.expert_size
-            assert held == {str(place * part + one) for one in range(part)}, name
+            expected = {str(place * part + one) for one in range(part)}
+            assert held == expected or (layout.pipe_size > 1 and not held), name
         weights = joined(own, layout)
         assert weights.keys() == one["parameters"].keys()
         for key, value in one["parameters"].items():
