@@ -50,11 +50,6 @@ WAYS = (
         quick="config",
         why="reads questions of one's own; tests/e2e/test_selection_training.py makes some",
     ),
-    Way(
-        pattern=rf"{DEEPY} train\.py MODEL\.yml .*",
-        quick="none",
-        why="of one's own model; tests/e2e/test_selection_training.py tunes one",
-    ),
     Way(pattern=rf"{DEEPY} (generate|evaluate)\.py .*", quick="config", slow=True),
     Way(
         pattern=r"python tools/mix\.py compare (bench|configs/mixbench/\w+)\.yml.*",
