@@ -139,13 +139,19 @@ LEFT_BEHIND = {
 
 
 # Flags whose value a program writes, not reads.
-OUTPUTS = ("--output", "--output-prefix", "--out", "-o", "--output_dir", "--model")
+OUTPUTS = ("--output", "--output-prefix", "--out", "-o", "--output_dir")
+
+
+def output_flags(command: Command) -> tuple[str, ...]:
+    """Return the flags of a command whose value it writes."""
+    trains = "examples/plain_pytorch.py" in command.words
+    return (*OUTPUTS, "--model") if trains else OUTPUTS
 
 
 def outputs(command: Command) -> list[str]:
     """Return the files, folders or prefixes that a command's flags have it write."""
-    words = command.words
-    return [words[i + 1] for i in range(len(words) - 1) if words[i] in OUTPUTS] + [*command.makes]
+    words, flags = command.words, output_flags(command)
+    return [words[i + 1] for i in range(len(words) - 1) if words[i] in flags] + [*command.makes]
 
 
 def way_of(command: Command) -> Way | None:

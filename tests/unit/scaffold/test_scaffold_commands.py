@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.doc_commands import DOCUMENTS, Command, block_commands, commands, stray_commands
-from support.documented import LEFT_BEHIND, OUTPUTS, WAYS, outputs, way_of
+from support.documented import LEFT_BEHIND, WAYS, output_flags, outputs, way_of
 from support.source import ROOT
 from support.tiny_project import environment, make_project
 
@@ -216,7 +216,7 @@ def read_by(command: Command) -> list[str]:
     words = [word for word in command.words if word != "python"][1:]
     found = []
     for place, word in enumerate(words):
-        written = place > 0 and words[place - 1] in (*OUTPUTS, "--shard")
+        written = place > 0 and words[place - 1] in (*output_flags(command), "--shard")
         if not written and re.fullmatch(r"[\w.*-]*(/[\w.*-]*)+|[\w-]+\.(json|jsonl|yml|pt)", word):
             found.append(word)
     return found
