@@ -9,6 +9,8 @@ Anything else is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -59,7 +61,8 @@ def run_command(main: Callable[[], int | None]) -> int:
 
     Returns:
         ``main``'s own code (``None`` counts as 0), the error's code after a
-        :class:`NeomixError`, or 130 after Ctrl-C.
+        :class:`NeomixError`, 130 after Ctrl-C, or 141 when nobody reads
+        the output any more.
     """
     try:
         return main() or 0
@@ -69,3 +72,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `… | head` does.  What is still in the buffer
+        # goes nowhere, or the interpreter would complain of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

@@ -113,6 +113,9 @@ def _leads(
                 color=style.color,
                 fontsize=8.5,
                 fontweight="bold",
+                # Readable where a line runs behind it.
+                bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.8},
+                zorder=5,
             )
     axis.set_xlim(sizes[0], sizes[-1])
 
