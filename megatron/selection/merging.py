@@ -87,6 +87,7 @@ def join_chunks(work: WorkFolder, out: Path, settings: Mapping[str, Any]) -> Tab
     for path in chunks:
         cost = cost + _chunk_facts(path).cost
     facts = facts_of(settings, cost, work.words())
+    remove_left_over(out)  # nobody else writes it: the folder of work is ours alone
     writer = TableWriter(out, facts)
     try:
         for rows in _in_groups(chunks):

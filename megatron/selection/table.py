@@ -259,6 +259,16 @@ def read_facts(path: Path, metadata: Mapping[bytes, bytes]) -> TableFacts:
         raise DataError(f"{path}: its metadata is damaged: {error}; score again") from None
 
 
+def remove_left_over(path: Path) -> None:
+    """Remove what killed writers of a table have left beside it."""
+    prefix, suffix = f".{path.name}.", ".tmp"
+    if not path.parent.is_dir():
+        return
+    for file in path.parent.iterdir():
+        if file.name.startswith(prefix) and file.name.endswith(suffix):
+            file.unlink(missing_ok=True)
+
+
 def _schema(pa: Any, facts: TableFacts) -> Any:
     fields = [
         ("id", pa.string()),

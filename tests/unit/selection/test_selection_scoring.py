@@ -117,6 +117,7 @@ def test_a_killed_scoring_goes_on_where_it_was(request_of: Any, tmp_path: Path) 
     with pytest.raises(DataError, match=r"10 of 21 chunks are not scored \(documents 30-40, 120-2"):
         merge(tmp_path / out)
     (tmp_path / f"{out}.work" / "chunks" / ".00000005.parquet.1.tmp").write_bytes(b"torn")
+    (tmp_path / f".{out}.1.tmp").write_bytes(b"torn")  # of a table
     said: list[str] = []
     last = Lengths()
     assert score(request_of(out, selector=last), said.append).scored == 95
@@ -124,6 +125,7 @@ def test_a_killed_scoring_goes_on_where_it_was(request_of: Any, tmp_path: Path) 
     assert last.prepared == 0
     assert (tmp_path / out).read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not (tmp_path / f"{out}.work" / "chunks").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_finished_table_is_left_alone(request_of: Any, tmp_path: Path) -> None:
