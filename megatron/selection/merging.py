@@ -19,6 +19,7 @@ from megatron.selection.table import (
     TableWriter,
     join_rows,
     read_facts,
+    remove_left_over,
 )
 from megatron.selection.work import WorkFolder, difference, work_folder
 
