@@ -13,6 +13,7 @@ In --out: gains.json for `plan` and for `tools/mix.py budget`, fit.md, figures a
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -275,9 +276,13 @@ def _sentences(
         except ConfigError:
             continue
         for one in [one for one in found if one.share == max(options.shares)]:
+            beats = (
+                f"beats {one.against} from {least(one.size)} on"
+                if math.isfinite(one.size)
+                else f"never beats {one.against}"
+            )
             main.append(
-                f"{task}: {one.method} beats {one.against} from {least(one.size)} on, with a "
-                f"budget of {one.share:.0%} of the corpus."
+                f"{task}: {one.method} {beats}, with a budget of {one.share:.0%} of the corpus."
             )
     rest = [f"Not fitted: {name}: {why}." for name, why in gains.left_out.items()]
     worst = min(gains.gains, key=lambda one: one.r2)
