@@ -66,7 +66,8 @@ def _files(source: Path, *, tied: bool) -> Iterator[dict[int, dict[str, torch.Te
             for path in source.iterdir()
             if (match := _RANK_FILE.fullmatch(path.name))
         }
-        yield {rank: dict(_load(path)["module"]) for rank, path in found.items()}
+        if found:  # ZeRO 3 has no such files, and nothing frozen
+            yield {rank: dict(_load(path)["module"]) for rank, path in found.items()}
 
 
 def _load(path: Path) -> dict[str, Any]:
