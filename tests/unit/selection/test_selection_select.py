@@ -194,6 +194,16 @@ def test_tokenised_data_is_copied_with_its_labels(tool: Tool) -> None:
     assert sum(map(len, documents("q/z_token_document"))) <= 1000
 
 
+def test_data_that_was_not_tokenised_alike_is_refused(tool: Tool) -> None:
+    for name, dtype in (("a", "uint16"), ("b", "int32")):
+        with TokenWriter(name, dtype) as out:
+            out.add([3, 4, 5])
+    scored(tool, "a", "b", more=BYTES)
+    words = ["select", "--scores", "s.parquet", "--share", 1, "--out", "o", *BYTES]
+    assert "were not tokenised alike, and cannot become one domain" in tool(*words, code=2)
+    assert "a: tokens, whose text is read by the tokenizer" in tool(*words[:-2], code=2)
+
+
 TINY = {
     "num_layers": 2,
     "hidden_size": 32,
