@@ -29,7 +29,7 @@ METHODS: Final[Mapping[str, str]] = MappingProxyType(
 
 _CHUNK_DOCUMENTS: Final = 4096
 _OF_SLOW_METHODS: Final[Mapping[str, int]] = MappingProxyType(
-    {"embed": 1024, "ppl": 512, "less": 64}
+    {"embed": 1024, "ppl": 128, "less": 64}
 )
 
 

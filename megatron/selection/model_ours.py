@@ -37,7 +37,13 @@ def find_ours(model: Named, *, verified: bool, say: Say) -> ReferenceCheckpoint:
 
 
 def convert_ours(found: ReferenceCheckpoint, cache: Path, say: Say) -> None:
-    """Write the weights whole into a cache, unless they lie so beside the checkpoint."""
+    """Write the weights whole into a cache, unless they lie so beside the checkpoint.
+
+    Raises:
+        CheckpointError: they cannot be converted.
+        ConfigError, DataError: there is no tokenizer, without which they are of no use here.
+    """
+    run_tokenizer(found.config, "scoring documents")
     whole_parameters(found, CheckpointStore(cache), say)
 
 
