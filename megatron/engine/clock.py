@@ -72,7 +72,11 @@ class StepClock:
         self._seconds = {}
 
     def end(
-        self, step: int, *, grad_norm: float | torch.Tensor | None, skipped: bool
+        self,
+        step: int,
+        *,
+        grad_norm: float | torch.Tensor | None,
+        skipped: bool | torch.Tensor,
     ) -> Mapping[str, float]:
         """Return the seconds of a logged step by part, as ``timers/NAME``."""
         self._active = False

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megatron.engine.clock import StepClock
+from megatron.engine.device_skip import DeviceSkip, applies
 from megatron.engine.experts import SharedExperts
 from megatron.engine.observer import StepObserver
 from megatron.engine.optimizer import describe_flat_parts
@@ -36,13 +37,14 @@ class StepOutcome:
     """What one optimizer step did.
 
     Attributes:
-        skipped: the update was dropped because a gradient was not finite.
+        skipped: the update was dropped because a gradient was not finite; still on the device
+            (a scalar, 0 or 1) where it was decided there.
         grad_norm: global gradient norm before clipping, still on the device where
             DeepSpeed left it, or None if it computed none.
         statistics: what observers measured, by name.
     """
 
-    skipped: bool
+    skipped: bool | torch.Tensor
     grad_norm: float | torch.Tensor | None
     statistics: Mapping[str, float] = field(default_factory=dict)
 
@@ -78,6 +80,7 @@ class TrainEngine(ABC):
         self._reading: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches
         self._betas: Callable[[int], tuple[float, float] | None] = lambda step: None
         self._state: Sequence[str] = ADAM_STATE
+        self._skip = DeviceSkip(engine.optimizer) if applies(engine.optimizer) else None
         self._writer = _RecordingWriter(engine.checkpoint_engine)
         engine.checkpoint_engine = self._writer
 
@@ -175,12 +178,19 @@ class TrainEngine(ABC):
                 group["betas"] = betas
         skipped_before = self._engine.skipped_steps
         self._train(step, self._reading(micro_batches))
-        skipped = self._engine.skipped_steps > skipped_before
+        skipped: bool | torch.Tensor = self._engine.skipped_steps > skipped_before
+        if self._skip is not None and self._skip.flag is not None:
+            skipped = self._skip.flag
         grad_norm = self._engine.get_global_grad_norm()
         statistics: dict[str, float] = {}
         for observer in self._observers:
             statistics |= observer.end(step, grad_norm=grad_norm, skipped=skipped)
         return StepOutcome(skipped=skipped, grad_norm=grad_norm, statistics=statistics)
+
+    def settle(self, *, skipped: bool) -> None:
+        """Hear on the host what came of the step: whether some rank dropped the update."""
+        if self._skip is not None:
+            self._engine.skipped_steps += skipped  # else DeepSpeed has counted it
 
     @abstractmethod
     def _train(self, step: int, micro_batches: Iterable[tuple[torch.Tensor, Any]]) -> None:

@@ -53,7 +53,11 @@ class ExpertLoads:
 
     @torch.no_grad()
     def end(
-        self, step: int, *, grad_norm: float | torch.Tensor | None, skipped: bool
+        self,
+        step: int,
+        *,
+        grad_norm: float | torch.Tensor | None,
+        skipped: bool | torch.Tensor,
     ) -> Mapping[str, float]:
         """Return the step's numbers by name; nothing if it is not logged."""
         if not self._logged(step):

@@ -74,7 +74,11 @@ class GradientNoiseScale:
         self._current = _Seen(scale=loss_scale) if near else None
 
     def end(
-        self, step: int, *, grad_norm: float | torch.Tensor | None, skipped: bool
+        self,
+        step: int,
+        *,
+        grad_norm: float | torch.Tensor | None,
+        skipped: bool | torch.Tensor,
     ) -> Mapping[str, float]:
         """Return the estimate on a logged step; nothing where the gradient's norm is not known."""
         current, self._current = self._current, None

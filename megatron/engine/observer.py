@@ -16,7 +16,11 @@ class StepObserver(Protocol):
         ...
 
     def end(
-        self, step: int, *, grad_norm: float | torch.Tensor | None, skipped: bool
+        self,
+        step: int,
+        *,
+        grad_norm: float | torch.Tensor | None,
+        skipped: bool | torch.Tensor,
     ) -> Mapping[str, float]:
         """Return what the step is recorded with beside its losses; collective."""
         ...

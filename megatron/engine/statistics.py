@@ -71,7 +71,11 @@ class ParameterStatistics:
 
     @torch.no_grad()
     def end(
-        self, step: int, *, grad_norm: float | torch.Tensor | None, skipped: bool
+        self,
+        step: int,
+        *,
+        grad_norm: float | torch.Tensor | None,
+        skipped: bool | torch.Tensor,
     ) -> Mapping[str, float]:
         """Return the step's numbers by name; nothing if it is not logged."""
         if not self._active:

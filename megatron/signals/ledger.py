@@ -147,14 +147,20 @@ class Ledger:
         selected = torch.where(belongs, values[:, None, :], 0.0)  # [C, K, B]
         self._buffer[: values.shape[0] * self._domains] += selected.sum(dim=2).flatten()
 
-    def reduce(self, *, skipped: bool = False, stop: bool = False) -> StepTotals:
+    def reduce(self, *, skipped: bool | torch.Tensor = False, stop: bool = False) -> StepTotals:
         """Sum over all ranks, bring the result to the host, and start afresh.
 
         This is the step's one collective of ours and its one device-to-host copy.
+
+        Args:
+            skipped: this rank dropped the update; a scalar (0 or 1) where only the device knows.
+            stop: this rank was asked to stop.
         """
         sums = len(self._names) * self._domains
         flags = self._buffer[sums:]
-        if skipped:
+        if isinstance(skipped, torch.Tensor):
+            flags[_SKIPPED].copy_(skipped)
+        elif skipped:
             flags[_SKIPPED] = 1.0
         if stop:
             flags[_STOP] = 1.0

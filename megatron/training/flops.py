@@ -35,7 +35,11 @@ class FlopsProfiler:
             self._counter.__enter__()  # type: ignore[no-untyped-call]
 
     def end(
-        self, step: int, *, grad_norm: float | torch.Tensor | None, skipped: bool
+        self,
+        step: int,
+        *,
+        grad_norm: float | torch.Tensor | None,
+        skipped: bool | torch.Tensor,
     ) -> Mapping[str, float]:
         """Write the profile after it."""
         if self._counter is None:

@@ -152,6 +152,7 @@ class Loop:
         outcome = self.engine.train_step(planned.step, all_to_device(batches, self.device), lr=lr)
         self.heartbeat.at(REDUCING, planned.step)
         totals = self.ledger.reduce(skipped=outcome.skipped, stop=self.stop_requested())
+        self.engine.settle(skipped=totals.skipped)
         self.heartbeat.at(RECORDING, planned.step)
         skipped = self.guard.check(planned.plan, totals)
         if not skipped:

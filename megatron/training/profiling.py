@@ -63,7 +63,11 @@ class StepProfiler:
             self._recording = True
 
     def end(
-        self, step: int, *, grad_norm: float | torch.Tensor | None, skipped: bool
+        self,
+        step: int,
+        *,
+        grad_norm: float | torch.Tensor | None,
+        skipped: bool | torch.Tensor,
     ) -> Mapping[str, float]:
         """Write the files after the last step of the trace."""
         if step != self._steps[-1]:
