@@ -184,3 +184,20 @@ def test_four_ranks_train_as_one(folder: Path, pools: RankPools) -> None:
         "pipeline": {**SHARED, "pipe_parallel_size": 2},
     }
     check(pools, folder, 4, layouts)
+
+
+@pytest.mark.slow
+def test_half_precision_is_near(folder: Path, pools: RankPools) -> None:
+    layouts = {
+        "bf16": {**SHARED, "bf16": {"enabled": True}},
+        "bf16, zero 2": {**SHARED, **ZERO_2, "bf16": {"enabled": True}, "moe_lbl_in_fp32": True},
+    }
+    (alone,) = pools.call(body, 1, files(folder, {"one": {}}))
+    made = files(folder, layouts)
+    results = pools.call(body, 2, made)
+    for name in made:
+        for record, other in zip(results[0][name]["ledger"], alone["one"]["ledger"], strict=True):
+            assert not record["skipped"]
+            assert np.allclose(record["domain_loss"], other["domain_loss"], rtol=1e-2), name
+            assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=5e-2), name
+        assert results[0][name]["ledger"] == results[1][name]["ledger"]
