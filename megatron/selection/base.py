@@ -36,6 +36,8 @@ class Document:
         tokenizer: SHA-256 (hex) of the tokenizer that made ``tokens``, by the domain's sidecar;
             None where there are none or it is not known.  A model with that tokenizer reads the
             tokens as they are.
+        labels: as many as tokens, of a tokenised domain that has labels: -100 where a token is
+            read and not learned; None otherwise.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Document:
     turns: tuple[Turn, ...] = ()
     tokens: NDArray[Any] | None = None
     tokenizer: str | None = None
+    labels: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

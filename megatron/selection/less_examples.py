@@ -45,8 +45,9 @@ class Example:
 class ExampleMaker:
     """Turns documents into examples.
 
-    Text is learned whole.  Of a conversation the assistant's turns are learned, written by the
-    tokenizer's chat template or, if it has none, in Tulu's form.  What is beyond ``longest``
+    Text is learned whole, tokens of the model's own tokenizer where their labels say so.  Of a
+    conversation the assistant's turns are learned, written by the tokenizer's chat template or, if
+    it has none, in Tulu's form.  What is beyond ``longest``
     tokens is cut off.
     """
 
@@ -70,22 +71,19 @@ class ExampleMaker:
         and of those that the chat template refuses or writes in a way in which no token can be
         said to be an answer's.
         """
-        if document.turns:
-            pair = self._conversation(document)
-        else:
-            tokens = self._plain(document)
-            pair = tokens, tokens
+        pair = self._conversation(document) if document.turns else self._plain(document)
         if pair is None:
             return None
         tokens, labels = (np.asarray(part[: self._longest], dtype=np.int32) for part in pair)
         example = Example(tokens=tokens, labels=labels)
         return example if example.learned else None
 
-    def _plain(self, document: Document) -> Any:
+    def _plain(self, document: Document) -> tuple[Any, Any]:
         own = document.tokens
         if own is not None and self._identity is not None and document.tokenizer == self._identity:
-            return own
-        return self._tokenizer(document.text, truncation=False, verbose=False)["input_ids"]
+            return own, own if document.labels is None else document.labels
+        tokens = self._tokenizer(document.text, truncation=False, verbose=False)["input_ids"]
+        return tokens, tokens
 
     def _conversation(self, document: Document) -> tuple[list[int], list[int]] | None:
         turns: list[Mapping[str, Any]] = [

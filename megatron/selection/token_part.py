@@ -82,6 +82,7 @@ class TokenPart:
             for document, size in enumerate(sizes.tolist(), start=low):
                 tokens = reader.read(at, at + size)
                 number = document - first
+                own = None if labels is None else labels.read(at, at + size).astype(np.int32)
                 text = self.tokenizer.decode_text(tokens.tolist())
                 found = Document(
                     id=naming.id_of(None, self.name, number),
@@ -90,8 +91,8 @@ class TokenPart:
                     text=text,
                     tokens=tokens,
                     tokenizer=made_by,
+                    labels=own,
                 )
-                own = None if labels is None else labels.read(at, at + size).astype(np.int32)
                 yield Row(document=found, record={"text": text}, labels=own)
                 at += size
 

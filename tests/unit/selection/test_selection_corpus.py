@@ -264,4 +264,5 @@ def test_labels_of_a_domain_come_along(tokenised: str, tmp_path: Path) -> None:
     assert row.labels is not None
     assert row.document.tokens is not None
     assert row.labels.tolist() == [-100] * (len(row.document.tokens) - 1) + [1]
+    assert row.document.labels is row.labels
     assert re.match("text 17", row.document.text)

@@ -27,6 +27,7 @@ from megatron.selection.less_gradients import LoraState, precondition
 from megatron.selection.less_settings import LessSettings
 from megatron.selection.less_warmup import WarmupSettings, epoch_path, read_state
 from megatron.selection.lora_model import attention_modules
+from megatron.selection.model_folder import tokenizer_identity
 from megatron.selection.projection import Projection
 
 transformers = pytest.importorskip("transformers")
@@ -297,6 +298,15 @@ def test_answers_alone_are_learned(model, tmp_path):
     plain = maker.make(document(0, local_tasks.text(1, 90)))
     assert len(plain.tokens) == whole.max_tokens
     assert plain.learned == whole.max_tokens - 1
+    ids = np.arange(5, 12, dtype=np.uint16)
+    labels = np.where(ids > 8, ids, -100).astype(np.int32)
+    own = replace(
+        document(0, "text"), tokens=ids, labels=labels, tokenizer=tokenizer_identity(model)
+    )
+    assert maker.make(own).labels.tolist() == labels.tolist()
+    assert maker.make(replace(own, labels=None)).labels.tolist() == ids.tolist()
+    other = maker.make(replace(own, tokenizer="0" * 64))
+    assert other.tokens.tolist() == tokenizer("text")["input_ids"]
     nothing = Target(name="asked", documents=(document(0, "", ("user", "only asked")),))
     with pytest.raises(DataError, match="--target asked"):
         Less(model=str(model), settings=SMALL, device="cpu").prepare(
