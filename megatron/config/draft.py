@@ -52,3 +52,18 @@ class Draft:
         if node.value is not None:
             self.problems.add(node, "should be a block of 'key: value' lines")
         return {}
+
+    def refuse(self, group: str, name: str, text: str) -> None:
+        """Add what is wrong with a field, at its place if it was given."""
+        node = self.get(group, name)
+        if node is None:
+            self.problems.add_plain(f"{name}: {text}")
+        else:
+            self.problems.add(node, text)
+
+    def refuse_at(self, node: Node | None, name: str, text: str) -> None:
+        """Add what is wrong at a place, without showing its value; by name if there is none."""
+        if node is None:
+            self.problems.add_plain(f"{name}: {text}")
+        else:
+            self.problems.add(node, text, show=False)
