@@ -9,10 +9,12 @@ Anything else is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 EXIT_BAD_INPUT = 2
 
@@ -48,6 +50,27 @@ class MissingExtraError(NeomixError):
             f"{purpose} needs the library '{library}', which is not installed; "
             f"install it with: pip install 'neomix[{extra}]'"
         )
+
+
+_DISTRIBUTION: Final = {"sklearn": "scikit-learn", "sentence_transformers": "sentence-transformers"}
+
+
+def load_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import a module of an optional library.
+
+    Args:
+        module: its full name, "sklearn.decomposition".
+        extra: what of ours brings it.
+        purpose: what needs it, the subject of the error's sentence.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise MissingExtraError(_DISTRIBUTION.get(library, library), extra, purpose) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

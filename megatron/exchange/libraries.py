@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from megatron.errors import MissingExtraError
+from megatron.errors import load_extra
 
 
 def transformers(purpose: str) -> Any:
@@ -14,10 +13,7 @@ def transformers(purpose: str) -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
-        module = importlib.import_module("transformers")
-    except ImportError:
-        raise MissingExtraError("transformers", "eval", purpose) from None
+    module = load_extra("transformers", "eval", purpose)
     module.logging.set_verbosity_error()
     module.logging.disable_progress_bar()
     return module

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Final
+from typing import Any
 
-from megatron.errors import MissingExtraError
-
-_DISTRIBUTION: Final = {"sklearn": "scikit-learn"}
+from megatron.errors import load_extra
 
 
 def load(module: str, purpose: str) -> Any:
-    """Import a module of an optional library.
-
-    Args:
-        module: its full name, "scipy.optimize".
-        purpose: what needs it, the subject of the error's sentence.
-
-    Raises:
-        MissingExtraError: the library is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        name = _DISTRIBUTION.get(library, library)
-        raise MissingExtraError(name, "studies", purpose) from error
+    """Import a module of an optional library; see :func:`megatron.errors.load_extra`."""
+    return load_extra(module, "studies", purpose)

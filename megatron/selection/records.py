@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from megatron.data.ingest.records import PARAGRAPH_JOIN, BadRecordError
+from megatron.data.ingest.records import PARAGRAPH_JOIN, BadRecordError, sound_text
 from megatron.errors import did_you_mean
 from megatron.selection.base import Turn
 
@@ -70,7 +70,7 @@ def content(record: Any, field: str | None) -> Content:
         BadRecordError: nothing of it is there, or it is neither text nor turns.
     """
     if isinstance(record, str) and field in (None, TEXT):
-        return _sound(record, TEXT), ()
+        return sound_text(record, TEXT), ()
     if not isinstance(record, Mapping):
         raise BadRecordError(f"{_name(record)}, not a JSON object")
     if field is not None:
@@ -103,16 +103,16 @@ def own_id(record: Any) -> str | None:
 
 def _value(value: Any, key: str) -> Content:
     if isinstance(value, str):
-        return _sound(value, key), ()
+        return sound_text(value, key), ()
     if isinstance(value, Sequence) and all(isinstance(part, str) for part in value):
-        return _sound(PARAGRAPH_JOIN.join(value), key), ()
+        return sound_text(PARAGRAPH_JOIN.join(value), key), ()
     turns = _turns(value, key)
     return _joined(turns), turns
 
 
 def _as_turns(value: Any, role: str, key: str) -> tuple[Turn, ...]:
     if isinstance(value, str):
-        return (Turn(role=role, content=_sound(value, key)),)
+        return (Turn(role=role, content=sound_text(value, key)),)
     return _turns(value, key)
 
 
@@ -127,7 +127,7 @@ def _turn(value: Any, place: str) -> Turn:
         raise BadRecordError(f'\'{place}\' is no turn: {{"role": …, "content": …}}')
     if "content" not in value:
         raise BadRecordError(f"'{place}' has no 'content'{did_you_mean('content', value)}")
-    return Turn(role=value["role"], content=_sound(_spoken(value["content"], place), place))
+    return Turn(role=value["role"], content=sound_text(_spoken(value["content"], place), place))
 
 
 def _spoken(value: Any, place: str) -> str:
@@ -146,18 +146,6 @@ def _spoken(value: Any, place: str) -> str:
 
 def _joined(turns: Sequence[Turn]) -> str:
     return "\n".join(turn.content for turn in turns)
-
-
-def _sound(text: str, key: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRecordError(
-                f"'{key}' holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is "
-                "no character"
-            ) from None
-    return text
 
 
 def _no_text(record: Mapping[str, Any], field: str | None) -> BadRecordError:

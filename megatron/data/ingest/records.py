@@ -144,8 +144,15 @@ def _field(record: Mapping[str, Any], key: str, repair: Repair | None) -> str:
 
 
 def _checked(text: str, key: str, repair: Repair | None) -> str:
-    if repair is not None and text:
-        text = repair(text)
+    return sound_text(repair(text) if repair is not None and text else text, key)
+
+
+def sound_text(text: str, key: str) -> str:
+    """Return a field's text as it is.
+
+    Raises:
+        BadRecordError: it cannot be written as UTF-8.
+    """
     if not text.isascii():
         try:
             text.encode("utf-8")
