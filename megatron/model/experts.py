@@ -14,9 +14,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from megatron.model.init import initializer
-from megatron.model.mlp import activation_function
+from megatron.model.mlp import FeedForward
 from megatron.model.router import Routed, Router
-from megatron.model.spec import GATED_ACTIVATIONS, ModelSpec, ffn_width
+from megatron.model.spec import ModelSpec, ffn_width
 from megatron.parallel.experts import from_experts, to_experts
 from megatron.parallel.parameters import Initializer, ParameterScope, zeros
 from megatron.parallel.partition import Partition
@@ -60,14 +60,12 @@ class ExpertLinear(nn.Module):
         return F.linear(x, self.weight, value / self.share + (self.bias - value))
 
 
-class Expert(nn.Module):
-    """One MLP: ``dense_4h_to_h(act(dense_h_to_4h(x)))``, gated as :class:`MLP` is."""
+class Expert(FeedForward):
+    """One MLP; maps ``[R, hidden]`` to this tensor rank's term of ``[R, hidden]``."""
 
     def __init__(self, scope: ParameterScope, spec: ModelSpec) -> None:
         """Make the expert."""
-        super().__init__()
-        self.activation = activation_function(spec.activation)
-        self.gated = spec.activation in GATED_ACTIVATIONS
+        super().__init__(spec)
         width, hidden = ffn_width(spec), spec.hidden_size
         inner = (width, width) if self.gated else (width,)
         self.dense_h_to_4h = ExpertLinear(
@@ -88,17 +86,6 @@ class Expert(nn.Module):
             ),
             bias=spec.use_bias_in_mlp,
         )
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map ``[R, hidden]`` to this tensor rank's term of ``[R, hidden]``."""
-        inner = self.dense_h_to_4h(rows)
-        if self.gated:
-            up, gate = inner.chunk(2, dim=-1)
-            inner = up * self.activation(gate)
-        else:
-            inner = self.activation(inner)
-        projected: torch.Tensor = self.dense_4h_to_h(inner)
-        return projected
 
 
 class ExpertLoad:

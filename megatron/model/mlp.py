@@ -59,8 +59,39 @@ def activation_function(name: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-class MLP(nn.Module):
-    """``dense_4h_to_h(act(dense_h_to_4h(x)))``; gated: ``[up | gate]``, up · act(gate)."""
+class FeedForward(nn.Module):
+    """``dense_4h_to_h(act(dense_h_to_4h(x)))``; gated: ``[up | gate]``, up · act(gate).
+
+    Which layers these are, and how ranks share them, is the subclass's.
+    """
+
+    dense_h_to_4h: nn.Module
+    dense_4h_to_h: nn.Module
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Choose the activation.
+
+        Raises:
+            ConfigError: it is unknown.
+        """
+        super().__init__()
+        self.activation = activation_function(spec.activation)
+        self.gated = spec.activation in GATED_ACTIVATIONS
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[…, hidden]`` (or this rank's part of the sequence) to the same shape."""
+        inner = self.dense_h_to_4h(x)
+        if self.gated:
+            up, gate = inner.chunk(2, dim=-1)
+            inner = up * self.activation(gate)
+        else:
+            inner = self.activation(inner)
+        projected: torch.Tensor = self.dense_4h_to_h(inner)
+        return projected
+
+
+class MLP(FeedForward):
+    """The feed-forward part that every token goes through."""
 
     def __init__(self, scope: ParameterScope, spec: ModelSpec) -> None:
         """Make the MLP.
@@ -68,10 +99,7 @@ class MLP(nn.Module):
         Raises:
             ConfigError: the activation is unknown.
         """
-        super().__init__()
-        name = spec.activation
-        self.activation = activation_function(name)
-        self.gated = name in GATED_ACTIVATIONS
+        super().__init__(spec)
         width = ffn_width(spec)
         self.dense_h_to_4h = ColumnParallelLinear(
             scope.child("dense_h_to_4h"),
@@ -89,14 +117,3 @@ class MLP(nn.Module):
             ),
             bias=spec.use_bias_in_mlp,
         )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[B, S, hidden]`` (or this rank's part of the sequence) to the same shape."""
-        inner = self.dense_h_to_4h(x)
-        if self.gated:
-            up, gate = inner.chunk(2, dim=-1)
-            inner = up * self.activation(gate)
-        else:
-            inner = self.activation(inner)
-        projected: torch.Tensor = self.dense_4h_to_h(inner)
-        return projected
