@@ -140,7 +140,7 @@ def check_relative(name: str) -> str:
             the normal one.
     """
     path = PurePosixPath(name)
-    plain = name and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    plain = path.parts and not path.is_absolute() and ".." not in path.parts and "\0" not in name
     if not plain or str(path) != name or "\\" in name:
         raise CheckpointError(f"{name!r} is not a path inside the checkpoint folder")
     return name

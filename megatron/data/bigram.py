@@ -77,7 +77,8 @@ class Bigram:
             raise DataError(f"{path}: no such file; count it first, with --train") from None
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path}: not a bigram model: {error}") from None
-        if table.ndim != 2 or table.shape[1] != 3 or not len(table) or (table[0, 1:] != -1).any():
+        form = isinstance(table, np.ndarray) and table.ndim == 2 and table.shape[1:] == (3,)
+        if not form or not len(table) or (table[0, 1:] != -1).any():
             raise DataError(f"{path}: not a bigram model of this program; count it anew")
         model = cls(int(table[0, 0]))
         model.pairs = table[1:, 0] * model.vocab_size + table[1:, 1]

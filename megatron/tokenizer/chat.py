@@ -21,7 +21,7 @@ def chat_tokenizer(path: str) -> Any:
     except ImportError:
         raise MissingExtraError("transformers", "eval", "a chat template") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"--tokenizer-path {path}: no Hugging Face tokenizer: {reason}") from None

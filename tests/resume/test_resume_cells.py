@@ -29,6 +29,8 @@ CELLS = (
     Cell(1, 2, 1, 1),
     Cell(1, 2, 2, 1),
     Cell(2, 2, 1, 1),
+    Cell(1, 1, 1, 2),
+    Cell(1, 2, 2, 1),
 )
 METHODS: dict[str, dict[str, Any]] = {
     "static": {"method": "static"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,12 @@ def dies(file: Path, ranks: int, victim: int, point: str) -> bool:
     ],
 )
 def test_one_rank_dies_inside_a_save(
-    pools: RankPools, tmp_path: Path, layout: str, victim: int, only: str | None
+    pools: RankPools,
+    tmp_path: Path,
+    layout: str,
+    victim: int,
+    only: str | None,
+    record_property: Callable[[str, object], None],
 ) -> None:
     ranks: Any = LAYOUTS[layout]["num_gpus"]
     data, whole, broken = tmp_path / "data", tmp_path / "whole", tmp_path / "broken"
@@ -99,4 +104,5 @@ def test_one_rank_dies_inside_a_save(
         if point in (only, "seal"):
             assert pools.call(relayout.train, ranks, file) == [0] * ranks
             runs.assert_same_run(whole / "run", broken / "run", STEPS)
+    record_property("trials", died)
     assert died >= (1 if only is not None else 3 + (victim == 0))

@@ -112,7 +112,9 @@ def operations_of(folder: Path, action: Callable[[CheckpointStore], None]) -> li
 
 @pytest.mark.parametrize("mode", ["before", "half", "power"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_crash_at_every_operation_of_a_save(tmp_path: Path, name: str, mode: str) -> None:
+def test_a_crash_at_every_operation_of_a_save(
+    tmp_path: Path, name: str, mode: str, record_property: Callable[[str, object], None]
+) -> None:
     steps, action, before, after = CASES[name]
     template = tmp_path / "template"
     prepare(template, steps)
@@ -139,6 +141,7 @@ def test_a_crash_at_every_operation_of_a_save(tmp_path: Path, name: str, mode: s
         assert not [name for name in left if re.search(r"\.(tmp|replaced|trash)$", name)]
         action(store)
         assert newest(folder) == after
+    record_property("trials", len(outcomes))
     changes = [o for i, o in enumerate(outcomes) if i == 0 or outcomes[i - 1] != o]
     assert changes in ([before], [before, after]), changes
     if before != after:
@@ -155,7 +158,9 @@ def _latest_names_a_complete_one(folder: Path, *, absent: bool) -> None:
             assert CheckpointStore(folder).verify(named) == []
 
 
-def test_a_crash_at_every_operation_of_a_sweep(tmp_path: Path) -> None:
+def test_a_crash_at_every_operation_of_a_sweep(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     def mess(folder: Path) -> CheckpointStore:
         store = prepare(folder, [10, 20, 30])
         write(store.begin(40) / "model.pt", b"half")
@@ -179,10 +184,13 @@ def test_a_crash_at_every_operation_of_a_sweep(tmp_path: Path) -> None:
         store.sweep()
         assert sorted(os.listdir(tmp_path / "run")) == ["global_step20", "global_step30", "latest"]
         assert (tmp_path / "run/latest").read_text() == "global_step30\n"
+    record_property("trials", at)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_ranks_dies_inside_a_save(tmp_path: Path, victim: int) -> None:
+def test_one_of_two_ranks_dies_inside_a_save(
+    tmp_path: Path, victim: int, record_property: Callable[[str, object], None]
+) -> None:
     """Each rank writes its own files; rank 0 commits once rank 1's entries have arrived."""
 
     def rank_1(store: CheckpointStore, writing: int) -> None:
@@ -225,6 +233,7 @@ def test_one_of_two_ranks_dies_inside_a_save(tmp_path: Path, victim: int) -> Non
         if code == peer_code == 0:
             assert (found[1].step, named) == (20, "global_step20")
             assert at > 5
+            record_property("trials", at)
             return
     raise AssertionError("the save never finished")
 
