@@ -105,10 +105,12 @@ def _chunk_facts(path: Path) -> TableFacts:
     try:
         metadata = load("pyarrow.parquet", "scoring").read_metadata(path).metadata
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: damaged ({error}); delete it and give the scoring's command again"
-        ) from None
+        raise _damaged(path, error) from None
     return read_facts(path, metadata or {})
+
+
+def _damaged(path: Path, why: object) -> DataError:
+    return DataError(f"{path}: damaged ({why}); delete it and give the scoring's command again")
 
 
 def _in_groups(chunks: Sequence[Path]) -> Iterator[Scores]:
@@ -116,8 +118,12 @@ def _in_groups(chunks: Sequence[Path]) -> Iterator[Scores]:
     held: list[Scores] = []
     for path in chunks:
         table = ScoreTable(path)
-        held += table.read()
-        table.close()
+        try:
+            held += table.read()
+        except DataError:
+            raise _damaged(path, "its scores cannot be read") from None
+        finally:
+            table.close()
         if sum(map(len, held)) >= _GROUP_ROWS:
             yield join_rows(held)
             held = []

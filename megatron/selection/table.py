@@ -145,7 +145,11 @@ class TableWriter:
         except OSError as error:
             raise _unwritable(path, error) from None
         self._writer = parquet.ParquetWriter(
-            self._file, self._schema, compression="zstd", use_dictionary=["source"]
+            self._file,
+            self._schema,
+            compression="zstd",
+            use_dictionary=["source"],
+            write_page_checksum=True,
         )
 
     def add(self, rows: Scores) -> None:
@@ -194,15 +198,24 @@ class ScoreTable:
         """
         self.path = Path(path)
         pyarrow = load("pyarrow", _PURPOSE)
+        self._unreadable = (pyarrow.ArrowException, OSError)
         try:
-            self._file = load("pyarrow.parquet", _PURPOSE).ParquetFile(self.path)
+            self._file = load("pyarrow.parquet", _PURPOSE).ParquetFile(
+                self.path, page_checksum_verification=True
+            )
         except FileNotFoundError:
             raise DataError(
                 f"{self.path}: no such table; make one with tools/select_data.py score"
             ) from None
-        except (pyarrow.ArrowException, OSError) as error:
+        except self._unreadable as error:
             raise DataError(f"{self.path}: not a readable Parquet file: {error}") from None
-        self.facts = read_facts(self.path, self._file.schema_arrow.metadata or {})
+        try:
+            self.facts = read_facts(self.path, self._file.schema_arrow.metadata or {})
+            if not self._file.schema_arrow.equals(_schema(pyarrow, self.facts)):
+                raise self._changed("columns are missing, or of another kind")
+        except DataError:
+            self._file.close()
+            raise
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -211,26 +224,52 @@ class ScoreTable:
     def read(self) -> Iterator[Scores]:
         """Yield the rows, one row group at a time."""
         for group in range(self._file.num_row_groups):
-            yield _scores(self._file.read_row_group(group), self.facts.subtasks)
+            yield _scores(self._group(group), self.facts.subtasks)
 
     def columns(self, *names: str) -> dict[str, NDArray[Any]]:
-        """Return whole columns of numbers, and of ``source`` its codes by first appearance."""
-        found: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
-        codes: dict[str, int] = {}
+        """Return whole columns of numbers, and of ``source`` the number of each row's part.
+
+        Raises:
+            DataError: the rows are damaged, or not those of the corpus in its order.
+        """
+        found: dict[str, list[NDArray[Any]]] = {name: [] for name in ("source", "number", *names)}
+        codes = {str(part["name"]): code for code, part in enumerate(self.facts.parts)}
         for group in range(self._file.num_row_groups):
-            table = self._file.read_row_group(group, columns=list(names))
-            for name in names:
+            table = self._group(group, list(found))
+            for name in found:
                 column = table.column(name)
                 if name == "source":
-                    values = [codes.setdefault(one, len(codes)) for one in column.to_pylist()]
+                    values = [codes.get(one, -1) for one in column.to_pylist()]
                     found[name].append(np.array(values, dtype=np.int32))
                 else:
                     found[name].append(column.to_numpy(zero_copy_only=False))
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+        whole = {name: np.concatenate(parts) for name, parts in found.items() if parts}
+        self._check_places(whole)
+        return {name: whole[name] for name in names}
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _group(self, number: int, names: list[str] | None = None) -> Any:
+        try:
+            return self._file.read_row_group(number, columns=names)
+        except self._unreadable as error:
+            raise self._changed(str(error).splitlines()[0]) from None
+
+    def _check_places(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Raise DataError unless there is a row for each document, in the corpus's order."""
+        sizes = [int(part["documents"]) for part in self.facts.parts]
+        if len(self) != sum(sizes) or not len(self):
+            raise self._changed(f"{len(self):,} rows for {sum(sizes):,} documents")
+        sources = np.repeat(np.arange(len(sizes)), sizes)
+        numbers = np.concatenate([np.arange(size) for size in sizes])
+        same = np.array_equal(columns["source"], sources)
+        if not same or not np.array_equal(columns["number"], numbers):
+            raise self._changed("its rows do not stand in the order of the documents")
+
+    def _changed(self, what: str) -> DataError:
+        return DataError(f"{self.path}: damaged or changed since it was made ({what}); score again")
 
 
 def read_facts(path: Path, metadata: Mapping[bytes, bytes]) -> TableFacts:

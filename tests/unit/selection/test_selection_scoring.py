@@ -223,6 +223,13 @@ def test_a_damaged_table_or_chunk_is_told(request_of: Any, tmp_path: Path) -> No
         merge(tmp_path / "s.parquet")
     chunk.unlink()
     score(request_of("s.parquet", shard=Shard(index=0, count=2)))
+    sound = chunk.read_bytes()
+    # Bits turned over in the first column, behind which the file's own index is sound.
+    start = pq.read_metadata(chunk).row_group(0).column(0).data_page_offset
+    chunk.write_bytes(sound[: start + 60] + bytes(20) + sound[start + 80 :])
+    with pytest.raises(DataError, match=r"00000003\.parquet: damaged .*delete it and give"):
+        merge(tmp_path / "s.parquet")
+    chunk.write_bytes(sound)
     merge(tmp_path / "s.parquet")
     table = pq.read_table(tmp_path / "s.parquet")
     pq.write_table(table.replace_schema_metadata({}), tmp_path / "bare.parquet")

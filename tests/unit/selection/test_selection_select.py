@@ -342,6 +342,37 @@ def test_the_corpus_must_be_the_one_that_was_scored(tool: Tool) -> None:
                                    code=2)  # fmt: skip
 
 
+def flipped(path: Path) -> bytes:
+    """Return a table's bytes with some of its scores' turned over."""
+    content = bytearray(path.read_bytes())
+    group = pq.read_metadata(path).row_group(0)
+    start = group.column(group.num_columns - 1).data_page_offset
+    for place in range(start + 100, start + 130):
+        content[place] ^= 0x5A
+    return bytes(content)
+
+
+@pytest.mark.parametrize("change", ["bits", "rows", "order", "column", "kind"])
+def test_a_table_that_was_changed_is_told(tool: Tool, change: str) -> None:
+    write_lines(Path("a.jsonl"), texts(90))
+    scored(tool, "a.jsonl")
+    whole, path = pq.read_table("s.parquet"), Path("s.parquet")
+    place = whole.column_names.index("score")
+    changed = {
+        "rows": whole.slice(0, 80),
+        "order": whole.take(list(range(89, -1, -1))),
+        "column": whole.drop_columns(["score"]),
+        "kind": whole.set_column(place, "score", pa.array(["high"] * 90)),
+    }
+    if change == "bits":
+        path.write_bytes(flipped(path))
+    else:
+        pq.write_table(changed[change], path)
+    problem = tool("select", "--scores", path, "--share", 0.5, "--out", "o", code=2)
+    assert "s.parquet: damaged or changed since it was made" in problem
+    assert not Path("o").exists()
+
+
 def test_a_choice_is_not_written_over_and_not_made_twice(tool: Tool) -> None:
     write_lines(Path("a.jsonl"), texts(30))
     scored(tool, "a.jsonl")
