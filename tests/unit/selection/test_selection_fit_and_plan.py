@@ -51,7 +51,7 @@ def score_table(path, scores, method="bm25", data="corpus"):
         subtasks=(),
         documents=count,
         data=data,
-        parts=(),
+        parts=({"name": "a", "documents": count, "sha256": ""},),
         targets={},
     )
     writer = TableWriter(path, facts)
