@@ -112,7 +112,7 @@ def alone(pools: RankPools, data: Path) -> dict[str, Any]:
 
 @pytest.mark.option(
     "log_grad_norm", "log_param_norm", "log_grad_pct_zeros", "log_optimizer_states",
-    "log_gradient_noise_scale", "gradient_noise_scale_n_batches",
+    "log_gradient_noise_scale",
 )  # fmt: skip
 def test_what_is_measured_is_what_torch_says(alone: dict[str, Any]) -> None:
     first, expected = alone["seen"]["statistics"][1], alone["expected"]

@@ -141,13 +141,15 @@ class Recorder:
         return call
 
 
-@pytest.mark.option("wandb_project", "wandb_team", "wandb_run_name", "wandb_host")
+@pytest.mark.option("use_wandb", "wandb_project", "wandb_team", "wandb_run_name", "wandb_host")
+@pytest.mark.option("use_comet", "wandb_group")
 @pytest.mark.option("comet_project", "comet_workspace", "comet_experiment_name")
 @pytest.mark.option("comet_tags", "comet_others")
 def test_chart_services_are_told_what_the_keys_say(load, tmp_path, monkeypatch):
     given = {
         "wandb_project": "p1", "wandb_team": "t1", "wandb_run_name": "r1",
-        "wandb_host": "https://own.example", "comet_project": "p2", "comet_workspace": "w2",
+        "wandb_host": "https://own.example", "wandb_group": "g1",
+        "comet_project": "p2", "comet_workspace": "w2",
         "comet_experiment_name": "e2", "comet_tags": ["g2"], "comet_others": {"k2": "v2"},
     }  # fmt: skip
     text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in given.items())
@@ -165,6 +167,7 @@ def test_chart_services_are_told_what_the_keys_say(load, tmp_path, monkeypatch):
     chart_sinks(logging, tmp_path, 1)
     wandb, comet = made
     assert (wandb["project"], wandb["entity"], wandb["name"]) == ("p1", "t1", "r1")
+    assert wandb["group"] == "g1"
     assert wandb["host"] == "https://own.example"
     assert (comet["project"], comet["workspace"], comet["name"]) == ("p2", "w2", "e2")
     assert (list(comet["tags"]), comet["others"]) == (["g2"], {"k2": "v2"})

@@ -265,6 +265,26 @@ def test_samples_are_written_as_asked(both, tmp_path, monkeypatch):
     assert [(one["context"], one["length"]) for one in free] == [("", LONGEST - 1)]
 
 
+@pytest.mark.option("temperature", "top_k", "top_p")
+def test_keys_say_how_tokens_are_drawn(both, tmp_path):
+    def text(**keys: Any) -> str:
+        out = str(tmp_path / "out")
+        options = GenerationConfig(text_gen_type="unconditional", sample_output_file=out, **keys)
+        decoding = decoding_of(options, seed=3, stop_token=-1)
+        write_file(both.crew, options, decoding, StopFlag(), lambda line: None)
+        return json.loads(Path(out).read_text(encoding="utf-8"))["text"]
+
+    greedy = text()
+    assert text(temperature=1e-4) == greedy
+    hot = text(temperature=50.0)
+    assert hot not in (greedy, text(temperature=1.0))
+    # A bound that leaves one token is greedy, however hot; without a temperature a bound draws.
+    assert text(temperature=50.0, top_k=1) == text(temperature=50.0, top_p=1e-6) == greedy
+    assert text(temperature=50.0, top_k=5) not in (hot, greedy)
+    assert text(temperature=50.0, top_p=0.5) not in (hot, greedy)
+    assert text(top_k=290) == text(temperature=1.0)
+
+
 def test_scores_are_those_of_a_naive_loop(both):
     requests = [
         Request([3, 4, 5], [6, 7]),

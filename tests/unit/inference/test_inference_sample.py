@@ -19,7 +19,6 @@ def test_without_temperature_the_most_probable_token_is_drawn() -> None:
     assert set(draws(Sampling(), 5)) == {1}
 
 
-@pytest.mark.option("temperature")
 def test_frequencies_are_the_probabilities() -> None:
     found = draws(Sampling(temperature=1.0))
     for token, probability in enumerate(np.exp(LOGITS.astype(float))):
@@ -27,7 +26,6 @@ def test_frequencies_are_the_probabilities() -> None:
         assert abs((found == token).mean() - probability) < 5 * spread
 
 
-@pytest.mark.option("top_k", "top_p")
 @pytest.mark.parametrize(
     ("options", "possible"),
     [

@@ -170,6 +170,14 @@ def test_recomputation_changes_no_bit(together: int) -> None:
 
 
 @pytest.mark.option("attention_dropout", "hidden_dropout")
+@pytest.mark.parametrize("key", ["attention_dropout", "hidden_dropout"])
+def test_either_dropout_drops_by_itself(key: str) -> None:
+    kept = _gradients(SPEC)[0]
+    little, much = (_gradients(dataclasses.replace(SPEC, **{key: rate}))[0] for rate in (1e-4, 0.5))
+    assert abs(little - kept) < abs(much - kept) / 10
+    assert not math.isclose(much, kept, rel_tol=1e-4)
+
+
 def test_dropout_is_a_function_of_its_key() -> None:
     spec = dataclasses.replace(SPEC, hidden_dropout=0.2, attention_dropout=0.2)
     assert _gradients(spec)[0] == _gradients(spec)[0]

@@ -181,7 +181,6 @@ def test_only_rank_0_has_sinks(tmp_path: Path) -> None:
     assert [type(sink) for sink in group] == [JsonlSink, ConsoleSink]
 
 
-@pytest.mark.option("use_comet", "use_wandb")
 @pytest.mark.parametrize(
     ("option", "library", "extra"),
     [
