@@ -17,6 +17,7 @@ from megatron.config.base import (
     Text,
     invalid,
 )
+from megatron.config.policies import SpikePolicy, SpikeReaction, split_policy
 from megatron.config.profiling import CommsLoggerConfig, CsvMonitorConfig, FlopsProfilerConfig
 
 _SKIP = re.compile(r"skip\(([1-9][0-9]{0,8})\)")
@@ -66,6 +67,16 @@ class TrainingConfig(Group):
     ] = "stop"
     """What a step with a non-finite loss does: `stop` ends the run and keeps the last checkpoint;
     `skip(k)` leaves the step out and stops after k in a row."""
+    on_loss_spike: SpikePolicy = "off"
+    """What a step does whose loss is far above what its domains' losses lead to expect: `warn`
+    says so; `stop` ends the run; `skip(k)` leaves its update out, and stops after k in a row (it
+    has to know the loss before the update, one wait for the device more a step); `rollback(k)`
+    takes weights and optimizer back to the newest checkpoint and goes on with the data that comes
+    next, up to k times to one checkpoint."""
+    loss_spike_sigma: Positive = 6.0
+    """Standard deviations above the expected loss that make a spike."""
+    loss_spike_window: Count = 100
+    """Steps that the expectation reaches back, and that are watched before any is judged."""
     state_check_interval: NonNegativeInt = 100
     """Steps between two comparisons of the ranks' mixing and data state (a hash of a few bytes;
     the run ends if they differ). 0 = only before a checkpoint is written."""
@@ -106,6 +117,11 @@ class TrainingConfig(Group):
         """Skipped steps in a row that are allowed: 0 for `stop`, k for `skip(k)`."""
         match = _SKIP.fullmatch(self.on_nonfinite)
         return int(match.group(1)) if match else 0
+
+    @property
+    def spike_policy(self) -> tuple[SpikeReaction, int]:
+        """What a spike of the loss does, and the policy's k (0 where it has none)."""
+        return split_policy(self.on_loss_spike)
 
     def validation_samples(
         self, global_batch: int, part: Literal["valid", "test"] = "valid"

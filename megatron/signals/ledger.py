@@ -147,6 +147,18 @@ class Ledger:
         selected = torch.where(belongs, values[:, None, :], 0.0)  # [C, K, B]
         self._buffer[: values.shape[0] * self._domains] += selected.sum(dim=2).flatten()
 
+    def peek(self) -> tuple[FloatArray, FloatArray]:
+        """Return summed losses and tokens [K] of the step so far, over all ranks; collective.
+
+        A wait for the device beside that of :meth:`reduce`: for policies that must know the loss
+        before the update.
+        """
+        seen = self._buffer[: 2 * self._domains].clone()
+        if dist.is_initialized() and dist.get_world_size(self._group) > 1:
+            dist.all_reduce(seen, group=self._group)
+        loss_sum, token_count = seen.cpu().numpy().reshape(2, self._domains)
+        return loss_sum, token_count
+
     def reduce(self, *, skipped: bool | torch.Tensor = False, stop: bool = False) -> StepTotals:
         """Sum over all ranks, bring the result to the host, and start afresh.
 

@@ -36,7 +36,8 @@ from megatron.training.compatible import model_facts
 from megatron.training.domains import OpenDomains, average_weights
 from megatron.training.engines import Batch, build_engine
 from megatron.training.foresight import ForesightParts, build_foresight
-from megatron.training.guard import NonFiniteGuard
+from megatron.training.guard import RunGuard
+from megatron.training.guards import build_guard
 from megatron.training.held_out import HeldOutUses, contributes
 from megatron.training.layout import run_layout
 from megatron.training.loop import Reader
@@ -62,7 +63,7 @@ class Parts:
     reference: ReferenceSource | None
     foresight: Foresight
     ledger: Ledger
-    guard: NonFiniteGuard
+    guard: RunGuard
     sinks: SinkGroup
     recorder: RunRecorder
     throughput: Throughput
@@ -197,11 +198,7 @@ def build(
         reference=reference,
         foresight=foresight,
         ledger=ledger,
-        guard=NonFiniteGuard(
-            limit=config.training.nonfinite_limit,
-            loss_scaling=config.precision == "fp16",
-            domains=domains.names,
-        ),
+        guard=build_guard(config, domains.names, engine, ledger, say),
         sinks=sinks,
         recorder=RunRecorder(
             sinks,

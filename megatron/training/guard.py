@@ -1,8 +1,8 @@
-"""What happens when a step is not finite."""
+"""What happens when a step is not finite, or its loss has spiked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from megatron.data.plan import Plan
 from megatron.errors import RunError
 from megatron.signals.ledger import StepTotals
 from megatron.state import check_state
+from megatron.training.spikes import Spike, SpikeGuard
 
 _VERSION = 1
 _NAMED_SAMPLES = 8
@@ -85,3 +86,70 @@ class NonFiniteGuard:
         """Take up a state that :meth:`state_dict` gave."""
         check_state("the non-finite guard", state, version=_VERSION, keys=("in_row",))
         self._in_row = int(state["in_row"])
+
+
+class RunGuard:
+    """Both guards of a run's steps, asked once a step; all ranks come to the same answer.
+
+    Attributes:
+        nonfinite: policy for steps that are not finite.
+        spikes: for those whose loss has spiked; None without such a policy.
+        go_back: takes weights and optimizer from the newest checkpoint, given the step that is
+            taken back; returns the checkpoint's name, having called its second argument with
+            it first.  The run sets it.
+    """
+
+    def __init__(
+        self,
+        nonfinite: NonFiniteGuard,
+        spikes: SpikeGuard | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Put the two together; ``say`` takes a line for the console."""
+        self.nonfinite = nonfinite
+        self.spikes = spikes
+        self.go_back: Callable[[int, Callable[[str], None]], str] | None = None
+        self._say = say
+
+    def check(self, plan: Plan, totals: StepTotals) -> bool:
+        """Return whether the step counts as skipped.
+
+        Raises:
+            NonFiniteError: see :meth:`NonFiniteGuard.check`.
+            SpikeError: see :meth:`SpikeGuard.after`.
+        """
+        if self.nonfinite.check(plan, totals):
+            return True
+        if self.spikes is None:
+            return False
+        spike = self.spikes.after(plan.step, totals.loss_sum, totals.token_count)
+        return spike is not None and self._follow(plan.step, spike, self.spikes)
+
+    def _follow(self, step: int, spike: Spike, spikes: SpikeGuard) -> bool:
+        if spikes.policy == "warn":
+            self._say(f"warning: step {step}: {spike}")
+            return False
+        if spikes.policy == "skip":
+            self._say(f"step {step} is left out: {spike}")
+            return True
+        assert self.go_back is not None, "the run has not said how to go back"
+        name = self.go_back(step, lambda name: spikes.count_rollback(step, spike, name))
+        self._say(
+            f"step {step}: {spike}; weights and optimizer are those of {name} again, and "
+            "the data goes on"
+        )
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both states; without a policy for spikes, that of the other alone."""
+        state = self.nonfinite.state_dict()
+        return state if self.spikes is None else {**state, "spikes": self.spikes.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state, of a run with or without a policy for spikes."""
+        held = dict(state)
+        learnt = held.pop("spikes", None)
+        self.nonfinite.load_state_dict(held)
+        if self.spikes is not None and learnt is not None:
+            self.spikes.load_state_dict(learnt)

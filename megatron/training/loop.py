@@ -21,7 +21,7 @@ from megatron.engine.transfer import all_to_device
 from megatron.mixing.base import Observation
 from megatron.monitor.overhead import Overhead
 from megatron.signals.ledger import Ledger, StepTotals
-from megatron.training.guard import NonFiniteGuard
+from megatron.training.guard import RunGuard
 from megatron.training.planner import Planned, Planner
 from megatron.training.stall import MEASURING, PLANNING, RECORDING, REDUCING, Heartbeat
 
@@ -81,7 +81,7 @@ class Loop:
         reader: reads it.
         foresight: measures what methods ask for before a step.
         ledger: the training losses by domain.
-        guard: policy for steps that are not finite.
+        guard: policies for steps that are not finite, or whose loss has spiked.
         recorder: log of the run.
         learning_rate: rate of a step, by its number.
         stop_requested: whether this rank was asked to stop.
@@ -98,7 +98,7 @@ class Loop:
     reader: Reader
     foresight: Foresight
     ledger: Ledger
-    guard: NonFiniteGuard
+    guard: RunGuard
     recorder: Recorder
     learning_rate: Callable[[int], float]
     stop_requested: Callable[[], bool]
@@ -116,6 +116,7 @@ class Loop:
 
         Raises:
             NonFiniteError: a step was not finite and the policy is to stop.
+            SpikeError: the loss has spiked, likewise.
         """
         for step in range(start + 1, last + 1):
             self.heartbeat.at(PLANNING, step)

@@ -220,17 +220,9 @@ def restore(
     Raises:
         CheckpointError: the state does not fit the run.
     """
-    config, manifest, files = checked.config, source.manifest, source.engine_files
+    config, manifest = checked.config, source.manifest
     prompt = prompt_values(parts.engine)
-    if source.universal:
-        parts.engine.load_universal(
-            files,
-            tensor_rank=parts.topology.tensor_rank,
-            tensor_size=parts.topology.tensor_size,
-            weights_only=not source.optimizer,
-        )
-    else:
-        parts.engine.load(files.parent, files.name, weights_only=not source.optimizer)
+    load_engine(parts, source)
     check_forward_loss(config, runtime, parts.topology, parts.engine, manifest, say)
     if source.weights_only:
         load_around_prompt(config, parts.engine, prompt)
@@ -255,6 +247,20 @@ def restore(
             f"has {now}; the last bits of its results may differ"
         )
     return manifest.step
+
+
+def load_engine(parts: Parts, source: Source) -> None:
+    """Load weights and optimizer; collective."""
+    files = source.engine_files
+    if source.universal:
+        parts.engine.load_universal(
+            files,
+            tensor_rank=parts.topology.tensor_rank,
+            tensor_size=parts.topology.tensor_size,
+            weights_only=not source.optimizer,
+        )
+    else:
+        parts.engine.load(files.parent, files.name, weights_only=not source.optimizer)
 
 
 def _check_same_on_all_ranks(runtime: Runtime, source: Source, steps: list[int]) -> None:

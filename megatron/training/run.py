@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from megatron.training.schedule import (
 )
 from megatron.training.stall import ENDING, RESTORING, Heartbeat, Watchdog
 from megatron.training.summary import startup_report
+from megatron.training.take_back import take_back
 
 EXIT_DONE = 0
 
@@ -108,6 +110,9 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
     say(f"attention: {_kernels(config, runtime)}")
     start = restore(checked, runtime, parts, source, say) if source is not None else 0
+    parts.guard.go_back = partial(
+        take_back, config=config, runtime=runtime, store=store, parts=parts, say=say
+    )
     tasks = live_tasks(config, runtime, parts)
     milestones = _milestones(config, runtime, checked, store, parts, heartbeat, source, tasks)
     if runtime.rank == 0:

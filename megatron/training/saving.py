@@ -13,7 +13,7 @@ from megatron.engine.engine import TrainEngine
 from megatron.engine.runtime import Runtime
 from megatron.errors import RunError
 from megatron.monitor.sink import SinkGroup
-from megatron.training.guard import NonFiniteGuard
+from megatron.training.guard import RunGuard
 from megatron.training.planner import Planner
 
 
@@ -26,7 +26,7 @@ class Saver:
         store: the run's checkpoints.
         engine: weights and optimizer.
         planner: data and mixing.
-        guard: non-finite policy.
+        guard: policies for steps that are not finite, or spike.
         sinks: flushed before a checkpoint counts, so that resuming finds every record.
         domains: names in the order of the run.
         layout: see :class:`~megatron.checkpoint.manifest.Manifest`.
@@ -43,7 +43,7 @@ class Saver:
     store: CheckpointStore
     engine: TrainEngine
     planner: Planner
-    guard: NonFiniteGuard
+    guard: RunGuard
     sinks: SinkGroup
     domains: list[str]
     layout: Mapping[str, Any]

@@ -88,6 +88,11 @@ def check_device(config: Config, *, on_cpu: bool) -> None:
             "stage 0, under which DeepSpeed applies a gradient that is not finite; take stage 1, "
             "or on_nonfinite: stop"
         )
+    if config.zero_stage == 0 and config.training.spike_policy[0] == "skip":
+        raise ConfigError(
+            f"on_loss_spike is {config.training.on_loss_spike}, but deepspeed_extra_args forces "
+            "ZeRO stage 0, whose updates cannot be left out; take stage 1, or rollback(k)"
+        )
     if config.precision == "fp16" and on_cpu:
         raise ConfigError(
             "precision is fp16, which DeepSpeed does not run on a CPU; use bf16 or fp32 there"
