@@ -28,6 +28,7 @@ from megatron.errors import ConfigError
 from megatron.selection import libraries
 from megatron.selection.base import Corpus, Cost, Document, FloatArray, Say, Target
 from megatron.selection.encoder import Encoder
+from megatron.selection.idle_flags import refuse_idle
 from megatron.selection.lsa import PURPOSE as PURPOSE_OF_LSA
 from megatron.selection.lsa import LsaEncoder
 from megatron.selection.sentence_encoder import PURPOSE as PURPOSE_OF_MODEL
@@ -47,6 +48,9 @@ TEXTS: Final = ("prepared", "raw")
 
 _TARGETS, _COST = "targets.npy", "targets.json"
 _TEXTS_AT_ONCE: Final = 1024
+
+_OF_MODELS: Final = ("max-length", "batch-size", "device", "dtype")
+_OF_LSA: Final = ("lsa-dimensions", "lsa-features", "lsa-documents", "seed")
 
 
 @dataclass(kw_only=True)
@@ -178,7 +182,10 @@ def from_options(options: argparse.Namespace) -> Embed:
     if options.model is None:
         raise ConfigError("--method embed needs --model: a model folder, or lsa")
     encoder: Encoder
+    flags = argparse.ArgumentParser()
+    add_arguments(flags)
     if options.model == "lsa":
+        refuse_idle(options, flags, _OF_MODELS, "--model with a folder")
         libraries.load("sklearn", PURPOSE_OF_LSA)
         encoder = LsaEncoder(
             dimensions=options.lsa_dimensions,
@@ -187,6 +194,7 @@ def from_options(options: argparse.Namespace) -> Embed:
             seed=options.seed,
         )
     else:
+        refuse_idle(options, flags, _OF_LSA, "--model lsa")
         libraries.load("sentence_transformers", PURPOSE_OF_MODEL)
         encoder = SentenceEncoder(
             folder=Path(options.model),

@@ -107,9 +107,14 @@ def document_tokens(document: Document, model: LanguageModel) -> Ids:
         tokens = np.asarray(own, dtype=np.int64)
     else:
         tokens = np.asarray(model.encode(plain_text(document)), dtype=np.int64)
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.vocab_size:
+    check_known(tokens, model.vocab_size, document)
+    return tokens
+
+
+def check_known(tokens: NDArray[np.integer], vocab_size: int, document: Document) -> None:
+    """Raise DataError if a model of so many token ids does not know one of a document's."""
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise DataError(
             f"{document.source}, document {document.number}: token id {int(tokens.max())}, and the "
-            f"model has {model.vocab_size}; give the model that belongs to the tokenizer"
+            f"model has {vocab_size}; give the model that belongs to the tokenizer"
         )
-    return tokens

@@ -85,10 +85,11 @@ class Less:
         folder.mkdir(parents=True, exist_ok=True)
         self._export(folder, say)
         tools = self._tools(folder)
+        # Before anything takes long.
+        asked = [_learned(target, tools.maker) for target in targets]
         examples = sample(corpus, tools.maker, self._warmup(), folder, say)
         warm_up(tools.lora, examples, self._warmup(), folder, say, batch_tokens=self.batch_tokens)
         lengths = [int(size) for size in examples.sizes] * self.settings.epochs
-        asked = [_learned(target, tools.maker) for target in targets]
         for epoch in range(self.settings.epochs):
             self._target_features(tools, asked, targets, folder, epoch, say)
         for known in asked:

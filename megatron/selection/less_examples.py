@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from megatron.data.ingest.chat import ChatSettings, build_chat
 from megatron.data.samples import UNTRAINED
 from megatron.selection.base import Document
+from megatron.selection.language_model import check_known
 
 Ids = NDArray[np.int32]
 
@@ -51,17 +52,21 @@ class ExampleMaker:
     tokens is cut off.
     """
 
-    def __init__(self, tokenizer: Any, *, identity: str | None, longest: int) -> None:
+    def __init__(
+        self, tokenizer: Any, *, identity: str | None, longest: int, vocab_size: int
+    ) -> None:
         """Take a tokenizer of transformers.
 
         Args:
             tokenizer: of the model.
             identity: SHA-256 (hex) of its file, which a document's tokens may bear.
             longest: tokens of an example.
+            vocab_size: token ids that the model knows.
         """
         if tokenizer.chat_template is None:
             tokenizer.chat_template = TULU_TEMPLATE
         self._tokenizer, self._identity, self._longest = tokenizer, identity, longest
+        self._vocab_size = vocab_size
         self._settings = ChatSettings(tokenizer_path="")
 
     def make(self, document: Document) -> Example | None:
@@ -70,11 +75,15 @@ class ExampleMaker:
         That is so of empty texts, of conversations without an answer within ``longest`` tokens,
         and of those that the chat template refuses or writes in a way in which no token can be
         said to be an answer's.
+
+        Raises:
+            DataError: the model does not know one of its tokens.
         """
         pair = self._conversation(document) if document.turns else self._plain(document)
         if pair is None:
             return None
         tokens, labels = (np.asarray(part[: self._longest], dtype=np.int32) for part in pair)
+        check_known(tokens, self._vocab_size, document)
         example = Example(tokens=tokens, labels=labels)
         return example if example.learned else None
 

@@ -106,7 +106,10 @@ def open_features(
     return FeatureMaker(
         lora=lora,
         maker=ExampleMaker(
-            load_tokenizer(folder, "less"), identity=tokenizer_identity(folder), longest=longest
+            load_tokenizer(folder, "less"),
+            identity=tokenizer_identity(folder),
+            longest=longest,
+            vocab_size=int(lora.model.get_input_embeddings().num_embeddings),
         ),
         gradients=ExampleGradients(lora, batch_tokens=batch_tokens),
         projection=Projection(dimension=settings.dimension, seed=settings.seed),

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron.errors import ConfigError
 from megatron.selection.base import Corpus, Cost, Document, FloatArray, Say, Target
+from megatron.selection.idle_flags import refuse_idle
 from megatron.selection.language_model import (
     Ids,
     LanguageModel,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _WINDOW, _STRIDE, _BATCH_TOKENS = 2048, 512, 8192
 _CONVERTED = "model"
+_OF_MODELS = ("window", "stride", "batch-tokens", "device", "dtype")
 
 
 class _Piece(NamedTuple):
@@ -249,6 +251,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_options(options: argparse.Namespace) -> Perplexity:
     """Make the selector; see :class:`Perplexity` for the errors."""
+    if options.losses is not None and options.model is None:
+        flags = argparse.ArgumentParser()
+        add_arguments(flags)
+        refuse_idle(options, flags, _OF_MODELS, "--model, which a loss store stands in for")
     return Perplexity(
         model=options.model,
         losses=options.losses,

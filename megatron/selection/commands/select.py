@@ -36,6 +36,7 @@ from megatron.selection.commands.shared import (
 from megatron.selection.corpus import DocumentCorpus
 from megatron.selection.cost_model import Model, known_model, read_number, sized_model
 from megatron.selection.domain_output import TokenizerChoice
+from megatron.selection.idle_flags import refuse_idle
 from megatron.selection.inputs import open_corpus
 from megatron.selection.names import Naming, domain_name, output_name, task_name
 from megatron.selection.outputs import OutputRequest, Outputs, write_outputs
@@ -75,10 +76,13 @@ def run(options: argparse.Namespace) -> int:
     config = read_configuration(options)
     choice = tokenizer_choice(options, config)
     table = ScoreTable(options.scores)
-    facts = table.facts
-    ranking = _ranking(options)
-    columns = table.columns("score", "tokens", "source")
-    table.close()
+    try:
+        facts = table.facts
+        _check_flags(options, facts)
+        ranking = _ranking(options)
+        columns = table.columns("score", "tokens", "source")
+    finally:
+        table.close()
     scores, tokens = columns["score"], columns["tokens"]
     bill = _bill(options, config, facts)
     corpus = _open(options, config, choice, facts)
@@ -107,6 +111,19 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _check_flags(options: argparse.Namespace, facts: TableFacts) -> None:
+    """Refuse flags that would change nothing."""
+    parser = make_parser("select", [])
+    if options.order != "sample":
+        refuse_idle(options, parser, ["temperature"], "--order sample")
+    if options.order not in ("low", "mid"):
+        refuse_idle(options, parser, ["thirds-of"], "--order low and mid")
+    if facts.method != "ppl":
+        refuse_idle(options, parser, ["epoch"], "the names of choices by ppl")
+    if options.flops is None:
+        refuse_idle(options, parser, ["model-size", "epochs"], "--flops")
+
+
 def _ranking(options: argparse.Namespace) -> Ranking:
     return Ranking(
         order=options.order,
@@ -119,9 +136,6 @@ def _ranking(options: argparse.Namespace) -> Ranking:
 
 def _bill(options: argparse.Namespace, config: Config | None, facts: TableFacts) -> Bill | None:
     if options.flops is None:
-        for flag, given in (("model-size", options.model_size), ("epochs", options.epochs != 1)):
-            if given:
-                raise ConfigError(f"--{flag} belongs to --flops; leave it out")
         return None
     budget = read_number(options.flops, "--flops")
     return Bill(

@@ -294,6 +294,9 @@ def test_flags_make_the_selector(bert: Path) -> None:
         "--model nowhere": "nowhere: no such folder",
         "--model lsaa": "did you mean 'lsa'",
         "--model lsa --lsa-features 8": "--lsa-dimensions 128",
+        "--model lsa --max-length 9": "--max-length 9: it belongs to --model with a folder",
+        "--model lsa --dtype bf16": "--dtype bf16: it belongs to",
+        f"--model {bert} --seed 3": "--seed 3: it belongs to --model lsa",
     }.items():
         with pytest.raises(ConfigError, match=message):
             made(flags)

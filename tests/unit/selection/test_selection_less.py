@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,22 @@ def test_a_run_of_ours_is_exported_by_whoever_makes_the_selector(both, tmp_path)
     documents = corpus().documents
     assert np.array_equal(selector.score(documents)[0], direct.score(documents)[0], equal_nan=True)
     assert selector.parameters()["model"] != direct.parameters()["model"]
+
+
+def test_what_the_model_cannot_learn_of_is_told_before_the_warm_up(model, tmp_path):
+    selector = Less(model=str(model), settings=SMALL, device="cpu")
+    asked = [Target(name="asked", documents=(document(0, "", ("user", "only asked")),))]
+    with pytest.raises(DataError, match="--target asked: none of its 1 examples"):
+        selector.prepare(corpus(), asked, tmp_path, quiet)
+    smaller = tmp_path / "smaller"
+    shutil.copytree(model, smaller)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model)
+    whole.resize_token_embeddings(3)
+    whole.save_pretrained(smaller)
+    selector = Less(model=str(smaller), settings=SMALL, device="cpu")
+    with pytest.raises(DataError, match=r"token id \d+, and the model has 3"):
+        selector.prepare(corpus(), targets(), tmp_path, quiet)
+    assert not epoch_path(tmp_path, 0).exists()
 
 
 def test_learning_rates_and_modules():

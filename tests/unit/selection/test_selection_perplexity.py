@@ -185,6 +185,8 @@ def test_what_is_given_decides(models, tmp_path):
     assert Perplexity(model=f"{ours},7").parameters() == Perplexity(model=str(ours)).parameters()
     with pytest.raises(ConfigError, match="either --model"):
         Perplexity()
+    with pytest.raises(ConfigError, match="--window 24: it belongs to --model"):
+        perplexity.from_options(parser.parse_args(["--losses", "store", "--window", "24"]))
     with pytest.raises(DataError, match="no such folder"):
         Perplexity(model=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no GPU"):

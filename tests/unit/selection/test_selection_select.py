@@ -318,8 +318,17 @@ def test_the_flags_of_a_ranking_decide(tool: Tool) -> None:
         if words == ["--per-source", "equal"]:
             assert sum(one.startswith("b") for one in chosen) == 15
     tool("select", "--scores", "s.parquet", "--share", 1, "--out", "p", "--task", "exam/1",
-         "--order", "mid", "--seed", 7, "--epoch", 3)  # fmt: skip
+         "--order", "mid", "--seed", 7)  # fmt: skip
     assert Path("p/exam-1-train-p1.0-random-seed0-mid-seed7.jsonl").exists()
+    for words, whose in (
+        (["--temperature", 3], "--order sample"),
+        (["--order", "sample", "--thirds-of", "kept"], "--order low and mid"),
+        (["--epoch", 3], "choices by ppl"),
+        (["--epochs", 2], "--flops"),
+    ):
+        problem = tool("select", "--scores", "s.parquet", "--share", 1, "--out", "q", *words,
+                       code=2)  # fmt: skip
+        assert whose in problem
 
 
 def test_the_corpus_must_be_the_one_that_was_scored(tool: Tool) -> None:
