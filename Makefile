@@ -1,4 +1,4 @@
-# Targets: install quickstart test test-all check docs bench bench-mix.
+# Targets: install quickstart test test-all check docs bench bench-mix faults sbom audit.
 #
 # `make install` needs python3 (3.11 or newer) with pip, and nothing else: no compiler, no GPU.
 # Variables: PYTHON, VENV, VENV_ARGS (for `python -m venv`), PIP_ARGS (for every `pip install`),
@@ -23,7 +23,7 @@ RUN_DIR := runs/quickstart$(subst $(empty) $(empty),,$(addprefix -,$(strip $(LAY
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check docs bench bench-mix
+.PHONY: help install quickstart test test-all check docs bench bench-mix faults sbom audit
 
 help:
 	@echo "make install     make $(VENV) with everything needed to train"
@@ -33,6 +33,8 @@ help:
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make docs        the documentation site, into build/site"
 	@echo "make bench       the benchmarks of benchmarks/"
+	@echo "make faults      runs broken on purpose: the fault table (COLUMN=release: hours)"
+	@echo "make sbom        the list of what is installed, into build/sbom.json; make audit checks it"
 	@echo "make bench-mix   MixBench, the small tier: methods compared, in under an hour"
 
 # A stamp per state of the environment: done once, and again when what it was made from changes.
@@ -94,3 +96,15 @@ bench-mix: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	@for script in benchmarks/*.py; do \
 	  echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+
+# What has passed is not run again: remove build/faults-*.json to begin anew.
+COLUMN ?= ci
+faults: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fault_campaign.py --column $(COLUMN) \
+	  --json build/faults-$(COLUMN).json
+
+sbom: $(VENV)/.stamp-dev
+	$(BIN)/python tools/sbom.py -o build/sbom.json
+
+audit: $(VENV)/.stamp-dev
+	$(BIN)/python tools/sbom.py --audit
