@@ -20,6 +20,7 @@ from torch import nn
 from megatron.engine.clock import StepClock
 from megatron.engine.device_skip import DeviceSkip, applies
 from megatron.engine.experts import SharedExperts
+from megatron.engine.gradient_norm import take_norms
 from megatron.engine.lone_rank import spare_reduction
 from megatron.engine.observer import StepObserver
 from megatron.engine.optimizer import describe_flat_parts
@@ -81,6 +82,7 @@ class TrainEngine(ABC):
         self._reading: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches
         self._betas: Callable[[int], tuple[float, float] | None] = lambda step: None
         self._state: Sequence[str] = ADAM_STATE
+        take_norms(engine.optimizer)
         spare_reduction(engine.optimizer)
         self._skip = DeviceSkip(engine.optimizer) if applies(engine.optimizer) else None
         self._writer = _RecordingWriter(engine.checkpoint_engine)

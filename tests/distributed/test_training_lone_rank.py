@@ -1,4 +1,4 @@
-"""Gradients that no other rank has are not added up, and nothing else changes."""
+"""Gradients that no other rank has are not added up, norms take no copy; no number changes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def train(rank: int, world_size: int, file: Path, spared: bool) -> dict[str, Any]:
-    target = "megatron.engine.engine.spare_reduction"
-    done: list[bool] = []
+    from megatron.engine import engine
+    from megatron.engine.gradient_norm import take_norms
     from megatron.engine.lone_rank import spare_reduction
+
+    done: list[bool] = []
 
     def spare(optimizer: Any) -> None:
         done.append(spared and spare_reduction(optimizer))
 
-    with mock.patch(target, spare):
+    def take(optimizer: Any) -> None:
+        assert not spared or take_norms(optimizer)
+
+    with (
+        mock.patch.object(engine, "spare_reduction", spare),
+        mock.patch.object(engine, "take_norms", take),
+    ):
         harness = Harness(file)
     harness.run(STEPS)
     result = {"ledger": harness.ledger, "parameters": harness.parameters(), "done": done}
@@ -57,5 +65,9 @@ def test_numbers_are_those_of_the_whole_reduction(
 
 
 def test_data_ranks_go_on_adding_up(pools: RankPools, tmp_path: Path) -> None:
-    for result in pools.call(train, 2, write(tmp_path, num_gpus=2), True):
-        assert result["done"] == [False]
+    file = write(tmp_path, num_gpus=2)
+    ours, theirs = (pools.call(train, 2, file, spared) for spared in (True, False))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["done"] == [False]
+        np.testing.assert_equal(one["ledger"], other["ledger"])
+        np.testing.assert_equal(one["parameters"], other["parameters"])
