@@ -261,7 +261,7 @@ def main(argv: list[str]) -> int:
     import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
     from megatron.config import load_config
     from megatron.launch.command import RESOLVED_CONFIG_FLAG, encode_config, plan_launch
-    from megatron.launch.request import LAUNCH_KEYS, LaunchRequest
+    from megatron.launch.request import LAUNCH_KEYS, LaunchRequest, missing_hostfile
 
     script = find_script(arguments.user_script)
     config = load_config(
@@ -271,6 +271,8 @@ def main(argv: list[str]) -> int:
         print(config.resolved_yaml(), end="")
         return 0
     request = LaunchRequest(**{key: getattr(config.launch, key) for key in LAUNCH_KEYS})
+    if (note := missing_hostfile(request)) is not None:
+        print(f"note: {note}", file=sys.stderr)
     if arguments.plan:
         from megatron.training.plan.command import plan as plan_run
 

@@ -34,7 +34,9 @@ def read_hostfile(path: str | None, environ: Mapping[str, str]) -> dict[str, int
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"hostfile {file} cannot be read: {error}") from error
+        raise ConfigError(
+            f"hostfile {file} cannot be read: {error}; correct the path, or leave the key out"
+        ) from error
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         content = line.partition("#")[0].strip()

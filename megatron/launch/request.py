@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.errors import ConfigError
 from megatron.launch.devices import Devices
@@ -85,7 +86,8 @@ def place(request: LaunchRequest, devices: Devices, environ: Mapping[str, str]) 
     """
     if request.launcher == "torchrun":
         return _under_torchrun(request, devices)
-    hosts = read_hostfile(request.hostfile, environ)
+    absent = missing_hostfile(request) is not None
+    hosts = None if absent else read_hostfile(request.hostfile, environ)
     if hosts is not None:
         return _by_hostfile(request, hosts, devices)
     allocation = read_allocation(environ)
@@ -103,6 +105,21 @@ def place(request: LaunchRequest, devices: Devices, environ: Mapping[str, str]) 
     return Placement(
         launcher=_remote_launcher(request) if remote else "local",
         world={"localhost": _local_slots(request, None, devices)},
+    )
+
+
+def missing_hostfile(request: LaunchRequest) -> str | None:
+    """Return what to say of a hostfile that is not there and that nobody needs, else ``None``.
+
+    As in DeepSpeed's launcher, ranks then start on this machine alone: GPT-NeoX's own files name a
+    hostfile that no machine has. Who asks for several nodes, or for a launcher of such, needs it.
+    """
+    wanted = request.force_multi or request.launcher in REMOTE or (request.num_nodes or 1) > 1
+    if request.hostfile is None or wanted or Path(request.hostfile).exists():
+        return None
+    return (
+        f"hostfile {request.hostfile} is not there: the ranks start without it; correct the path, "
+        "or leave the key out"
     )
 
 

@@ -14,12 +14,12 @@ from megatron.errors import ConfigError
 from megatron.launch import devices as devices_module
 from megatron.launch.command import (
     LaunchPlan,
-    LaunchRequest,
     decode_config,
     encode_config,
     plan_launch,
 )
 from megatron.launch.devices import Devices, detect_devices, usable_cores
+from megatron.launch.request import LaunchRequest, missing_hostfile
 
 SCRIPT = Path("/somewhere/train.py")
 CPU = Devices(cuda=(), cores=8)
@@ -152,8 +152,24 @@ def test_bad_hostfiles_are_named(tmp_path: Path, text: str | None, message: str)
     if text is not None:
         file.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
-        plan(hostfile=str(file))
+        plan(hostfile=str(file), launcher="pdsh")
     assert str(file) in str(caught.value)
+
+
+def test_a_hostfile_that_is_not_there_is_needed_for_several_nodes_alone(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_text("here slots=3\n")
+    gone = str(tmp_path / "gone")
+    assert plan(hostfile=gone, num_gpus=2, environ={"DLTS_HOSTFILE": str(there)}).ranks == 2
+    said = missing_hostfile(LaunchRequest(hostfile=gone))
+    assert said is not None
+    assert gone in said
+    assert missing_hostfile(LaunchRequest(hostfile=str(there))) is None
+    assert missing_hostfile(LaunchRequest()) is None
+    for needed in ({"num_nodes": 2}, {"launcher": "openmpi"}, {"force_multi": True}):
+        assert missing_hostfile(LaunchRequest(hostfile=gone, **needed)) is None
+        with pytest.raises(ConfigError, match=r"gone cannot be read.*leave the key out"):
+            plan(hostfile=gone, **needed)
 
 
 def test_devices_can_be_chosen_in_deepspeeds_form() -> None:
