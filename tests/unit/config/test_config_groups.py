@@ -143,7 +143,6 @@ def test_steps_to_save_at():
     assert saved(thin, 12) == [1, 2, 3, 5, 8, 11, 12]
 
 
-@pytest.mark.option("lr_decay_iters", "lr_decay_fraction")
 def test_schedule_lengths():
     assert ScheduleConfig().decay_steps(100) == 100
     assert ScheduleConfig(lr_decay_fraction=0.29).decay_steps(100) == 28  # floor, as GPT-NeoX

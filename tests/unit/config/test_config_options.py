@@ -96,6 +96,29 @@ def test_the_learning_rate_follows_its_keys(load):
     assert rates("lr_decay_style: cosine\n")[-1] < 1e-5
 
 
+@pytest.mark.option("lr_formula", "wsd_decay_fraction", "wsd_decay_shape", "warmup_iters")
+@pytest.mark.option("lr_decay_fraction", "lr_decay_iters")
+@pytest.mark.parametrize(
+    ("text", "step", "rate"),
+    [
+        # A peak of 1e-3 and 100 steps; the rate is that behind so many less one.
+        ("lr_decay_style: wsd\n", 81, 1e-3),
+        ("lr_decay_style: wsd\nwsd_decay_fraction: 0.4\n", 81, 5e-4),
+        ("lr_decay_style: wsd\nwsd_decay_fraction: 0.4\nwsd_decay_shape: sqrt\n", 81, 2.93e-4),
+        ("lr_decay_style: linear\n", 26, 7.5e-4),
+        ("lr_decay_style: linear\nlr_decay_iters: 50\n", 26, 5e-4),
+        ("lr_decay_style: linear\nlr_decay_fraction: 0.5\n", 26, 5e-4),
+        ("lr_decay_style: linear\nwarmup_iters: 50\n", 26, 5e-4),
+        ("lr_decay_style: linear\nwarmup_iters: 10\n", 76, 2.78e-4),
+        # The fork divides by all steps, the warm-up's among them.
+        ("lr_decay_style: linear\nwarmup_iters: 10\nlr_formula: fork\n", 76, 3.5e-4),
+    ],
+)
+def test_the_run_has_the_schedule_of_its_keys(load, text, step, rate):
+    schedule = run_schedule(load(text + "lr: 1e-3\nmin_lr: 0\n", "train_iters=100", "warmup=0"))
+    assert schedule.rate(step) == pytest.approx(rate, rel=0.02)
+
+
 @pytest.mark.option("init_method_std")
 def test_initial_weights_deviate_as_told(load):
     for std in (0.02, 0.5):
