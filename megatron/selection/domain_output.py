@@ -156,7 +156,7 @@ def encode_conversations(
     """Tokenise a file of chosen conversations, and write which tokens are trained on.
 
     Raises:
-        DataError: the chat template refuses one.
+        DataError: the chat template refuses one, or none has an answer.
         RunError: the disk is full.
     """
     encoder = choice.encoder()
@@ -169,6 +169,12 @@ def encode_conversations(
     with _Datasets(f"{prefix}_chat", token_dtype(size), labelled=True) as out:
         for tokens, labels, length in _encoded(path, field, choice, workers):
             out.add(np.asarray(tokens), np.asarray(labels, dtype=np.int32), length)
+        if not out.trained:
+            raise DataError(
+                f"{path}: none of the chosen conversations has an answer (a turn of the role "
+                "assistant), so there would be nothing to train on; choose others, or leave the "
+                "tokenizer out to keep the records alone"
+            )
         return out.finish(
             vocab_size=size,
             eod_id=end,
@@ -199,6 +205,11 @@ class _Datasets:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    @property
+    def trained(self) -> int:
+        """Tokens so far that are trained on."""
+        return self._trained
 
     def add(self, tokens: NDArray[Any], labels: NDArray[np.int32] | None, size: int) -> None:
         if not len(tokens):

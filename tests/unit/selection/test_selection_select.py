@@ -117,6 +117,19 @@ def test_conversations_are_trained_on_where_the_assistant_speaks(tool: Tool) -> 
     domain.close()
 
 
+def test_conversations_without_any_answer_make_no_domain(tool: Tool) -> None:
+    asked = {"messages": [{"role": "user", "content": "asked"}]}
+    write_lines(Path("c.jsonl"), [asked] * 3)
+    scored(tool, "c.jsonl")
+    words = ["select", "--scores", "s.parquet", "--share", 1, "--out", "out"]
+    for _ in range(2):
+        problem = tool(*words, *BYTES, code=2)
+        assert "none of the chosen conversations has an answer" in problem
+        assert not list(Path("out").glob("*.bin")) + list(Path("out").glob("*.yml"))
+    tool(*words, "--name", "records")
+    assert len(read_lines(Path("out/records.jsonl"))) == 3
+
+
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "chat"
