@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "fault_campaign.json"
+DOCUMENT = ROOT / "docs" / "reliability.md"
+BLOCK = "<!-- fault table -->\n", "<!-- end of fault table -->\n"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from megatron.errors import ConfigError, did_you_mean, run_command  # noqa: E402
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "run `make test` once"
         ) from error
     known = {row.name: row for row in ROWS}
+    if options.write_docs:
+        return _write_docs(Path(options.json or RESULTS))
     for name in options.rows or ():
         if name not in known:
             raise ConfigError(f"there is no row '{name}'{did_you_mean(name, known)}")
@@ -82,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=math.inf, metavar="N",
         help="begin no further trial of a row after that; the table says how many were made",
     )  # fmt: skip
+    parser.add_argument(
+        "--write-docs",
+        action="store_true",
+        help="write the file's figures into docs/reliability.md",
+    )
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -89,16 +99,21 @@ def _parser() -> argparse.ArgumentParser:
 def _only(name: str, options: argparse.Namespace) -> int:
     """Run one row in this process and write its result, as JSON, to the file given."""
     from support.campaign.catalogue import row as find
-    from support.campaign.row import Bench, run_row
+    from support.campaign.row import Bench, complete, run_row
     from support.pool import RankPools
 
     row, pools = find(name), RankPools()
     wanted = row.trials(options.column) if options.trials is None else options.trials
     with tempfile.TemporaryDirectory(prefix=f"campaign-{name}-") as folder:
         bench = Bench(
-            folder=Path(folder), seed=options.seed, row=name, column=options.column, pools=pools
+            folder=Path(folder),
+            seed=options.seed,
+            row=name,
+            column=options.column,
+            pools=pools,
+            minutes=options.minutes,
         )
-        tally = run_row(row, bench, wanted, minutes=options.minutes)
+        tally = run_row(row, bench, wanted)
     pools.close()
     result = {
         **asdict(tally),
@@ -108,7 +123,7 @@ def _only(name: str, options: argparse.Namespace) -> int:
         "wanted": row.trials(options.column),
         "seed": options.seed,
         "passed": tally.passed(row),
-        "complete": tally.trials >= row.trials(options.column),
+        "complete": complete(row, tally, options.column),
     }
     Path(options.json).write_text(json.dumps(result), encoding="utf-8")
     return 0
@@ -178,11 +193,39 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines += [
         f"| {row['row']} | {row['fault']} | {row['trials']:,}"
-        f"{'' if row['complete'] else ' of {:,}'.format(row['wanted'])} | {row['failures']} | "
+        f"{_of(row)} | {row['failures']} | "
         f"{row['criterion']} | {_result(row)} | {row['seconds']:.0f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, content: Mapping[str, Any]) -> str:
+    """Return a document with the figures of a results file between its two marks."""
+    before, _, rest = text.partition(BLOCK[0])
+    _, _, after = rest.partition(BLOCK[1])
+    lines = [
+        "| row | fault | must hold | trials | failures | result |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(content["rows"].values(), key=lambda row: int(row["row"][1:])):
+        lines.append(
+            f"| {row['row']} | {row['fault']} | {row['criterion']} | {row['trials']:,}{_of(row)} | "
+            f"{row['failures']} | {_result(row)} |"
+        )
+    return before + BLOCK[0] + "\n" + "\n".join(lines) + "\n\n" + BLOCK[1] + after
+
+
+def _write_docs(file: Path) -> int:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(with_table(text, content), encoding="utf-8")
+    print(DOCUMENT)
+    return 0
+
+
+def _of(row: Mapping[str, Any]) -> str:
+    return "" if row["complete"] else f" of {row['wanted'] or 'all'}"
 
 
 def _result(row: Mapping[str, Any]) -> str:

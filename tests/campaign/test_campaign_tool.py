@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,5 +112,5 @@ def test_what_a_tally_counts(tmp_path: Path, pools: RankPools) -> None:
     tally = run_row(make_row(none), bench, 1)
     assert tally.skipped == "not here"
     assert not tally.passed(make_row(none))
-    assert run_row(make_row(trials), bench, 3, minutes=-1).trials == 9
+    assert run_row(make_row(trials), replace(bench, minutes=-1.0), 3).trials == 9
     assert bench.chance(1).random() == bench.chance(1).random() != bench.chance(2).random()

@@ -106,6 +106,11 @@ WAYS = (
         quick="parse",
         why="a checkpoint of tens of gigabytes; tests/unit/exchange makes small ones",
     ),
+    Way(
+        pattern=r"python tools/fault_campaign\.py .*",
+        quick="parse",
+        why="minutes to hours; tests/campaign runs the rows, and the command with one of them",
+    ),
     Way(pattern=r"python ((tools|examples)/)?\w+\.py .*", quick="parse", slow=True),
     Way(pattern=r"torchrun .* train\.py -d configs local/.*", quick="none", slow=True),
     Way(pattern=r"tail .* runs/quickstart/.*", quick="none", slow=True),
@@ -139,7 +144,7 @@ LEFT_BEHIND = {
 
 
 # Flags whose value a program writes, not reads.
-OUTPUTS = ("--output", "--output-prefix", "--out", "-o", "--output_dir")
+OUTPUTS = ("--output", "--output-prefix", "--out", "-o", "--output_dir", "--json")
 
 
 def output_flags(command: Command) -> tuple[str, ...]:

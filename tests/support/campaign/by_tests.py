@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -30,22 +32,30 @@ def _run(
 ) -> Iterator[Trial]:
     report = bench.folder / "report.xml"
     words = ci if bench.column == "ci" else release
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *(f"--junitxml={report}", "-m", "slow or not slow", *words),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode not in (0, 1):
-        yield Trial(failure=f"pytest ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    log = bench.folder / "pytest.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+                *(f"--junitxml={report}", "-m", "slow or not slow", *words),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=output,
+            stderr=output,
+        )
+    stopped = False
+    try:
+        process.wait(None if math.isinf(bench.minutes) else 60 * bench.minutes)
+    except subprocess.TimeoutExpired:
+        stopped = True
+        process.send_signal(signal.SIGINT)  # it reports of the tests that have ended
+        process.wait()
+    if process.returncode not in (0, 1) and not (stopped and report.exists()):
+        yield Trial(failure=f"pytest ended with {process.returncode}\n{log.read_text()[-3000:]}")
         return
     for case in ElementTree.parse(report).iter("testcase"):
-        if case.find("skipped") is not None:
+        if case.find("skipped") is not None or (stopped and case.get("time") == "0.000"):
             continue
         broken = case.find("failure") if case.find("error") is None else case.find("error")
         counted = case.find("properties/property[@name='trials']")
@@ -55,3 +65,5 @@ def _run(
             else f"{case.get('name')}\n{(broken.text or '')[-2000:]}",
             count=1 if counted is None else int(counted.get("value", 1)),
         )
+    if stopped:
+        yield Trial(count=0, cut=True)

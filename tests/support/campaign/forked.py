@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from support import relayout, runs
-from support.gloo import PRELOADED, run_rank
+from support.gloo import PRELOADED, reports, run_rank
 
 RANKS = 2
 
@@ -63,10 +63,11 @@ class ForkedRun(runs.LiveRun):
             rank.start()
 
     def text(self) -> str:
-        """Return what rank 0 printed so far."""
+        """Return what rank 0 printed so far, and what ranks that failed said."""
+        told = ""
         with contextlib.suppress(FileNotFoundError):
-            return self._output.read_text(encoding="utf-8")
-        return ""
+            told = self._output.read_text(encoding="utf-8")
+        return told + reports(Path(self._folder.name))
 
     def family(self) -> dict[int, str]:
         """Return the ranks that are still there."""

@@ -29,10 +29,12 @@ class Trial:
     Attributes:
         failure: what went wrong; ``None`` if nothing did.
         count: how many trials it stands for (an enumeration that ran as one test).
+        cut: the clock has ended the row before its time.
     """
 
     failure: str | None = None
     count: int = 1
+    cut: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Bench:
         row: its name.
         column: which column is run.
         pools: ranks that are started once.
+        minutes: after which no further trial is begun.
     """
 
     folder: Path
@@ -52,6 +55,7 @@ class Bench:
     row: str
     column: Column
     pools: RankPools
+    minutes: float = math.inf
 
     def chance(self, *of: Any) -> random.Random:
         """Return the random numbers of a trial, the same in every run with this seed."""
@@ -107,6 +111,7 @@ class Tally:
         told: what went wrong, of the first ones.
         seconds: that it took.
         skipped: why it was not run; "" if it was.
+        cut: the clock has ended it.
     """
 
     row: str
@@ -115,29 +120,30 @@ class Tally:
     told: list[str] = field(default_factory=list)
     seconds: float = 0.0
     skipped: str = ""
+    cut: bool = False
 
     def passed(self, row: Row) -> bool:
         """Whether the criterion is met by what was tried."""
         return self.trials > 0 and self.failures <= row.allowed * self.trials
 
 
-def run_row(row: Row, bench: Bench, trials: int, *, minutes: float = math.inf) -> Tally:
-    """Run a row; whatever its code raises is a failed trial and ends it.
+def complete(row: Row, tally: Tally, column: Column) -> bool:
+    """Whether a row had all the trials that its column asks for."""
+    return not tally.cut and tally.trials >= max(row.trials(column), 1)
 
-    Args:
-        row: what is run.
-        bench: what it works with.
-        trials: how many are wanted.
-        minutes: after which no further trial is begun.
-    """
+
+def run_row(row: Row, bench: Bench, trials: int) -> Tally:
+    """Run a row; whatever its code raises is a failed trial and ends it."""
     tally, start = Tally(row=row.name), time.monotonic()
     try:
         for trial in row.run(bench, trials):
             tally.trials += trial.count
+            tally.cut |= trial.cut
             if trial.failure is not None:
                 tally.failures += 1
                 tally.told = [*tally.told, trial.failure][:_TOLD]
-            if time.monotonic() - start > 60 * minutes:
+            if time.monotonic() - start > 60 * bench.minutes:
+                tally.cut = tally.cut or tally.trials < trials
                 break
     except SkippedRowError as reason:
         tally.skipped = str(reason)
