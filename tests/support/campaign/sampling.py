@@ -18,6 +18,7 @@ from support.campaign.row import Bench, Trial, attempt, must
 from megatron.data.plan import Plan
 from megatron.data.sampler import Sampler
 
+_AT_ONCE = 250  # examples that Hypothesis makes without looking at the clock
 FOUR_SIGMA = math.erfc(4 / math.sqrt(2))  # both sides
 
 Ids = list[tuple[str, int, int]]
@@ -152,18 +153,21 @@ def assert_no_repeats(
 
 def same_order(bench: Bench, trials: int) -> Iterator[Trial]:
     """R6: ordered global sample ids over layouts, stops, restores and changing weights."""
-    made = 0
+    while trials > 0:
+        wanted = min(trials, _AT_ONCE)
+        made = 0
 
-    def counted(data: st.DataObject) -> None:
-        nonlocal made
-        made += 1
-        check_layouts_and_restores(data)
+        def counted(data: st.DataObject) -> None:
+            nonlocal made
+            made += 1
+            check_layouts_and_restores(data)
 
-    check = settings(max_examples=trials, deadline=None, database=None)(
-        given(data=st.data())(counted)
-    )
-    outcome = attempt(hypothesis_seed(bench.seed)(check))
-    yield Trial(failure=outcome.failure, count=made)
+        check = settings(max_examples=wanted, deadline=None, database=None)(
+            given(data=st.data())(counted)
+        )
+        outcome = attempt(hypothesis_seed(bench.seed * 1_000_003 + trials)(check))
+        yield Trial(failure=outcome.failure, count=made)
+        trials -= wanted
 
 
 def realised_shares(bench: Bench, trials: int) -> Iterator[Trial]:
