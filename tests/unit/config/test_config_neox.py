@@ -56,7 +56,6 @@ def test_their_defaults_are_never_an_error(load):
         load(text)
 
 
-@pytest.mark.option("tokenizer_type", "vocab_file", "merge_file")
 def test_their_other_defaults(load):
     assert load().model.pos_emb == "rotary"
     assert load("pos_emb: learned\n").model.pos_emb == "learned"

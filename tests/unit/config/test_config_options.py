@@ -19,6 +19,7 @@ from megatron.config.parity_page import marked_tests
 from megatron.config.parity_tools import NEOX, ODM, TOOLS
 from megatron.model.init import initializer
 from megatron.monitor.build import chart_sinks
+from megatron.training.inference_options import run_tokenizer
 from megatron.training.plan.command import assumptions
 from megatron.training.schedule import run_schedule
 
@@ -117,6 +118,28 @@ def test_the_learning_rate_follows_its_keys(load):
 def test_the_run_has_the_schedule_of_its_keys(load, text, step, rate):
     schedule = run_schedule(load(text + "lr: 1e-3\nmin_lr: 0\n", "train_iters=100", "warmup=0"))
     assert schedule.rate(step) == pytest.approx(rate, rel=0.02)
+
+
+@pytest.mark.option("tokenizer_type", "vocab_file", "merge_file")
+def test_the_run_has_the_tokenizer_of_its_keys(load, tmp_path):
+    letters = [chr(0x120 + code) if code < 33 else chr(code) for code in range(127)]
+    for name, extra in (("v", ["ab", "bc"]), ("w", ["bc", "ab"])):
+        ids = {text: number for number, text in enumerate([*letters, *extra, "<|endoftext|>"])}
+        (tmp_path / f"{name}.json").write_text(json.dumps(ids))
+    (tmp_path / "m.txt").write_text("#version: 0.2\na b\nb c\n")
+    (tmp_path / "n.txt").write_text("#version: 0.2\nb c\na b\n")
+
+    def tokens(vocab: str, merges: str) -> list[int]:
+        files = f"vocab_file: {tmp_path / vocab}.json\nmerge_file: {tmp_path / merges}.txt\n"
+        config = load(f"tokenizer_type: GPT2BPETokenizer\n{files}")
+        return run_tokenizer(config, "this test").encode("abc")
+
+    ab, bc, a, c = 127, 128, ord("a"), ord("c")
+    assert tokens("v", "m") == [ab, c]
+    assert tokens("v", "n") == [a, bc]
+    assert tokens("w", "m") == [bc, c]
+    plain = run_tokenizer(load("tokenizer_type: CharLevelTokenizer\n"), "this test")
+    assert plain.encode("abc") == [a, ord("b"), c]
 
 
 @pytest.mark.option("init_method_std")
