@@ -80,10 +80,12 @@ def _square(part: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor's squares, float64."""
     flat = part.detach().reshape(-1)
     if flat.device.type != "cpu":
-        return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
+        norm: torch.Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64)
+        return norm * norm
     wide = torch.empty(min(_BLOCK, flat.numel()), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
-    for block in flat.split(_BLOCK):
+    for start in range(0, flat.numel(), _BLOCK):
+        block = flat[start : start + _BLOCK]
         widened = wide[: block.numel()].copy_(block)
         total += torch.dot(widened, widened)
     return total
