@@ -150,9 +150,6 @@ def test_schedule_lengths():
     assert ScheduleConfig(warmup=0.015).warmup_steps(100) == 1.5
 
 
-@pytest.mark.option(
-    "eval_iters", "max_test_samples_per_dataset", "max_validation_samples_per_dataset"
-)
 def test_validation_sizes():
     training = TrainingConfig(train_iters=1, eval_iters=10, max_test_samples_per_dataset=7)
     assert training.validation_samples(16) == 160
