@@ -8,6 +8,7 @@ import torch
 
 from megatron.model.embedding import Output
 from megatron.parallel.cross_entropy import token_cross_entropy, weighted_cross_entropy
+from megatron.parallel.scratch import Scratch
 from megatron.parallel.sequence import enter_shared
 from megatron.parallel.topology import Topology
 
@@ -54,6 +55,7 @@ class DomainLoss:
         self.chunk_tokens = chunk_tokens
         self.observe = observe
         self.half, self.z_loss = half, z_loss
+        self._scratch = Scratch()
 
     def __call__(self, output: Output, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the micro-batch's loss (float32 scalar).
@@ -78,6 +80,7 @@ class DomainLoss:
             chunk_tokens=self.chunk_tokens,
             half=self.half,
             z_loss=self.z_loss,
+            scratch=self._scratch,
         )
         if self.observe is not None:
             with torch.no_grad():

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron.parallel.autograd import apply
 from megatron.parallel.collectives import reduce_in_place
+from megatron.parallel.scratch import Scratch
 from megatron.parallel.topology import Topology
 
 # Elements of a chunk that softmax takes at a time.  On a CPU such a block stays in the cache
@@ -75,6 +76,7 @@ def weighted_cross_entropy(
     chunk_tokens: int,
     half: bool = False,
     z_loss: float = 0.0,
+    scratch: Scratch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Σ token_weight · loss, which gradients flow from, and every token's loss.
 
@@ -91,6 +93,7 @@ def weighted_cross_entropy(
         half: take the softmax in the logits' own type instead of float32.
         z_loss: factor of (log Σ exp(logits))², which is added to each loss in the sum wherever
             gradients flow; the losses themselves are without it.
+        scratch: memory for logits; None takes some anew.
 
     Returns:
         The sum (float32 scalar) and the losses (float32 ``[N]``, in nats, detached).
@@ -117,6 +120,7 @@ def weighted_cross_entropy(
         chunk_tokens,
         half,
         z_loss,
+        scratch,
     )
     return total, losses
 
@@ -136,6 +140,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         half: bool,
         z_loss: float,
+        scratch: Scratch | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Weights are tiny (one over the tokens of a global batch).  Gradients are taken for
         # weights scaled to at most 1, so that half precision does not lose them here, and
@@ -146,7 +151,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         accumulated = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
         rows_at_once = min(chunk_tokens, targets.numel())
-        softmax = _Softmax(weight, vocab_size, topology, rows_at_once, half=half, z_loss=z_loss)
+        softmax = _Softmax(
+            weight, vocab_size, topology, rows_at_once, half=half, z_loss=z_loss, scratch=scratch
+        )
         for rows in _chunks(targets.numel(), chunk_tokens):
             gradient = softmax.gradient(hidden[rows], targets[rows], relative[rows], losses[rows])
             if hidden_gradient is not None:
@@ -172,7 +179,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         if weight_gradient is not None:
             scaled = torch.empty_like(weight_gradient, dtype=ctx.weight_dtype)
             weight_gradient = torch.mul(weight_gradient, factor, out=scaled)
-        return hidden_gradient, weight_gradient, *(None,) * 7
+        return hidden_gradient, weight_gradient, *(None,) * 8
 
 
 class _WeightGradient:
@@ -209,6 +216,7 @@ class _Softmax:
         *,
         half: bool = False,
         z_loss: float = 0.0,
+        scratch: Scratch | None = None,
     ) -> None:
         columns = weight.shape[0]
         # The first column that is padding; 0 where this rank holds nothing else.
@@ -216,7 +224,7 @@ class _Softmax:
         self._vocab_size = vocab_size
         self._weight = weight
         self._topology = topology
-        self._logits = weight.new_empty(chunk_tokens, columns)
+        self._logits = (scratch or Scratch()).take(weight, chunk_tokens, columns)
         elements = _CPU_BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK
         # Tensor ranks talk once a block: they take a chunk as one.
         whole = topology.tensor_size > 1

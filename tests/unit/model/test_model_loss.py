@@ -157,3 +157,26 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     loss = DomainLoss(vocab_size=VOCABULARY, chunk_tokens=4)((hidden.detach(), weight), labels)
     (found,) = torch.autograd.grad(loss, (weight,))
     torch.testing.assert_close(found, _plain(hidden, weight, labels)[1][1], rtol=1e-5, atol=1e-9)
+
+
+def test_memory_that_is_kept_changes_no_number() -> None:
+    """Micro-batches of several sizes and types, one after the other, as with fresh memory."""
+    generator = torch.Generator().manual_seed(3)
+    kept = DomainLoss(vocab_size=50, chunk_tokens=8)
+    for length, dtype in ((7, torch.float32), (20, torch.float32), (3, torch.bfloat16), (20, None)):
+        hidden = torch.randn(2, length, 16, generator=generator).to(dtype or torch.float32)
+        weight = torch.randn(64, 16, generator=generator).to(hidden.dtype)
+        labels = (
+            torch.randint(0, 50, (2, length), generator=generator),
+            torch.ones(2, length),
+            torch.zeros(2, dtype=torch.int64),
+            torch.full((2,), 0.1),
+        )
+        results = []
+        for loss_fn in (kept, DomainLoss(vocab_size=50, chunk_tokens=8)):
+            parts = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            loss = loss_fn(parts, labels)
+            loss.backward()
+            results.append((loss.detach(), *(part.grad for part in parts)))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert kept._scratch._kept is not None
