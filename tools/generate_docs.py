@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Write docs/configuration.md, docs/schema.json and docs/neox_parity.md from the code.
 
+The figures of README.md and docs/performance.md are written anew from benchmarks/results/*.json.
+
 ``--check`` writes nothing and exits with 1 if one of them is stale.  ``--simulate`` also runs
 every mixing method in the simulator (minutes) and writes its table and plot into docs/mixing.md.
 """
@@ -23,6 +25,7 @@ from megatron.errors import run_command  # noqa: E402
 def documents() -> dict[str, str]:
     """Return the generated documents by path, relative to the repository."""
     import megatron.mixing  # noqa: F401  (registers the methods that are documented)
+    from benchmarks.support.tables import DOCUMENTS, with_figures
     from megatron.config.parity_page import parity_page
     from megatron.config.reference import reference
     from megatron.config.schema import json_schema
@@ -32,6 +35,7 @@ def documents() -> dict[str, str]:
         "docs/configuration.md": reference(),
         "docs/schema.json": schema,
         "docs/neox_parity.md": parity_page(ROOT),
+        **{name: with_figures((ROOT / name).read_text(encoding="utf-8")) for name in DOCUMENTS},
     }
 
 

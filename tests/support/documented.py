@@ -76,6 +76,11 @@ WAYS = (
         quick="dry-run",
         why="trains many models; tests/e2e/test_mix_*.py do, with small ones",
     ),
+    Way(
+        pattern=r"python benchmarks/\w+\.py.*",
+        quick="none",
+        why="minutes of measuring; tests/unit/scaffold/test_scaffold_benchmarks.py starts each",
+    ),
     Way(pattern=r"python prepare_data\.py --list", quick="run"),
     Way(
         pattern=r"python prepare_data\.py mixbench",
