@@ -48,7 +48,8 @@ _ORDER = (
     SAVING,
     ENDING,
 )
-# These may take as long as they need: they are reported, but not ended.  Planning is among them
+# These may take as long as they need: they are reported, but not ended, as long as every rank
+# still answers.  Planning is among them
 # because a controller may ask for a validation there, and measuring because it may ask for a
 # gradient of every domain.
 _PATIENT = frozenset({STARTING, RESTORING, PLANNING, MEASURING, VALIDATING, SAVING})
@@ -134,7 +135,8 @@ class Watchdog:
 
     Every rank publishes its place now and then.  One that has stood still for ``report_after``
     seconds writes its main thread's stack to its error output; rank 0 adds where all ranks
-    are.  After ``end_after`` seconds the process ends with code 1 and the same message.
+    are.  After ``end_after`` seconds the process ends with code 1 and the same message; where a
+    place may take its time (saving, say), once some rank has not answered for that long.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class Watchdog:
         self._leave = leave
         self._say = say or _say
         self._count = 0
+        self._heard: dict[int, tuple[int, float]] = {}
         self._over = threading.Event()
         self._main = threading.main_thread().ident
         limits = [limit for limit in (report_after, end_after) if limit]
@@ -197,12 +200,29 @@ class Watchdog:
                     self._report(place)
             else:
                 reported = None
-            if self._end_after and place.what not in _PATIENT:
-                # The first rank is given the time to speak for all.
-                allowed = self._end_after + (2 * self._tick + 10 if self._rank else 0)
-                if place.seconds >= allowed:
-                    self._end()
-                    return
+            if self._end_after and self._too_long(place) and self._end():
+                return
+
+    def _too_long(self, place: Place) -> bool:
+        # The first rank is given the time to speak for all.
+        allowed = self._end_after + (2 * self._tick + 10 if self._rank else 0)
+        if place.what not in _PATIENT:
+            return place.seconds >= allowed
+        if place.seconds < self._end_after / 2:
+            self._heard.clear()
+            return False
+        return self._silence() >= allowed
+
+    def _silence(self) -> float:
+        """Listen, and return for how many seconds the most silent rank has not been heard of."""
+        if self._board is None:
+            return 0.0
+        now = time.monotonic()
+        for rank, place in enumerate(_parse(self._board.read())):
+            count = -1 if place is None else place.count
+            if rank not in self._heard or count > self._heard[rank][0]:
+                self._heard[rank] = (count, now)
+        return max(now - since for _, since in self._heard.values())
 
     def _publish(self) -> None:
         self._count += 1
@@ -220,15 +240,17 @@ class Watchdog:
         if self._rank == 0:
             self._say(self._survey())
 
-    def _end(self) -> None:
+    def _end(self) -> bool:
+        """End the process; return False if it went on while the others were asked."""
         survey = self._survey()
         if self._over.is_set() or self._heartbeat.place().seconds < self._end_after:
-            return  # it went on while the others were asked
+            return False
         self._say(
             f"{survey}\nerror: nothing has moved for stall_timeout = {self._end_after:g} s; the "
             "run ends here, and goes on from its newest checkpoint when started again"
         )
         self._leave(EXIT_STALLED)
+        return True
 
     def _survey(self) -> str:
         """Say where all ranks are, having given each the time to publish once more."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.campaign import catalogue
-from support.campaign.row import Bench, Row, SkippedRowError, Trial, attempt, run_row
+from support.campaign.row import Bench, Row, SkippedRowError, Trial, attempt, complete, run_row
 from support.pool import RankPools
 from support.source import ROOT
 
@@ -112,5 +112,13 @@ def test_what_a_tally_counts(tmp_path: Path, pools: RankPools) -> None:
     tally = run_row(make_row(none), bench, 1)
     assert tally.skipped == "not here"
     assert not tally.passed(make_row(none))
-    assert run_row(make_row(trials), replace(bench, minutes=-1.0), 3).trials == 9
+    late = replace(bench, minutes=-1.0)
+    assert run_row(make_row(trials), late, 30).trials == 9
+    assert not complete(make_row(trials), run_row(make_row(trials), late, 0), "ci")
+
+    def told(bench: Bench, wanted: int) -> Any:
+        yield from [Trial(made=True)] * 4
+
+    assert run_row(make_row(told), late, 0).trials == 4
+    assert complete(make_row(told), run_row(make_row(told), late, 0), "ci")
     assert bench.chance(1).random() == bench.chance(1).random() != bench.chance(2).random()

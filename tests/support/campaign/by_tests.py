@@ -64,6 +64,7 @@ def _run(
             if broken is None
             else f"{case.get('name')}\n{(broken.text or '')[-2000:]}",
             count=1 if counted is None else int(counted.get("value", 1)),
+            made=True,
         )
     if stopped:
-        yield Trial(count=0, cut=True)
+        yield Trial(count=0, cut=True, made=True)

@@ -112,7 +112,7 @@ def _files(folder: Path, data: Path, steps: int, **changes: Any) -> list[Path]:
             runs.config(
                 data, folder / "run", launcher="torchrun", num_nodes=2, num_gpus=1,
                 node_rank=node, master_addr=ADDRESSES[0], master_port=29541, train_iters=steps,
-                save_interval=5, eval_interval=10_000, log_interval=1, keep_last_n_checkpoints=2,
+                eval_interval=10_000, log_interval=1, keep_last_n_checkpoints=2,
                 stall_report=5, stall_timeout=STALL, **changes,
             ),
         )
@@ -122,7 +122,9 @@ def _files(folder: Path, data: Path, steps: int, **changes: Any) -> list[Path]:
 
 def _cut_once(bench: Bench, data: Path, nodes: Nodes, number: int) -> None:
     folder, chance = bench.fresh(f"cut{number}"), bench.chance(number)
-    files = _files(folder, data, STEPS)
+    # Every third job saves after each step, so that the cut is likely to fall into a save.
+    saving = {"save_interval": 1 if number % 3 == 2 else 5}
+    files = _files(folder, data, STEPS, **saving)
     outputs = [file.with_suffix(".out") for file in files]
     jobs = [nodes.start(node, file) for node, file in enumerate(files)]
     try:
@@ -142,7 +144,7 @@ def _cut_once(bench: Bench, data: Path, nodes: Nodes, number: int) -> None:
 
     nodes.connect()
     last = reached + 20
-    files = _files(folder, data, last)
+    files = _files(folder, data, last, **saving)
     jobs = [nodes.start(node, file) for node, file in enumerate(files)]
     try:
         codes = [job.wait(timeout=PATIENCE) for job in jobs]

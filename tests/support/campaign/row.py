@@ -30,11 +30,13 @@ class Trial:
         failure: what went wrong; ``None`` if nothing did.
         count: how many trials it stands for (an enumeration that ran as one test).
         cut: the clock has ended the row before its time.
+        made: all trials have been made already, and are only told of: the clock is not asked.
     """
 
     failure: str | None = None
     count: int = 1
     cut: bool = False
+    made: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,8 @@ def run_row(row: Row, bench: Bench, trials: int) -> Tally:
             if trial.failure is not None:
                 tally.failures += 1
                 tally.told = [*tally.told, trial.failure][:_TOLD]
-            if time.monotonic() - start > 60 * bench.minutes:
-                tally.cut = tally.cut or tally.trials < trials
+            if not trial.made and time.monotonic() - start > 60 * bench.minutes:
+                tally.cut |= trials == 0 or tally.trials < trials
                 break
     except SkippedRowError as reason:
         tally.skipped = str(reason)

@@ -143,6 +143,30 @@ def test_a_long_save_is_reported_but_not_ended() -> None:
     assert codes == []
 
 
+def test_a_long_save_is_ended_if_a_rank_no_longer_answers() -> None:
+    heartbeat = Heartbeat()
+    heartbeat.at(stall.SAVING, 3)
+    for silent in (FakeBoard(other=stall.SAVING, living=False), FakeBoard(other=None)):
+        said, codes = watch(heartbeat, silent)
+        assert codes == [1]
+        assert "rank 1" in said[-1]
+        assert "does not answer" in said[-1]
+    codes = []
+    dog = Watchdog(
+        heartbeat,
+        FakeBoard(other=stall.SAVING),
+        rank=0,
+        host="here",
+        report_after=0,
+        end_after=0.2,
+        leave=codes.append,
+        say=lambda text: None,
+    ).start()
+    threading.Event().wait(1.5)
+    dog.stop()
+    assert codes == []
+
+
 def test_nothing_runs_if_both_are_switched_off() -> None:
     before = threading.active_count()
     Watchdog(Heartbeat(), None, rank=0, host="h", report_after=0, end_after=0).start().stop()
