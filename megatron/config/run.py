@@ -85,8 +85,8 @@ class TrainingConfig(Group):
     0 = never."""
     stall_timeout: NonNegative = 1800.0
     """Seconds without a move after which the run ends, with that message. Planning, saving,
-    restoring and validating may take longer as long as every rank answers. 0 = never; a collective then fails by itself after
-    half an hour."""
+    restoring and validating may take longer as long as every rank answers. 0 = never; a
+    collective then fails by itself after half an hour."""
     deterministic: bool = False
     """Deterministic kernels on GPU, so that a resumed run is bit-identical there too (on CPU it
     always is)."""
