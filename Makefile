@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Tests wait for processes much of the time: three workers fill two cores.
+PYTEST_ARGS ?= -n 3 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
 
