@@ -8,8 +8,9 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
 PIP_ARGS ?=
-# Tests wait for processes much of the time: three workers fill two cores.
-PYTEST_ARGS ?= -n 3 --dist loadfile
+# Tests wait for processes much of the time: three workers fill two cores. In the order of the
+# files: those with few and long tests would come last otherwise, one worker at a time.
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
 
