@@ -179,10 +179,14 @@ def test_the_plain_loop_resumes_exactly(
         (HUGGINGFACE, ["--resume", "--output_dir", "nowhere"], "nowhere holds no checkpoint"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(script: str, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_told_in_one_line(
+    script: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    # The Trainer makes its output folder even then.
     done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, script, *arguments],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

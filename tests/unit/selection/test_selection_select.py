@@ -277,8 +277,8 @@ def test_flops_are_those_of_the_model_and_scoring_is_charged(tool: Tool) -> None
     for words, problem in (
         (["--flops", 1e9], "say what will be trained"),
         (["--flops", 1e7, "--model-size", "1K"], "leaves nothing to train with: scoring has cost"),
-        (["--share", 0.5, "--model-size", "1K"], "--model-size belongs to --flops"),
-        (["--share", 0.5, "--epochs", 2], "--epochs belongs to --flops"),
+        (["--share", 0.5, "--model-size", "1K"], "--model-size 1K: it belongs to --flops"),
+        (["--share", 0.5, "--epochs", 2], "--epochs 2.0: it belongs to --flops"),
         (["--flops", "many", "--model-size", "1K"], "--flops is 'many'"),
         (["--share", 2], "--share 2: above 0 and at most 1"),
         (["--share", 0.5, "--tokens", 3], "not allowed with argument"),
