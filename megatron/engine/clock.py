@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron.engine.observer import StepOutcome
+
 Item = TypeVar("Item")
 
 TIMERS = ("forward", "backward", "backward-allreduce", "optimizer", "batch generator", "pipe")
@@ -71,13 +73,7 @@ class StepClock:
         self._active = self._logged(step)
         self._seconds = {}
 
-    def end(
-        self,
-        step: int,
-        *,
-        grad_norm: float | torch.Tensor | None,
-        skipped: bool | torch.Tensor,
-    ) -> Mapping[str, float]:
+    def end(self, step: int, outcome: StepOutcome) -> Mapping[str, float]:
         """Return the seconds of a logged step by part, as ``timers/NAME``."""
         self._active = False
         return {f"timers/{name}": self._seconds[name] for name in TIMERS if name in self._seconds}

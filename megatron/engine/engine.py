@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron.engine.device_skip import DeviceSkip, applies
 from megatron.engine.experts import SharedExperts
 from megatron.engine.gradient_norm import take_norms
 from megatron.engine.lone_rank import spare_reduction
-from megatron.engine.observer import StepObserver
+from megatron.engine.observer import StepObserver, StepOutcome
 from megatron.engine.optimizer import describe_flat_parts
 from megatron.engine.sm3 import Groups
 from megatron.engine.universal import ADAM_STATE, plain_path
@@ -32,23 +32,6 @@ from megatron.parallel.partition import Partition
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 """Takes the last layer's output and the labels; returns a scalar."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOutcome:
-    """What one optimizer step did.
-
-    Attributes:
-        skipped: the update was dropped because a gradient was not finite; still on the device
-            (a scalar, 0 or 1) where it was decided there.
-        grad_norm: global gradient norm before clipping, still on the device where
-            DeepSpeed left it, or None if it computed none.
-        statistics: what observers measured, by name.
-    """
-
-    skipped: bool | torch.Tensor
-    grad_norm: float | torch.Tensor | None
-    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainEngine(ABC):
@@ -185,11 +168,11 @@ class TrainEngine(ABC):
         skipped: bool | torch.Tensor = self._engine.skipped_steps > skipped_before
         if self._skip is not None and self._skip.flag is not None:
             skipped = self._skip.flag
-        grad_norm = self._engine.get_global_grad_norm()
+        outcome = StepOutcome(skipped=skipped, grad_norm=self._engine.get_global_grad_norm())
         statistics: dict[str, float] = {}
         for observer in self._observers:
-            statistics |= observer.end(step, grad_norm=grad_norm, skipped=skipped)
-        return StepOutcome(skipped=skipped, grad_norm=grad_norm, statistics=statistics)
+            statistics |= observer.end(step, outcome)
+        return replace(outcome, statistics=statistics)
 
     def settle(self, *, skipped: bool) -> None:
         """Hear on the host what came of the step: whether some rank dropped the update."""

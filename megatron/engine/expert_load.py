@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron.engine.observer import StepOutcome
 from megatron.model.experts import MixtureOfExperts
 from megatron.parallel.topology import Topology
 
@@ -52,13 +53,7 @@ class ExpertLoads:
             one.load.take()
 
     @torch.no_grad()
-    def end(
-        self,
-        step: int,
-        *,
-        grad_norm: float | torch.Tensor | None,
-        skipped: bool | torch.Tensor,
-    ) -> Mapping[str, float]:
+    def end(self, step: int, outcome: StepOutcome) -> Mapping[str, float]:
         """Return the step's numbers by name; nothing if it is not logged."""
         if not self._logged(step):
             return {}
@@ -79,7 +74,10 @@ class ExpertLoads:
         return result
 
     def _counts(self, seen: torch.Tensor) -> bool:
-        """Tell whether this rank adds; of tensor ranks that divide the sequence each does."""
+        """Tell whether this rank adds; of tensor ranks that divide the sequence each does.
+
+        Each of those has its part of the losses and all choices, whose shares are the same then.
+        """
         if self._topology.tensor_rank == 0:
             return True
         seen[-1] = 0.0  # the micro-batch is counted once

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from megatron.engine.observer import StepOutcome
+
 NOISE_SCALE = "noise_scale"
 
 
@@ -73,17 +75,11 @@ class GradientNoiseScale:
         near = self._logged(step) or ahead < (self._seen.maxlen or 1)
         self._current = _Seen(scale=loss_scale) if near else None
 
-    def end(
-        self,
-        step: int,
-        *,
-        grad_norm: float | torch.Tensor | None,
-        skipped: bool | torch.Tensor,
-    ) -> Mapping[str, float]:
+    def end(self, step: int, outcome: StepOutcome) -> Mapping[str, float]:
         """Return the estimate on a logged step; nothing where the gradient's norm is not known."""
         current, self._current = self._current, None
-        if current is not None and not skipped and grad_norm is not None:
-            current.norm = grad_norm
+        if current is not None and not outcome.skipped and outcome.grad_norm is not None:
+            current.norm = outcome.grad_norm
             self._seen.append(current)
         if not self._logged(step) or not self._seen:
             return {}

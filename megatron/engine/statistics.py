@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.engine.fragments import Fragment, flat_parts
+from megatron.engine.observer import StepOutcome
 from megatron.parallel.partition import Partition
 
 GRADIENTS, PARAMETERS = "gradient_norms", "parameter_norms"
@@ -70,13 +71,7 @@ class ParameterStatistics:
         self._held = list(self._counted()) if self._active else []
 
     @torch.no_grad()
-    def end(
-        self,
-        step: int,
-        *,
-        grad_norm: float | torch.Tensor | None,
-        skipped: bool | torch.Tensor,
-    ) -> Mapping[str, float]:
+    def end(self, step: int, outcome: StepOutcome) -> Mapping[str, float]:
         """Return the step's numbers by name; nothing if it is not logged."""
         if not self._active:
             return {}
@@ -85,7 +80,7 @@ class ParameterStatistics:
             self._measure_held()
         table = self._table()
         self._sums, self._held = {}, []
-        return self._named(table, 1.0 if skipped else self._clipped_by(grad_norm))
+        return self._named(table, 1.0 if outcome.skipped else self._clipped_by(outcome.grad_norm))
 
     @torch.no_grad()
     def _before_update(self, optimizer: Any, *_: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.config.profiling import FlopsProfilerConfig
+from megatron.engine.observer import StepOutcome
 
 _WHOLE = "Global"
 
@@ -34,13 +34,7 @@ class FlopsProfiler:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()  # type: ignore[no-untyped-call]
 
-    def end(
-        self,
-        step: int,
-        *,
-        grad_norm: float | torch.Tensor | None,
-        skipped: bool | torch.Tensor,
-    ) -> Mapping[str, float]:
+    def end(self, step: int, outcome: StepOutcome) -> Mapping[str, float]:
         """Write the profile after it."""
         if self._counter is None:
             return {}

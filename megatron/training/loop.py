@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from megatron.data.batch import MicroBatch
-from megatron.engine.engine import StepOutcome, TrainEngine
+from megatron.engine.engine import TrainEngine
+from megatron.engine.observer import StepOutcome
 from megatron.engine.transfer import all_to_device
 from megatron.mixing.base import Observation
 from megatron.monitor.overhead import Overhead

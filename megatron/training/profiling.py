@@ -12,6 +12,7 @@ import torch
 
 from megatron.config import Config
 from megatron.engine.engine import TrainEngine
+from megatron.engine.observer import StepOutcome
 from megatron.engine.runtime import Runtime, communication_totals
 from megatron.errors import ConfigError
 from megatron.monitor.record import is_logged
@@ -62,13 +63,7 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
             self._recording = True
 
-    def end(
-        self,
-        step: int,
-        *,
-        grad_norm: float | torch.Tensor | None,
-        skipped: bool | torch.Tensor,
-    ) -> Mapping[str, float]:
+    def end(self, step: int, outcome: StepOutcome) -> Mapping[str, float]:
         """Write the files after the last step of the trace."""
         if step != self._steps[-1]:
             return {}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron.engine.engine import StepOutcome
+from megatron.engine.observer import StepOutcome
 from megatron.mixing.exhaustion import ExhaustionWatch
 from megatron.monitor.overhead import Overhead
 from megatron.monitor.record import (

@@ -16,6 +16,7 @@ from support import runs
 import megatron.mixing  # noqa: F401
 from megatron.config import Config, load_config
 from megatron.config.profiling import FlopsProfilerConfig
+from megatron.engine.observer import StepOutcome
 from megatron.errors import CheckpointError, ConfigError
 from megatron.monitor.charts import validation_scalars
 from megatron.monitor.record import ValidationRecord
@@ -131,7 +132,7 @@ def test_a_profile_counts_products_by_module(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         profiler.begin(step, loss_scale=1.0)
         model(torch.ones(3, 8)).sum().backward()
-        profiler.end(step, grad_norm=None, skipped=False)
+        profiler.end(step, StepOutcome(grad_norm=None, skipped=False))
         assert file.exists() == (step >= 2)
     first, second = 2 * 3 * 8 * 16, 2 * 3 * 16 * 4
     # The first layer's input needs no gradient, so that it has one product in backward.
@@ -143,7 +144,7 @@ def test_a_profile_counts_products_by_module(tmp_path: Path) -> None:
     quiet = FlopsProfiler(model, few, file)
     quiet.begin(1, loss_scale=1.0)
     model(torch.ones(3, 8))
-    quiet.end(1, grad_norm=None, skipped=False)
+    quiet.end(1, StepOutcome(grad_norm=None, skipped=False))
     assert not any(
         "every module" in line or "depth" in line for line in file.read_text().splitlines()
     )
@@ -216,5 +217,5 @@ def test_allocations_may_go_to_another_file(tmp_path: Path, monkeypatch: Any) ->
             tmp_path, first=1, end=2, trace=False, memory=True, memory_file=file
         )
         profiler.begin(1, loss_scale=1.0)
-        profiler.end(1, grad_norm=None, skipped=False)
+        profiler.end(1, StepOutcome(grad_norm=None, skipped=False))
     assert written == [str(tmp_path / "memory.pickle"), str(tmp_path / "a" / "m.pickle")]

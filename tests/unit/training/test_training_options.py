@@ -16,6 +16,7 @@ from support import runs
 import megatron.mixing  # noqa: F401
 from megatron.config import Config, deepspeed_config, load_config
 from megatron.engine.noise_scale import GradientNoiseScale, noise_and_signal
+from megatron.engine.observer import StepOutcome
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.gpt import GPT, param_groups
 from megatron.parallel.layout import Layout
@@ -217,7 +218,7 @@ def test_the_noise_scale_is_averaged_over_the_steps_before_a_logged_one() -> Non
         for one in pair:
             (weight * torch.tensor(one)).sum().mul(8.0 / 2).backward()
         norm = float(np.linalg.norm(np.mean(pair, axis=0)))
-        told[step] = observer.end(step, grad_norm=norm, skipped=False)
+        told[step] = observer.end(step, StepOutcome(grad_norm=norm, skipped=False))
     # Step 3: |g|² are 9 and 1, |mean|² is 4; step 4: 5, 5 and 4.
     trace = (5 - 4) / (1 - 1 / 2) + (5 - 4) / (1 - 1 / 2)
     signal = (2 * 4 - 5) + (2 * 4 - 5)
@@ -231,7 +232,7 @@ def test_the_asked_steps_are_traced(tmp_path: Path) -> None:
         profiler.begin(step, loss_scale=1.0)
         with torch.profiler.record_function(f"the step {step}"):
             torch.ones(3).sum()
-        assert profiler.end(step, grad_norm=1.0, skipped=False) == {}
+        assert profiler.end(step, StepOutcome(grad_norm=1.0, skipped=False)) == {}
         assert (tmp_path / "profile" / "trace.json").exists() == (step >= 3)
     trace = (tmp_path / "profile" / "trace.json").read_text()
     assert [f"the step {step}" in trace for step in range(1, 6)] == [

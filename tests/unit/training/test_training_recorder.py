@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.plan import Plan
-from megatron.engine.engine import StepOutcome
+from megatron.engine.observer import StepOutcome
 from megatron.mixing.base import Decision
 from megatron.mixing.exhaustion import ExhaustionWatch
 from megatron.monitor.overhead import Overhead
