@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron.engine.fragments import is_resident
+
 
 class DeviceSkip:
     """Decides on the device whether a step's update takes place.
@@ -44,16 +46,13 @@ def applies(optimizer: Any) -> bool:
     It can with ZeRO 1 and 2 around a fused Adam that is not offloaded, in fp32 and bf16.  In fp16
     the host moves the loss scale, and has to know.
     """
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
     inner = getattr(optimizer, "optimizer", None)
     return (
-        type(optimizer) is DeepSpeedZeroOptimizer
+        is_resident(optimizer)
         and isinstance(inner, torch.optim.Adam)  # AdamW is one
         and all(group["fused"] for group in inner.param_groups)
         and optimizer.dtype in (torch.float32, torch.bfloat16)
         and optimizer.compute_grad_norm
-        and not optimizer.cpu_offload
     )
 
 

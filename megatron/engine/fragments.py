@@ -58,6 +58,13 @@ def is_flat(optimizer: Any) -> bool:
     return is_stage_3(optimizer) or hasattr(optimizer, "param_names")
 
 
+def is_resident(optimizer: Any) -> bool:
+    """Tell whether it is DeepSpeed's own of ZeRO 1 or 2, with its state where the weights are."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload
+
+
 def flat_parts(optimizer: Any) -> Iterator[FlatPart]:
     """Yield this rank's flat parts.
 

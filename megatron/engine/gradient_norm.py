@@ -2,8 +2,8 @@
 
 DeepSpeed (ZeRO 1 and 2) writes every gradient out in float64 to take its norm: four times a bf16
 gradient's memory, and on a CPU more time than the optimizer needs.  Here blocks that stay in the
-cache are widened one after the other.  The sum is as exact; rounded to float32, as DeepSpeed
-rounds it, it is the same number.
+cache are widened one after the other.  The sum is as exact, and is rounded to float32 as
+DeepSpeed rounds it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron.engine.fragments import is_resident
 
 _BLOCK = 1 << 18  # elements: 2 MiB in float64
 
@@ -68,9 +70,7 @@ class GradientNorm:
 
 def take_norms(optimizer: Any) -> bool:
     """Take the norms of an optimizer of DeepSpeed's ZeRO 1 or 2; return whether it is one."""
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.cpu_offload:
+    if not is_resident(optimizer):
         return False
     GradientNorm(optimizer)
     return True

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from megatron.engine.fragments import is_resident
 
 _KEPT_BYTES = 256 << 20
 
@@ -25,10 +28,7 @@ def spare_reduction(optimizer: Any) -> bool:
     Returns:
         Whether it was done.
     """
-    import torch.distributed as dist
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.cpu_offload:
+    if not is_resident(optimizer):
         return False
     groups = [optimizer.dp_process_group, *optimizer.real_dp_process_group]
     if optimizer.has_moe_layers or any(dist.get_world_size(group) > 1 for group in groups):

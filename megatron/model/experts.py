@@ -91,19 +91,15 @@ class Expert(FeedForward):
 class ExpertLoad:
     """What a step's tokens asked of the experts of one block, added up on the device."""
 
-    def __init__(self, experts: int) -> None:
+    def __init__(self) -> None:
         """Start at 0."""
-        self._experts = experts
         self._sums: torch.Tensor | None = None
 
-    def add(self, experts: torch.Tensor, balance: torch.Tensor, z: torch.Tensor) -> None:
-        """Add one micro-batch."""
-        with torch.no_grad():
-            numbers = torch.arange(self._experts, device=experts.device)
-            counts = (experts.flatten() == numbers[:, None]).sum(dim=1)
-            losses = torch.stack([balance.float(), z.float(), torch.ones_like(z)])
-            sums = torch.cat([counts.double(), losses.double()])
-            self._sums = sums if self._sums is None else self._sums + sums
+    def add(self, counts: torch.Tensor, balance: torch.Tensor, z: torch.Tensor) -> None:
+        """Add one micro-batch: choices by expert, and the two losses."""
+        losses = torch.stack([balance.float(), z.float(), torch.ones_like(z)])
+        sums = torch.cat([counts.double(), losses.double()])
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> torch.Tensor | None:
         """Return choices by expert, the two losses and the micro-batches, and start afresh.
@@ -145,7 +141,7 @@ class MixtureOfExperts(nn.Module):
                 setattr(parameter, "expert", True)  # noqa: B010
             experts: Any = self.experts
             experts.register_load_state_dict_pre_hook(_leave_others_out)
-        self.load = ExpertLoad(self.number)
+        self.load = ExpertLoad()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map ``[B, S, hidden]`` (or this rank's part of the sequence) to the same shape.
@@ -154,16 +150,16 @@ class MixtureOfExperts(nn.Module):
             The result, and in training what is added to the loss, ``[1]``.
         """
         routed = Routed(*self.router(x))
-        y = self._mixed(x, routed)
+        y, counts = self._mixed(x, routed)
         if routed.balance is None or routed.z is None:
             return y, None
         if not self.rng.recomputing:
-            self.load.add(routed.experts, routed.balance.detach(), routed.z.detach())
+            self.load.add(counts, routed.balance.detach(), routed.z.detach())
         loss = self.balance_coeff * routed.balance.float() + self.z_coeff * routed.z
         return y, loss[None]
 
-    def _mixed(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
-        """Return the weighted sum of the chosen experts' results."""
+    def _mixed(self, x: torch.Tensor, routed: Routed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weighted sum of the chosen experts' results, and choices by expert ``[E]``."""
         whole = enter_shared(x, self.topology)
         weights = enter_shared(routed.weights, self.topology)
         experts = gather_sequence(routed.experts, self.topology)
@@ -182,7 +178,7 @@ class MixtureOfExperts(nn.Module):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=x.device)
         each = returned[back].view(*experts.shape, hidden)
-        return leave_shared((each * weights[..., None]).sum(dim=-2), self.topology)
+        return leave_shared((each * weights[..., None]).sum(dim=-2), self.topology), counts
 
 
 def _leave_others_out(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

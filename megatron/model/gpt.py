@@ -188,10 +188,7 @@ class GPT(nn.Module):
                 module if description.forward is None else partial(description.forward, module)
             )
             functions.append((function, description.recomputable))
-        if spec.soft_prompt_tuning is not None:
-            freeze_all_but_prompt(self)
-        if spec.lora is not None:
-            freeze_all_but_lora(self)
+        freeze_base(self, spec)
         self._run = LayerRun(functions, dropout=self.dropout, recomputed=recomputed_blocks(spec))
 
     def _module(self, index: int, description: LayerDescription) -> nn.Module:
@@ -227,6 +224,19 @@ class GPT(nn.Module):
         if self.loss_fn is None:
             raise ValueError("labels were given to a model that was built without loss_fn")
         return self.loss_fn(value, labels)
+
+
+def freeze_base(model: nn.Module, spec: ModelSpec) -> None:
+    """Let what the specification adds to a model be all that is trained, if it adds something.
+
+    Args:
+        model: the whole model, or a pipeline's stage.
+        spec: the architecture.
+    """
+    if spec.soft_prompt_tuning is not None:
+        freeze_all_but_prompt(model)
+    if spec.lora is not None:
+        freeze_all_but_lora(model)
 
 
 def param_groups(

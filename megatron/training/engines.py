@@ -14,9 +14,8 @@ from megatron.engine.engine import TrainEngine
 from megatron.engine.optimizer import build_optimizer
 from megatron.engine.sequential import SequentialEngine
 from megatron.model.domain_loss import DomainLoss
-from megatron.model.gpt import GPT, layers, param_groups
+from megatron.model.gpt import GPT, freeze_base, layers, param_groups
 from megatron.model.layer_run import recomputed_blocks
-from megatron.model.lora import freeze_all_but_lora
 from megatron.model.mup import width_multiplier
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
@@ -87,8 +86,7 @@ def build_engine(
         dropout=dropout,
         recomputed=recomputed_blocks(config.model),
     )
-    if config.model.lora is not None:
-        freeze_all_but_lora(stage)
+    freeze_base(stage, config.model)
     pipeline = PipelineEngine(
         stage=stage,
         optimizer=_optimizer(config, stage),
