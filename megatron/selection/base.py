@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 Say = Callable[[str], None]
+
+ANSWERING: Final = "assistant"
+"""Role of the turns that are answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

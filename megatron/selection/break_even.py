@@ -12,9 +12,9 @@ import numpy.typing as npt
 from megatron.errors import ConfigError
 from megatron.selection.base import FloatArray
 from megatron.selection.budget_plan import charged_compute
-from megatron.selection.cost_model import FREE, TRAINING_PER_PARAMETER, Model, base_method
+from megatron.selection.cost_model import FREE, Model, base_method, sized_model
 from megatron.selection.gain_law import gain
-from megatron.selection.gains import Gain, Gains, methods_of
+from megatron.selection.gains import Gain, Gains, laws_of, methods_of
 from megatron.selection.laws_at import law_at, laws_along
 from megatron.selection.prices import Prices
 
@@ -141,7 +141,7 @@ def break_even_budget(
     budgets = np.geomspace(max(cost, 1e-6 * total), cost + total, _BUDGETS)
     rows = []
     for name in (method, *rivals):
-        law = law_at([one for one in laws if one.method == name], model.parameters).law
+        law = law_at(laws_of(laws, name), model.parameters).law
         spent = charged_compute(gains, budgets, prices.choosing(name, laws), total)
         rows.append(gains.sign * gain(spent, law, total))
     better = (rows[0] >= np.max(rows[1:], axis=0)) & (budgets > cost)
@@ -164,8 +164,8 @@ def _least_size(
         )
     selector = prices.model(method)
     centre = selector.parameters if selector else laws[0].size
-    per_parameter = prices.total(_of(centre), laws) / centre
-    own = {name: [one for one in laws if one.method == name] for name in (method, *rivals)}
+    per_parameter = prices.total(sized_model(centre), laws) / centre
+    own = {name: laws_of(laws, name) for name in (method, *rivals)}
     costs = {name: prices.choosing(name, laws) for name in own}
     count = 1 + min(len(one.draws) for one in laws)
 
@@ -175,8 +175,7 @@ def _least_size(
         rows = []
         for name, mine in own.items():
             spent = charged_compute(gains, share * total, costs[name], total)
-            at = np.concatenate((sizes, np.full(_rows(mine) - count, centre)))
-            rows.append(gains.sign * gain(spent, laws_along(mine, at)[:count], total))
+            rows.append(gains.sign * gain(spent, laws_along(mine, sizes), total))
         return np.asarray(rows[0] >= np.max(rows[1:], axis=0))
 
     low = np.full(count, centre * _SMALLEST)
@@ -188,11 +187,3 @@ def _least_size(
         low, high = np.where(pays, low, middle), np.where(pays, middle, high)
     found = np.where(~at_high, np.inf, np.where(at_low, 0.0, high))
     return float(found[0]), found[1:]
-
-
-def _rows(laws: Sequence[Gain]) -> int:
-    return 1 + min(len(one.draws) for one in laws)
-
-
-def _of(size: float) -> Model:
-    return Model(name="", parameters=size, per_token=TRAINING_PER_PARAMETER * size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,7 +12,7 @@ from megatron.errors import ConfigError
 from megatron.selection.base import FloatArray
 from megatron.selection.cost_model import Model
 from megatron.selection.gain_law import gain
-from megatron.selection.gains import Gain, Gains, methods_of
+from megatron.selection.gains import Gain, Gains, laws_of, methods_of
 from megatron.selection.laws_at import MEASURED, LawAt, law_at
 from megatron.selection.prices import Prices
 
@@ -111,7 +111,7 @@ def _ranked(
 ) -> list[Choice]:
     total = prices.total(model, laws)
     methods = methods_of(laws)
-    at = {name: law_at([g for g in laws if g.method == name], model.parameters) for name in methods}
+    at = {name: law_at(laws_of(laws, name), model.parameters) for name in methods}
     costs = {name: prices.choosing(name, laws) for name in methods}
     compute = {name: float(charged_compute(gains, budget, costs[name], total)) for name in methods}
     draws = np.stack([_drawn(at[name], compute[name], total) for name in methods])  # [methods, R]
@@ -142,7 +142,7 @@ def _ranked(
         )
     found.sort(key=lambda one: (not one.affordable, -gains.sign * _number(one.performance)))
     first = found[0]
-    return [Choice(**{**vars(one), "best": one is first and one.affordable}) for one in found]
+    return [replace(first, best=first.affordable), *found[1:]]
 
 
 def _number(value: float) -> float:

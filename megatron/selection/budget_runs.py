@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron.errors import DataError, did_you_mean
-from megatron.selection.cost_model import (
-    TRAINING_PER_PARAMETER,
-    read_number,
-    size_name,
-)
+from megatron.selection.cost_model import TRAINING_PER_PARAMETER, read_number
 from megatron.selection.libraries import load
 
 UNTRAINED: Final = "none"
@@ -70,11 +66,6 @@ class Run:
     def flops(self) -> float:
         """Operations of choosing and training together."""
         return self.training + self.choosing
-
-    @property
-    def size_name(self) -> str:
-        """Its size as people write it."""
-        return size_name(self.size)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

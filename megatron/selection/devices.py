@@ -55,13 +55,6 @@ def enough_memory() -> Iterator[None]:
         ) from error
 
 
-def positive(text: str) -> int:
-    """Read a flag's value that is a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every method that runs a model has."""
     parser.add_argument("--device", default="auto", metavar="NAME",

@@ -110,7 +110,7 @@ def count(
     at = segments[-1].stop if segments else 0
     documents = corpus.read(at)
     while at < len(corpus):
-        segment = _count_segment(documents, at, words_of, limits)
+        segment = _count_segment(documents, words_of, limits)
         if segment.documents == 0:
             break
         name = _name(folder, at, at + segment.documents)
@@ -156,9 +156,7 @@ class _Segment:
     stop: int
 
 
-def _count_segment(
-    documents: Iterator[Document], start: int, words_of: WordsOf, limits: Limits
-) -> _Counted:
+def _count_segment(documents: Iterator[Document], words_of: WordsOf, limits: Limits) -> _Counted:
     """Count documents until the segment is full or there are none."""
     found = _Counted(frequency=Counter())
     while found.documents < limits.documents and len(found.frequency) < limits.words:

@@ -104,11 +104,11 @@ def copy_tokens(corpus: DocumentCorpus, chosen: Places, prefix: str) -> DomainFi
             "choose from each by itself"
         )
     labelled = any(part.source.labels is not None for part in parts)
-    documents = _rows_at(corpus, chosen)
     with _Datasets(f"{prefix}_token", kinds.pop(), labelled=labelled) as out:
-        for document, labels in documents:
-            assert document.tokens is not None
-            out.add(document.tokens, labels, len(document.text.encode()))
+        for place in chosen.tolist():
+            for document in corpus.read(place, place + 1):
+                assert document.tokens is not None
+                out.add(document.tokens, document.labels, len(document.text.encode()))
         first = sidecars[0]
         return out.finish(
             vocab_size=0 if first is None else first.vocab_size,
@@ -251,14 +251,6 @@ class _Datasets:
             tokens=out.num_tokens,
             trained=self._trained,
         )
-
-
-def _rows_at(
-    corpus: DocumentCorpus, chosen: Places
-) -> Iterator[tuple[Document, NDArray[np.int32] | None]]:
-    for place in chosen.tolist():
-        for row in corpus.rows(place, place + 1):
-            yield row.document, row.labels
 
 
 def _encoded(

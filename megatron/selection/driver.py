@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from megatron.errors import ConfigError, DataError
 from megatron.selection.base import Say
@@ -19,22 +19,9 @@ from megatron.selection.chunk_scoring import score_shard
 from megatron.selection.corpus import DocumentCorpus
 from megatron.selection.inputs import open_corpus
 from megatron.selection.merging import finished, join_chunks
-from megatron.selection.settings import (
-    ScoreRequest,
-    chunk_count,
-    named_words,
-    settings_of,
-)
-from megatron.selection.shards import Shard
-from megatron.selection.table import (
-    ScoreTable,
-    TableFacts,
-)
+from megatron.selection.settings import ScoreRequest, chunk_count, named_words, settings_of
+from megatron.selection.table import ScoreTable, TableFacts
 from megatron.selection.work import WorkFolder, difference, work_folder
-
-# Text that a selector is given at once, in characters: bounds memory where documents are long.
-_BATCH_CHARACTERS: Final = 1 << 24
-_ALONE: Final = Shard()
 
 
 @dataclass(frozen=True, kw_only=True)

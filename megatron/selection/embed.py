@@ -28,7 +28,7 @@ from megatron.errors import ConfigError
 from megatron.selection import libraries
 from megatron.selection.base import Corpus, Cost, Document, FloatArray, Say, Target
 from megatron.selection.encoder import Encoder
-from megatron.selection.idle_flags import refuse_idle
+from megatron.selection.flags import positive, refuse_idle
 from megatron.selection.lsa import PURPOSE as PURPOSE_OF_LSA
 from megatron.selection.lsa import LsaEncoder
 from megatron.selection.sentence_encoder import PURPOSE as PURPOSE_OF_MODEL
@@ -151,7 +151,7 @@ def unit(vectors: FloatArray) -> FloatArray:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    from megatron.selection.devices import add_device_arguments, positive
+    from megatron.selection.devices import add_device_arguments
 
     defaults = LsaEncoder()
     parser.add_argument("--model", metavar="FOLDER|lsa",

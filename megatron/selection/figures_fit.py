@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from megatron.selection.base import FloatArray
+from megatron.selection.break_even import SHARES
 from megatron.selection.cost_model import size_name
 from megatron.selection.figures import (
     GRID,
@@ -23,7 +24,6 @@ from megatron.selection.figures import (
 from megatron.selection.gain_law import gain
 from megatron.selection.gains import Gain, Gains, methods_of, sizes_of
 
-_SHARES: Final = (0.05, 0.1, 0.25, 0.5)
 _POINTS: Final = 200
 
 
@@ -149,7 +149,7 @@ def _bars(
     for place, one in enumerate(mine):
         style = look[one.method]
         named = False
-        for group, share in enumerate(_SHARES):
+        for group, share in enumerate(SHARES):
             x = group - 0.4 + (place + 0.5) * wide
             budget = share * one.total
             trained = budget - one.choosing if charged else budget
@@ -171,10 +171,10 @@ def _bars(
                 label=None if named else one.method,
             )
             named = True
-    for edge in range(1, len(_SHARES)):
+    for edge in range(1, len(SHARES)):
         axis.axvline(edge - 0.5, color=GRID, lw=1.0)
-    axis.set_xlim(-0.5, len(_SHARES) - 0.5)
-    axis.set_xticks(range(len(_SHARES)), [f"{share:.0%}" for share in _SHARES])
+    axis.set_xlim(-0.5, len(SHARES) - 0.5)
+    axis.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
     axis.grid(visible=False, axis="x")
     for x, color in too_dear:
         axis.plot(x, 0.03, "x", color=color, ms=6, mew=1.6, transform=axis.get_xaxis_transform())

@@ -11,7 +11,7 @@ import numpy as np
 from megatron.selection.base import FloatArray
 from megatron.selection.break_even import BreakEven, rivals_of
 from megatron.selection.budget_plan import charged_compute
-from megatron.selection.cost_model import TRAINING_PER_PARAMETER, Model, size_name
+from megatron.selection.cost_model import Model, size_name, sized_model
 from megatron.selection.figures import (
     SOFT,
     Look,
@@ -23,7 +23,7 @@ from megatron.selection.figures import (
 )
 from megatron.selection.figures_fit import file_name
 from megatron.selection.gain_law import gain
-from megatron.selection.gains import Gain, Gains, methods_of
+from megatron.selection.gains import Gain, Gains, laws_of, methods_of
 from megatron.selection.laws_at import fitted_along, law_at
 from megatron.selection.prices import Prices
 
@@ -129,26 +129,22 @@ def _lead(
     sizes: FloatArray,
 ) -> FloatArray:
     """Return how far a selector is ahead at every size; NaN where it is too dear."""
-    total = prices.total(_sized(sizes[0]), laws) / sizes[0] * sizes
+    total = prices.total(sized_model(sizes[0]), laws) / sizes[0] * sizes
     values = []
     for name in (one.method, *rivals):
         compute = charged_compute(gains, one.share * total, prices.choosing(name, laws), total)
-        values.append(gains.sign * gain(compute, fitted_along(_of(laws, name), sizes), total))
+        values.append(gains.sign * gain(compute, fitted_along(laws_of(laws, name), sizes), total))
     lead = values[0] - np.max(values[1:], axis=0)
     return np.where(one.share * total > prices.choosing(one.method, laws), lead, np.nan)
 
 
-def _sized(size: float) -> Model:
-    return Model(name="", parameters=size, per_token=TRAINING_PER_PARAMETER * size)
-
-
 def simulation_figure(
     gains: Gains, task: str, models: Sequence[Model], prices: Prices
-) -> Picture | None:
+) -> Picture:
     """Draw performance by budget for every selector, and which is best where.
 
-    Returns:
-        None where a selector's price is not known.
+    Raises:
+        ConfigError: a selector's price is not known.
     """
     laws = gains.of(task)
     methods = methods_of(laws)
@@ -159,7 +155,7 @@ def simulation_figure(
     with panels(columns, rows, width=4.6 if columns > 1 else 6.4, height=3.8) as (figure, axes):
         for axis, model in zip(axes.flat, shown, strict=False):
             _simulate(axis, gains, laws, model, prices, look)
-            axis.set_title(f"{model.name}: {law_at(_of(laws, methods[0]), model.parameters).how}")
+            axis.set_title(f"{model.name}: {law_at(laws_of(laws, methods[0]), model.parameters).how}")
             axis.set_xlabel("budget, choosing and training (FLOPs)")
         for row in axes:
             row[0].set_ylabel(gains.unit)
@@ -178,10 +174,6 @@ def simulation_figure(
     )
 
 
-def _of(laws: Sequence[Gain], method: str) -> list[Gain]:
-    return [one for one in laws if one.method == method]
-
-
 def _simulate(
     axis: Any,
     gains: Gains,
@@ -196,7 +188,7 @@ def _simulate(
     curves = []
     for name, style in look.items():
         compute = charged_compute(gains, budgets, costs[name], total)
-        value = gain(compute, law_at(_of(laws, name), model.parameters).law, total)
+        value = gain(compute, law_at(laws_of(laws, name), model.parameters).law, total)
         value = np.where(budgets > costs[name], value, np.nan)
         curves.append(gains.sign * value)
         axis.plot(budgets, value, color=style.color, ls=style.line, label=name)

@@ -110,8 +110,10 @@ def fit_gain(
     freedom = len(x) - len(theta)
     residual = y - problem.predict(theta)
     rmse = float(np.sqrt((residual**2).sum() / freedom))
-    make = _from_covariance if options.intervals == "covariance" else _from_bootstrap
-    low, high, draws = make(problem, theta, covariance, residual, freedom)
+    if options.intervals == "covariance":
+        low, high, draws = _from_covariance(problem, theta, covariance, freedom)
+    else:
+        low, high, draws = _from_bootstrap(problem, theta, residual, freedom)
     spread = ((y - y.mean()) ** 2).sum()
     return GainFit(
         law=problem.law(theta),
@@ -268,11 +270,7 @@ def _judge(problem: _Problem, theta: FloatArray, covariance: FloatArray) -> None
 
 
 def _from_covariance(
-    problem: _Problem,
-    theta: FloatArray,
-    covariance: FloatArray,
-    residual: FloatArray,
-    freedom: int,
+    problem: _Problem, theta: FloatArray, covariance: FloatArray, freedom: int
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return Student's intervals of the linearised fit, λ on its logarithm, and draws of it."""
     stats = load("scipy.stats", "an interval")
@@ -302,11 +300,7 @@ def _unlog(drawn: FloatArray, problem: _Problem) -> FloatArray:
 
 
 def _from_bootstrap(
-    problem: _Problem,
-    theta: FloatArray,
-    covariance: FloatArray,
-    residual: FloatArray,
-    freedom: int,
+    problem: _Problem, theta: FloatArray, residual: FloatArray, freedom: int
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return expanded percentiles (Hesterberg 2015) over refits of resampled residuals."""
     stats = load("scipy.stats", "an interval")

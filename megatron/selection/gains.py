@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.checkpoint.files import write_text
 from megatron.errors import DataError, did_you_mean
 from megatron.selection.base import FloatArray
 from megatron.selection.cost_model import size_name
@@ -23,23 +23,6 @@ from megatron.selection.cost_model import size_name
 NAME: Final = "gains.json"
 FORMAT: Final = 1
 COMPUTE: Final = ("training", "total")
-
-_FIELDS: Final = (
-    "task",
-    "method",
-    "size",
-    "law",
-    "low",
-    "high",
-    "draws",
-    "total",
-    "choosing",
-    "flops",
-    "performance",
-    "r2",
-    "rmse",
-    "fixed",
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,6 +115,11 @@ def sizes_of(gains: Sequence[Gain]) -> tuple[float, ...]:
     return tuple(sorted({gain.size for gain in gains}))
 
 
+def laws_of(gains: Sequence[Gain], method: str) -> list[Gain]:
+    """Return the laws of one method, in their order."""
+    return [gain for gain in gains if gain.method == method]
+
+
 def methods_of(gains: Sequence[Gain]) -> tuple[str, ...]:
     """Return the methods of some laws, in their order."""
     return tuple(dict.fromkeys(gain.method for gain in gains))
@@ -147,7 +135,7 @@ def gains_facts(gains: Gains) -> dict[str, Any]:
         "unit": gains.unit,
         "confidence": gains.confidence,
         "intervals": gains.intervals,
-        "gains": [{name: _plain(getattr(gain, name)) for name in _FIELDS} for gain in gains.gains],
+        "gains": [{name: _plain(value) for name, value in vars(gain).items()} for gain in gains.gains],
         "left_out": dict(gains.left_out),
     }
 
@@ -158,12 +146,8 @@ def write_gains(gains: Gains, folder: Path) -> Path:
     Raises:
         RunError: the disk refuses.
     """
-    path = folder / NAME
     text = json.dumps(gains_facts(gains), ensure_ascii=False, allow_nan=False, indent=1)
-    with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
-    return path
+    return write_text(folder / NAME, text)
 
 
 def read_gains(path: Path) -> Gains:
@@ -200,7 +184,7 @@ def read_gains(path: Path) -> Gains:
 def _gain(found: Mapping[str, Any]) -> Gain:
     arrays = {"law", "low", "high", "draws", "flops", "performance"}
     values: dict[str, Any] = {}
-    for name in _FIELDS:
+    for name in (one.name for one in fields(Gain)):
         value = found[name]
         if name in arrays:
             value = np.array(

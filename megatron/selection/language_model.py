@@ -23,15 +23,12 @@ class LanguageModel(Protocol):
     """A causal language model with its tokenizer.
 
     Attributes:
-        identity: hash of its weights; of another model it is another.
         longest: tokens that it reads at once; None for any number.
         vocab_size: token ids that it knows.
         tokenizer: SHA-256 (hex) of its tokenizer's files, as sidecars of data have it; None if
             there is nothing to compare with.
     """
 
-    @property
-    def identity(self) -> str: ...  # noqa: D102
     @property
     def longest(self) -> int | None: ...  # noqa: D102
     @property
@@ -94,6 +91,21 @@ def named_model(given: str) -> Named:
 def is_transformers(path: Path) -> bool:
     """Tell whether a folder holds a model of transformers, and not a run of ours."""
     return (path / CONFIG_FILE).is_file()
+
+
+def model_identity(named: Named) -> str:
+    """Return a hash (hex) of a model's weights; of another model it is another.
+
+    Raises:
+        CheckpointError: there is no model.
+    """
+    if is_transformers(named.path):
+        from megatron.selection.model_folder import folder_identity
+
+        return folder_identity(named.path)
+    from megatron.selection.model_ours import find_ours
+
+    return find_ours(named, verified=False, say=lambda text: None).identity
 
 
 def document_tokens(document: Document, model: LanguageModel) -> Ids:

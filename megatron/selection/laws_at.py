@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -52,51 +52,52 @@ def law_at(gains: Sequence[Gain], size: float) -> LawAt:
     Raises:
         DataError: there is none.
     """
-    rows = laws_along(gains, np.full(_rows(gains), size))
     order = sorted(gains, key=lambda gain: gain.size)
     near = [gain for gain in order if abs(gain.size / size - 1) < _SAME]
     if near:
         used, how = near[:1], MEASURED
         rows = np.concatenate((near[0].law[None], near[0].draws))
-    elif size < order[0].size or size > order[-1].size:
-        used, how = [order[0] if size < order[0].size else order[-1]], BEYOND
     else:
-        after = next(index for index, gain in enumerate(order) if gain.size > size)
-        used, how = order[after - 1 : after + 1], BETWEEN
+        rows = laws_along(gains, np.full(_rows(gains), size))
+        after = sum(gain.size <= size for gain in order)
+        used = order[max(0, after - 1) : after + 1]
+        how = BETWEEN if len(used) == 2 else BEYOND
     seen = [(gain.flops.min() / gain.total, gain.flops.max() / gain.total) for gain in used]
     least, most = max(one[0] for one in seen), min(one[1] for one in seen)
     return LawAt(law=rows[0], draws=rows[1:], how=how, seen=(float(least), float(most)))
 
 
 def laws_along(gains: Sequence[Gain], sizes: FloatArray) -> FloatArray:
-    """Return laws [1 + R, 3] at sizes of their own [1 + R]: the fitted one, then the draws.
+    """Return n laws [n, 3], each at a size of its own: the fitted one, then n - 1 of the draws.
 
-    Raises:
-        DataError: there is none.
+    Args:
+        gains: of one task and method.
+        sizes: parameters, [n]; at most one more than any of the gains has draws.
     """
-    count = _rows(gains)
-    order = sorted(gains, key=lambda gain: gain.size)
-    nodes = np.stack(
-        [np.concatenate((gain.law[None], gain.draws))[:count] for gain in order]
-    )  # [sizes, rows, 3]
-    nodes[..., 1] = np.log(np.maximum(nodes[..., 1], _LEAST_RATE))
-    places = np.log([gain.size for gain in order])
-    position = np.interp(np.log(sizes), places, np.arange(len(order)))
-    before = np.minimum(position.astype(np.int64), max(0, len(order) - 2))
-    after = np.minimum(before + 1, len(order) - 1)
-    way = (position - before)[:, None]
-    row = np.arange(count)
-    mixed = (1.0 - way) * nodes[before, row] + way * nodes[after, row]
-    mixed[:, 1] = np.exp(mixed[:, 1])
-    return np.asarray(mixed)
+    count = len(sizes)
+    rows = [np.concatenate((gain.law[None], gain.draws))[:count] for gain in gains]
+    return _along(gains, np.stack(rows), sizes)
 
 
 def fitted_along(gains: Sequence[Gain], sizes: FloatArray) -> FloatArray:
     """Return the fitted law at each of some sizes, [sizes, 3]."""
-    same = [
-        replace(gain, draws=np.repeat(gain.law[None], len(sizes) - 1, axis=0)) for gain in gains
-    ]
-    return laws_along(same, sizes)
+    return _along(gains, np.stack([np.tile(gain.law, (len(sizes), 1)) for gain in gains]), sizes)
+
+
+def _along(gains: Sequence[Gain], nodes: FloatArray, sizes: FloatArray) -> FloatArray:
+    """Interpolate each of n laws of every gain, [gains, n, 3], at a size of its own, [n]."""
+    order = sorted(range(len(gains)), key=lambda index: gains[index].size)
+    nodes = nodes[order]
+    nodes[..., 1] = np.log(np.maximum(nodes[..., 1], _LEAST_RATE))
+    places = np.log([gains[index].size for index in order])
+    position = np.interp(np.log(sizes), places, np.arange(len(order)))
+    before = np.minimum(position.astype(np.int64), max(0, len(order) - 2))
+    after = np.minimum(before + 1, len(order) - 1)
+    way = (position - before)[:, None]
+    row = np.arange(len(sizes))
+    mixed = (1.0 - way) * nodes[before, row] + way * nodes[after, row]
+    mixed[:, 1] = np.exp(mixed[:, 1])
+    return np.asarray(mixed)
 
 
 def _rows(gains: Sequence[Gain]) -> int:

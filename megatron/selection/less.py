@@ -21,8 +21,9 @@ import numpy as np
 
 from megatron.errors import ConfigError, DataError
 from megatron.selection.base import Corpus, Cost, Document, FloatArray, Say, Target
+from megatron.selection.flags import positive
 from megatron.selection.influence import checkpoint_weights, influence, target_mean
-from megatron.selection.language_model import is_transformers, named_model
+from megatron.selection.language_model import is_transformers, model_identity, named_model
 from megatron.selection.less_settings import LessSettings, add_settings, settings_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Less:
     def parameters(self) -> Mapping[str, Any]:
         """Return the settings, and the model by a hash of it."""
         facts = {**vars(self.settings), "lora_targets": list(self.settings.lora_targets)}
-        return {"model": self._identity(), **facts}
+        return {"model": model_identity(named_model(self.model)), **facts}
 
     def prepare(self, corpus: Corpus, targets: Sequence[Target], folder: Path, say: Say) -> Cost:
         """Warm up, and take the targets' gradients; each epoch and subtask is done once.
@@ -129,16 +130,6 @@ class Less:
         scores[places] = total
         lengths = [len(one.tokens) for one in examples]
         return scores, opened.tools.cost(lengths * len(opened.states))
-
-    def _identity(self) -> str:
-        named = named_model(self.model)
-        if is_transformers(named.path):
-            from megatron.selection.model_folder import folder_identity
-
-            return folder_identity(named.path)
-        from megatron.selection.model_ours import find_ours
-
-        return find_ours(named, verified=False, say=lambda text: None).identity
 
     def _folder(self, work: Path) -> Path:
         path = named_model(self.model).path
@@ -232,7 +223,7 @@ def _save(path: Path, values: FloatArray) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    from megatron.selection.devices import add_device_arguments, positive
+    from megatron.selection.devices import add_device_arguments
 
     parser.add_argument("--model", required=True, metavar="FOLDER|RUN[,ITERATION]",
         help="a folder that transformers loads, or a run of ours, exported first")  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from megatron.errors import ConfigError
+from megatron.selection.flags import positive
 
 TYPES: Final = ("adam", "sgd", "sign")
 
@@ -67,8 +68,6 @@ class LessSettings:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the flags of :class:`LessSettings`."""
-    from megatron.selection.devices import positive
-
     known = LessSettings()
     flags: tuple[tuple[str, str, Callable[[str], object], str, str], ...] = (
         ("--lora-rank", "rank", positive, "N", "columns of an adapter's matrices"),

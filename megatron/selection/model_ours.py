@@ -70,7 +70,6 @@ class OurModel:
         assert spec.vocab_size is not None
         self._spec, self._device = spec, device
         self._tokenizer: Tokenizer = run_tokenizer(found.config, "scoring documents")
-        self.identity = found.identity
         self.longest: int | None = spec.max_position_embeddings or spec.context_length
         self.vocab_size: int = spec.vocab_size
         self.tokenizer: str | None = self._tokenizer.sha256

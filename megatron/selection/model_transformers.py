@@ -13,7 +13,6 @@ from megatron.selection.language_model import Ids, Losses
 from megatron.selection.model_folder import (
     attention_width,
     causal_flops,
-    folder_identity,
     forward_matrices,
     load_causal,
     load_tokenizer,
@@ -41,7 +40,6 @@ class TransformersModel:
             CheckpointError: transformers does not load the model.
             DataError: there is no tokenizer.
         """
-        self.identity = folder_identity(folder)
         self.tokenizer = tokenizer_identity(folder)
         self._folder, self._device = folder, device
         self._encode = load_tokenizer(folder, _PURPOSE)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from megatron.selection.base import Document
 
 _VERSION = 1
-Labels = NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +66,10 @@ class Row:
     Attributes:
         document: as the selectors see it.
         record: as it is in the file; ``{"text": …}`` of what is no object there.
-        labels: of a tokenised document with labels: as many as tokens, -100 = not trained on.
     """
 
     document: Document
     record: Mapping[str, Any]
-    labels: Labels | None = None
 
 
 class Part(Protocol):

@@ -19,12 +19,13 @@ import numpy as np
 
 from megatron.errors import ConfigError
 from megatron.selection.base import Corpus, Cost, Document, FloatArray, Say, Target
-from megatron.selection.idle_flags import refuse_idle
+from megatron.selection.flags import positive, refuse_idle
 from megatron.selection.language_model import (
     Ids,
     LanguageModel,
     document_tokens,
     is_transformers,
+    model_identity,
     named_model,
 )
 from megatron.selection.windows import Window, fitted, windows
@@ -106,8 +107,9 @@ class Perplexity:
             from megatron.selection.stored_losses import store_facts
 
             return dict(store_facts(self._losses))
+        assert self._given is not None
         return {
-            "model": self._identity(),
+            "model": model_identity(self._given),
             "window": self._window,
             "stride": self._stride,
             "bos": self._bos,
@@ -194,16 +196,6 @@ class Perplexity:
             tokens = np.concatenate([[first], tokens])
         return tokens
 
-    def _identity(self) -> str:
-        assert self._given is not None
-        if is_transformers(self._given.path):
-            from megatron.selection.model_folder import folder_identity
-
-            return folder_identity(self._given.path)
-        from megatron.selection.model_ours import find_ours
-
-        return find_ours(self._given, verified=False, say=_silent).identity
-
 
 def batches(pieces: Sequence[_Piece], tokens: int) -> Iterator[list[_Piece]]:
     """Yield pieces in batches of like lengths, the longest first.
@@ -229,7 +221,7 @@ def _silent(text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    from megatron.selection.devices import add_device_arguments, positive
+    from megatron.selection.devices import add_device_arguments
 
     parser.add_argument("--model", metavar="RUN[,ITERATION]|FOLDER",
         help="a run of ours (its newest checkpoint, or that of an iteration), or a folder that "

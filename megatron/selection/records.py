@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from megatron.data.ingest.records import PARAGRAPH_JOIN, BadRecordError, sound_text
 from megatron.errors import did_you_mean
-from megatron.selection.base import Turn
+from megatron.selection.base import ANSWERING, Turn
 
 CONVERSATIONS: Final = ("messages", "conversation")
 PROMPT, COMPLETION, TEXT, ID = "prompt", "completion", "text", "id"
@@ -83,7 +83,7 @@ def content(record: Any, field: str | None) -> Content:
     if record.get(PROMPT) is not None and record.get(COMPLETION) is not None:
         turns = (
             *_as_turns(record[PROMPT], "user", PROMPT),
-            *_as_turns(record[COMPLETION], "assistant", COMPLETION),
+            *_as_turns(record[COMPLETION], ANSWERING, COMPLETION),
         )
         return _joined(turns), turns
     if record.get(TEXT) is not None:

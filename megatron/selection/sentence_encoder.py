@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from megatron.checkpoint.files import hash_file
 from megatron.errors import ConfigError, DataError, did_you_mean
 from megatron.selection import libraries
 from megatron.selection.base import Corpus, Cost, FloatArray, Say
@@ -65,8 +66,7 @@ class SentenceEncoder:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             if path.is_file() and path.suffix != ".md" and not name.parts[0].startswith("."):
-                with open(path, "rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                _, content = hash_file(path)
                 digest.update(f"{name.as_posix()} {content}\n".encode())
         return digest.hexdigest()
 

@@ -79,11 +79,10 @@ def settings_of(request: ScoreRequest, corpus: DocumentCorpus) -> dict[str, Any]
 
 def named_words(inputs: Inputs) -> list[str]:
     """Return how the corpus was named, so that it is found again from another folder."""
-    words = [
+    return [
         str(Path(word).absolute()) if word not in inputs.known and "," not in word else word
         for word in inputs.words
     ]
-    return words
 
 
 def facts_of(settings: Mapping[str, Any], cost: Cost, words: Sequence[str] = ()) -> TableFacts:

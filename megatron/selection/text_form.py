@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from megatron.selection.base import Document
+from megatron.selection.base import ANSWERING, Document
 
 ANSWER = " A:"
 """Stands between a prompt and its answer, as the released code of arXiv 2410.16208 has it."""
-
-ANSWERING = "assistant"
-"""Role of the turns that are answers."""
 
 
 def plain_text(document: Document) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,11 @@ from numpy.typing import NDArray
 from megatron.data.ingest.chat import ChatSettings, build_chat
 from megatron.data.samples import UNTRAINED
 from megatron.errors import DataError
-from megatron.selection.base import Document, Turn
+from megatron.selection.base import ANSWERING, Document, Turn
 from megatron.tokenizer import Tokenizer
 from megatron.tokenizer.chat import chat_tokenizer
 
 Counts = NDArray[np.int64]
-ANSWERING: Final = "assistant"
 
 
 class Encoder(Protocol):
@@ -137,8 +137,6 @@ class ChatEncoder:
 
 def chat_sha256(path: str) -> str:
     """Return the hash (hex) of a chat tokenizer: its vocabulary and its template."""
-    import hashlib
-
     tokenizer = chat_tokenizer(path)
     described = f"{tokenizer.chat_template}{sorted(tokenizer.get_vocab().items())}"
     return hashlib.sha256(described.encode()).hexdigest()

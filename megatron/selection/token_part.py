@@ -70,7 +70,7 @@ class TokenPart:
             yield row.document
 
     def rows(self, index: PartIndex, naming: Naming, start: int, stop: int) -> Iterator[Row]:
-        """Yield them with what an output of text has of them, and their labels."""
+        """Yield them with what an output of text has of them."""
         reader, labels = self.source.reader, self.source.labels
         sidecar = reader.sidecar
         made_by = None if sidecar is None else str(sidecar.tokenizer.get("sha256") or "") or None
@@ -93,7 +93,7 @@ class TokenPart:
                     tokenizer=made_by,
                     labels=own,
                 )
-                yield Row(document=found, record={"text": text}, labels=own)
+                yield Row(document=found, record={"text": text})
                 at += size
 
     def close(self) -> None:

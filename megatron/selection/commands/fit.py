@@ -17,6 +17,7 @@ import math
 import sys
 from pathlib import Path
 
+from megatron.checkpoint.files import write_text
 from megatron.errors import ConfigError
 from megatron.selection.budget_fit import FitRequest, fit_runs, read_ceilings
 from megatron.selection.budget_report import write_report
@@ -28,9 +29,8 @@ from megatron.selection.commands.planning import (
     asked_prices,
     command_words,
     found_break_even,
-    write_pictures,
-    write_text,
 )
+from megatron.selection.commands.shared import parser_of
 from megatron.selection.cost_model import sized_model
 from megatron.selection.figures import Picture
 from megatron.selection.figures_fit import fixed_budget_figure, performance_figure
@@ -49,12 +49,7 @@ from megatron.selection.similarity import (
 
 def make_parser(prog: str, words: list[str]) -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(prog, __doc__)
     add_arguments(parser)
     return parser
 
@@ -157,8 +152,8 @@ def run(options: argparse.Namespace) -> int:
     text = fit_text(gains)
     pictures, skipped = fit_pictures(gains, prices, options, alike)
     out: Path = options.out
-    written = [write_gains(gains, out), write_text(text, out / "fit.md")]
-    written += write_pictures(pictures, out)
+    written = [write_gains(gains, out), write_text(out / "fit.md", text)]
+    written += [picture.write(out) for picture in pictures]
     print(text, end="")
     for line in skipped:
         print(f"not drawn: {line}")

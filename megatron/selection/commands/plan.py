@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron.errors import ConfigError
-from megatron.selection.break_even import break_even_budget
+from megatron.checkpoint.files import write_text
+from megatron.selection.break_even import break_even_budget, rivals_of
 from megatron.selection.budget_plan import Choice, plan_choices
 from megatron.selection.budget_report import write_report
 from megatron.selection.budget_text import honest_lines, plan_facts, plan_text
@@ -28,9 +28,8 @@ from megatron.selection.commands.planning import (
     command_words,
     found_break_even,
     write_json,
-    write_pictures,
-    write_text,
 )
+from megatron.selection.commands.shared import parser_of
 from megatron.selection.cost_model import FREE, Model, base_method, read_number, sized_model
 from megatron.selection.figures_plan import break_even_figure, simulation_figure
 from megatron.selection.gains import Gains, methods_of, read_gains, sizes_of
@@ -39,12 +38,7 @@ from megatron.selection.prices import Prices
 
 def make_parser(prog: str, words: list[str]) -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(prog, __doc__)
     add_arguments(parser)
     return parser
 
@@ -102,8 +96,8 @@ def run(options: argparse.Namespace) -> int:
     drawn = [picture for picture in pictures if picture is not None]
     written = [
         write_json({"format": 1, "plans": facts}, out / "plan.json"),
-        write_text(whole, out / "plan.md"),
-        *write_pictures(drawn, out),
+        write_text(out / "plan.md", whole),
+        *(picture.write(out) for picture in drawn),
         write_report(
             out,
             title="Plan of a budget",
@@ -136,14 +130,11 @@ def least_budgets(
 ) -> dict[tuple[str, str], float]:
     """Return the break-even budgets by the trained model's name and method."""
     laws = gains.of(task)
-    methods = [name for name in methods_of(laws) if base_method(name) not in FREE]
-    if not any(base_method(name) in FREE for name in methods_of(laws)) and against is None:
+    if not rivals_of(laws, against):
         return {}
-    if against is not None and against not in methods_of(laws):
-        raise ConfigError(f"--against {against}: no fitted method")
     return {
         (model.name, name): break_even_budget(gains, task, model, name, prices, against)
         for model in models
-        for name in methods
-        if name != against
+        for name in methods_of(laws)
+        if base_method(name) not in FREE and name != against
     }

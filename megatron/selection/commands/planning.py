@@ -1,15 +1,14 @@
-"""What the subcommands ``fit`` and ``plan`` share: flags of prices, figures, results."""
+"""What the subcommands ``fit`` and ``plan`` share: flags of prices, and what is made of them."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import megatron.mixing  # noqa: F401  (registers the methods that a configuration may name)
-from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.checkpoint.files import write_text
 from megatron.config import load_config
 from megatron.errors import ConfigError
 from megatron.selection.break_even import SHARES, BreakEven, break_even_sizes, rivals_of
@@ -20,7 +19,6 @@ from megatron.selection.cost_model import (
     read_number,
     sized_model,
 )
-from megatron.selection.figures import Picture
 from megatron.selection.gains import Gains
 from megatron.selection.prices import Prices
 from megatron.training.summary import tokenizer_vocabulary
@@ -158,24 +156,7 @@ def write_json(facts: dict[str, Any], path: Path) -> Path:
     Raises:
         RunError: the disk refuses.
     """
-    return write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False), path)
-
-
-def write_text(text: str, path: Path) -> Path:
-    """Write a text and return the path.
-
-    Raises:
-        RunError: the disk refuses.
-    """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
-    return path
-
-
-def write_pictures(pictures: Sequence[Picture | None], out: Path) -> list[Path]:
-    """Write those pictures that there are."""
-    return [picture.write(out) for picture in pictures if picture is not None]
+    return write_text(path, json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def command_words(options: argparse.Namespace) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.errors import ConfigError
 from megatron.selection.commands.shared import (
@@ -21,11 +22,14 @@ from megatron.selection.commands.shared import (
     add_tokenizer_arguments,
     inputs_of,
     parser_of,
-    positive,
     read_configuration,
     tokenizer_choice,
 )
+from megatron.selection.flags import positive
 from megatron.selection.methods import METHODS, chunk_documents, load_method
+
+if TYPE_CHECKING:
+    from megatron.selection.table import TableFacts
 
 
 def make_parser(prog: str, words: list[str]) -> argparse.ArgumentParser:
@@ -93,11 +97,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def summary(out: Path, facts: object) -> str:
+def summary(out: Path, facts: TableFacts) -> str:
     """Return what a table holds, as a line."""
-    from megatron.selection.table import TableFacts
-
-    assert isinstance(facts, TableFacts)
     count = len(facts.subtasks)
     several = f"{count} subtask{'s' * (count > 1)} of {facts.task}"
     against = f" against {several}" if count else ""

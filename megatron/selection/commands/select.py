@@ -36,7 +36,7 @@ from megatron.selection.commands.shared import (
 from megatron.selection.corpus import DocumentCorpus
 from megatron.selection.cost_model import Model, known_model, read_number, sized_model
 from megatron.selection.domain_output import TokenizerChoice
-from megatron.selection.idle_flags import refuse_idle
+from megatron.selection.flags import refuse_idle
 from megatron.selection.inputs import open_corpus
 from megatron.selection.names import Naming, domain_name, output_name, task_name
 from megatron.selection.outputs import OutputRequest, Outputs, write_outputs
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         done = write_outputs(corpus, chosen, scores, request, _say)
     finally:
         corpus.close()
-    print("\n".join(_done_lines(done, request)))
+    print("\n".join(_done_lines(done)))
     return 0
 
 
@@ -309,7 +309,7 @@ def _outputs(
     )
 
 
-def _done_lines(done: Outputs, request: OutputRequest) -> list[str]:
+def _done_lines(done: Outputs) -> list[str]:
     lines = [f"{done.records}"]
     if done.domain is not None:
         trained = ""

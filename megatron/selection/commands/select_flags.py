@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron.selection.choose import ORDERS
-from megatron.selection.commands.shared import positive
+from megatron.selection.flags import positive
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from megatron.config import Config
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1 on.
-
-    Raises:
-        ArgumentTypeError: it is none.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def parser_of(prog: str, about: str | None) -> argparse.ArgumentParser:
     """Return an empty parser whose help begins with a docstring."""
     return argparse.ArgumentParser(

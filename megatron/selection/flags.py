@@ -1,4 +1,4 @@
-"""Flags that say nothing beside the others that are given."""
+"""What flags may say: whole numbers, and nothing that has no effect beside the others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import argparse
 from collections.abc import Iterable
 
 from megatron.errors import ConfigError
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 on.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def refuse_idle(
