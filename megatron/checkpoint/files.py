@@ -72,6 +72,18 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a file of results whole, with the folders it lies in; return its path.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode())
+    return path
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder and all that is in it, a symbolic link instead of what it names."""
     if path.is_symlink() or path.is_file():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.checkpoint.files import write_text
 from megatron.config import Config, resolve_batch
 from megatron.errors import ConfigError
 from megatron.experiments.budget_search import Candidate
@@ -86,14 +86,11 @@ def write_proposal(
         f"{one.mixing.name}; {one.spent:.3g} FLOPs in all.\n"
         f"# Before: the commands of {name}.sh, which choose the documents.\n"
     )
-    path, script = out / f"{name}.yml", out / f"{name}.sh"
+    path = write_text(out / f"{name}.yml", head + text)
     lines = ["#!/bin/sh", "# Chooses the documents, then trains.", "set -e"]
     lines += [shlex.join(["python", _TOOL, *command]) for command in words]
     lines.append(shlex.join(["./deepy.py", "train.py", str(path)]))
-    for file, content in ((path, head + text), (script, "\n".join(lines) + "\n")):
-        with disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, content.encode())
+    script = write_text(out / f"{name}.sh", "\n".join(lines) + "\n")
     script.chmod(0o755)
     return Proposal(config=path, script=script, steps=steps)
 
@@ -140,20 +137,8 @@ def _choose(
         score = ["score", "--method", kind, "--train", domain, *files, *flags]
         commands.append([*score, "--out", str(table)])
         pick = ["select", "--scores", str(table), "--share", f"{one.share:.6g}", *files]
-        order = _order(one.selector)
-        commands.append(
-            [
-                *pick,
-                "--order",
-                order,
-                "--name",
-                name,
-                "--domain",
-                domain,
-                "--out",
-                str(out / "data"),
-            ]
-        )
+        pick += ["--order", _order(one.selector), "--name", name, "--domain", domain]
+        commands.append([*pick, "--out", str(out / "data")])
         prefix = out / "data" / f"{name}_token_document"
         overrides.append(f"domains.{domain}.train={json.dumps(str(prefix))}")
     return overrides, commands

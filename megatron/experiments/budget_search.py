@@ -18,7 +18,7 @@ from megatron.experiments.bounds import FloatArray
 from megatron.experiments.budget_mixing import MixingOption
 from megatron.selection.cost_model import FREE, Model, base_method
 from megatron.selection.gain_law import gain
-from megatron.selection.gains import Gain, Gains, methods_of
+from megatron.selection.gains import Gain, Gains, laws_of, methods_of
 from megatron.selection.laws_at import MEASURED, LawAt, law_at
 from megatron.selection.prices import Prices
 
@@ -112,9 +112,8 @@ def search(
     found: list[Candidate] = []
     for model in models:
         for selector in methods_of(laws):
-            mine = [one for one in laws if one.method == selector]
             cost = prices.choosing(selector, laws)
-            at = law_at(mine, model.parameters)
+            at = law_at(laws_of(laws, selector), model.parameters)
             for option in mixing:
                 best = _best_share(gains, laws, model, selector, at, option, cost, prices, aim)
                 if best is not None:

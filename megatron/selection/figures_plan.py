@@ -138,9 +138,7 @@ def _lead(
     return np.where(one.share * total > prices.choosing(one.method, laws), lead, np.nan)
 
 
-def simulation_figure(
-    gains: Gains, task: str, models: Sequence[Model], prices: Prices
-) -> Picture:
+def simulation_figure(gains: Gains, task: str, models: Sequence[Model], prices: Prices) -> Picture:
     """Draw performance by budget for every selector, and which is best where.
 
     Raises:
@@ -155,7 +153,8 @@ def simulation_figure(
     with panels(columns, rows, width=4.6 if columns > 1 else 6.4, height=3.8) as (figure, axes):
         for axis, model in zip(axes.flat, shown, strict=False):
             _simulate(axis, gains, laws, model, prices, look)
-            axis.set_title(f"{model.name}: {law_at(laws_of(laws, methods[0]), model.parameters).how}")
+            how = law_at(laws_of(laws, methods[0]), model.parameters).how
+            axis.set_title(f"{model.name}: {how}")
             axis.set_xlabel("budget, choosing and training (FLOPs)")
         for row in axes:
             row[0].set_ylabel(gains.unit)

@@ -135,7 +135,9 @@ def gains_facts(gains: Gains) -> dict[str, Any]:
         "unit": gains.unit,
         "confidence": gains.confidence,
         "intervals": gains.intervals,
-        "gains": [{name: _plain(value) for name, value in vars(gain).items()} for gain in gains.gains],
+        "gains": [
+            {name: _plain(value) for name, value in vars(one).items()} for one in gains.gains
+        ],
         "left_out": dict(gains.left_out),
     }
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.checkpoint.files import disk_errors, replace_file
+from megatron.checkpoint.files import write_text
 from megatron.errors import ConfigError
 from megatron.experiments.budget_configs import (
     Choosing,
@@ -143,10 +143,7 @@ def run(options: argparse.Namespace) -> int:
     text = budget_text(gains, aim, found, mixing, left_out)
     proposals, unwritten = write_runs(options, bases, models, found)
     text += proposals_text(proposals) + "".join(f"- Not written: {line}\n" for line in unwritten)
-    path: Path = options.out / "budget.md"
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
+    path = write_text(options.out / "budget.md", text)
     facts = budget_facts(gains, aim, found, mixing, left_out)
     facts["runs"] = [
         {"config": str(one.config), "script": str(one.script), "steps": one.steps}

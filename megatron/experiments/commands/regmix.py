@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from megatron.checkpoint.files import write_text
 from megatron.errors import ConfigError
 from megatron.experiments.bounds import make_bounds
 from megatron.experiments.conduct import (
@@ -55,7 +56,6 @@ from megatron.experiments.regmix_text import failure_text, search_text
 from megatron.experiments.regression import BEST, SIMULATED, Regressor
 from megatron.experiments.report import write_report
 from megatron.experiments.report.made import command_line
-from megatron.experiments.results import write_text
 from megatron.experiments.study import Base, Study
 from megatron.experiments.table import Row, read_table, write_table
 from megatron.training.product import write_mixture

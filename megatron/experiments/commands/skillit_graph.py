@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from megatron.checkpoint.files import write_text
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.experiments.conduct import (
@@ -39,7 +40,6 @@ from megatron.experiments.fixed_mixtures import (
 )
 from megatron.experiments.report import write_report
 from megatron.experiments.report.made import command_line
-from megatron.experiments.results import write_text
 from megatron.experiments.skill_graph import Negative, SkillGraph, graph_text, skill_graph
 from megatron.experiments.study import Base, Study, ranks_of, static_overrides
 from megatron.experiments.table import write_table

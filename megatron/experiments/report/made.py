@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.files import write_text
 from megatron.experiments.compare.made import made_with
-from megatron.experiments.results import write_text
 
 NAME = "made.json"
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.checkpoint.files import write_text
 from megatron.errors import ConfigError
+from megatron.selection.break_even import BreakEven
 from megatron.selection.budget_fit import FitRequest, fit_runs, read_ceilings
 from megatron.selection.budget_report import write_report
 from megatron.selection.budget_runs import Run, read_runs
@@ -148,9 +150,9 @@ def run(options: argparse.Namespace) -> int:
     tables = read_score_names(options.scores)
     alike = similarity(tables, options.similarity_share) if tables else None
     prices = asked_prices(options)
-    gains = fit_runs(asked_runs(options), asked_request(options))
+    gains = fit_runs(asked_runs(options), asked_request(options, prices))
     text = fit_text(gains)
-    pictures, skipped = fit_pictures(gains, prices, options, alike)
+    pictures, break_even, skipped = fit_pictures(gains, prices, options, alike)
     out: Path = options.out
     written = [write_gains(gains, out), write_text(out / "fit.md", text)]
     written += [picture.write(out) for picture in pictures]
@@ -163,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
             title="Gains of choosing",
             command=command_words(options),
             tiles=_tiles(gains),
-            sentences=_sentences(gains, prices, options),
+            sentences=_sentences(gains, break_even, max(options.shares)),
             markdown=text,
             pictures=pictures,
         )
@@ -206,9 +208,8 @@ def asked_runs(options: argparse.Namespace) -> list[Run]:
     return found
 
 
-def asked_request(options: argparse.Namespace) -> FitRequest:
-    """Return what is asked of the fit."""
-    prices = asked_prices(options)
+def asked_request(options: argparse.Namespace, prices: Prices) -> FitRequest:
+    """Return what is asked of the fit; ``prices`` may know the corpus."""
     return FitRequest(
         options=FitOptions(
             better=options.better,
@@ -227,15 +228,19 @@ def asked_request(options: argparse.Namespace) -> FitRequest:
 
 def fit_pictures(
     gains: Gains, prices: Prices, options: argparse.Namespace, alike: Similarity | None
-) -> tuple[list[Picture], list[str]]:
-    """Return the figures that the runs allow, and why others are not there."""
+) -> tuple[list[Picture], dict[str, list[BreakEven]], list[str]]:
+    """Return the figures that the runs allow, the break-even sizes, and why others are not there.
+
+    Break-even sizes are those of the tasks whose prices are known.
+    """
     pictures: list[Picture | None] = []
+    break_even: dict[str, list[BreakEven]] = {}
     skipped = []
     for task in gains.tasks:
         pictures += [performance_figure(gains, task), fixed_budget_figure(gains, task)]
         models = [sized_model(size) for size in sizes_of(gains.of(task))]
         try:
-            found = found_break_even(gains, task, prices, options)
+            found = break_even[task] = found_break_even(gains, task, prices, options)
             pictures.append(break_even_figure(gains, task, prices, found, options.against))
             if not found:
                 skipped.append(
@@ -249,7 +254,7 @@ def fit_pictures(
         pictures.append(similarity_figure(alike))
     else:
         skipped.append("how alike the choices are: give tables of scores (--scores)")
-    return [picture for picture in pictures if picture is not None], skipped
+    return [picture for picture in pictures if picture is not None], break_even, skipped
 
 
 def _tiles(gains: Gains) -> list[tuple[str, str]]:
@@ -262,15 +267,11 @@ def _tiles(gains: Gains) -> list[tuple[str, str]]:
 
 
 def _sentences(
-    gains: Gains, prices: Prices, options: argparse.Namespace
+    gains: Gains, break_even: Mapping[str, Sequence[BreakEven]], share: float
 ) -> tuple[list[str], list[str]]:
     main = []
-    for task in gains.tasks:
-        try:
-            found = found_break_even(gains, task, prices, options)
-        except ConfigError:
-            continue
-        for one in [one for one in found if one.share == max(options.shares)]:
+    for task, found in break_even.items():
+        for one in [one for one in found if one.share == share]:
             beats = (
                 f"beats {one.against} from {least(one.size)} on"
                 if math.isfinite(one.size)

@@ -21,6 +21,7 @@ from megatron.model.accounting import training_flops
 from megatron.selection.budget_fit import fit_runs
 from megatron.selection.budget_report import markdown_html
 from megatron.selection.commands import fit, load_command, plan
+from megatron.selection.commands.planning import asked_prices
 from megatron.selection.figures_fit import pareto_front, performance_figure
 from megatron.selection.finished_runs import chosen_of, read_finished
 from megatron.selection.gains import gains_facts, read_gains
@@ -191,7 +192,7 @@ def test_flags_of_fit_reach_the_law(tmp_path):
     def laws(*words):
         options = fit.make_parser("x", []).parse_args([str(table), "--out", "x", *words])
         fit.fill(options)
-        gains = fit_runs(fit.asked_runs(options), fit.asked_request(options))
+        gains = fit_runs(fit.asked_runs(options), fit.asked_request(options, asked_prices(options)))
         return gains_facts(gains)
 
     plain, given = laws(), laws("--ceiling", "7B=0.61")
