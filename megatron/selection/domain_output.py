@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron.data.index_format import token_dtype
 from megatron.data.ingest.pipeline import dataset_prefix, preprocess
+from megatron.data.ingest.records import parse_json
 from megatron.data.ingest.settings import PreprocessSettings
 from megatron.data.ingest.stamps import stamp
 from megatron.data.sidecar import Sidecar, write_sidecar
@@ -23,7 +24,7 @@ from megatron.errors import DataError
 from megatron.selection.base import Document, Say
 from megatron.selection.choose import Places
 from megatron.selection.corpus import DocumentCorpus
-from megatron.selection.records import TEXT, content, parse_line
+from megatron.selection.records import ID, TEXT, content
 from megatron.selection.token_counts import ChatEncoder, Encoder, PlainEncoder
 from megatron.selection.token_part import TokenPart
 from megatron.tokenizer import Tokenizer, build_tokenizer
@@ -280,9 +281,9 @@ class _ConversationEncoder:
         if self._encoder is None:
             self._encoder = self._choice.encoder()
         assert self._encoder is not None
-        record = parse_line(line.decode("utf-8"))
+        record = parse_json(line.decode("utf-8"))
         text, turns = content(record, self._field)
-        name = str(record.get("id"))
+        name = str(record.get(ID))
         document = Document(id=name, source="", number=0, text=text, turns=turns)
         tokens, labels = self._encoder.encode(document)
         return tokens, labels, len(text.encode())

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from megatron.data.ingest.records import PARAGRAPH_JOIN, BadRecordError, sound_text
+from megatron.data.ingest.records import (
+    PARAGRAPH_JOIN,
+    BadRecordError,
+    json_name,
+    shown_keys,
+    sound_text,
+)
 from megatron.errors import did_you_mean
 from megatron.selection.base import ANSWERING, Turn
 
 CONVERSATIONS: Final = ("messages", "conversation")
 PROMPT, COMPLETION, TEXT, ID = "prompt", "completion", "text", "id"
-_SHOWN_KEYS: Final = 8
-_JSON_NAMES: Final = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
 
 Content = tuple[str, tuple[Turn, ...]]
 
 
-def wanted_columns(columns: Sequence[str], field: str | None, *others: str) -> list[str]:
+def wanted_columns(columns: Sequence[str], field: str | None) -> tuple[str, ...]:
     """Return the columns of a table that decide its documents, in the table's order.
 
     Args:
         columns: all there are.
         field: that the user named, or None.
-        others: read too, where they are.
 
     Raises:
         BadRecordError: none of them holds text.
@@ -32,27 +34,7 @@ def wanted_columns(columns: Sequence[str], field: str | None, *others: str) -> l
     known = {field} if field is not None else {*CONVERSATIONS, PROMPT, COMPLETION, TEXT}
     if not known.intersection(columns):
         raise _no_text(dict.fromkeys(columns), field)
-    return [name for name in columns if name in known or name == ID or name in others]
-
-
-def parse_line(line: str) -> Any:
-    """Return a line of JSON.
-
-    Raises:
-        BadRecordError: it is none.
-    """
-    try:
-        return json.loads(line)
-    except RecursionError:
-        raise BadRecordError("not usable JSON: nested too deeply") from None
-    except json.JSONDecodeError as error:
-        shown = line.strip()
-        shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        raise BadRecordError(
-            f"not JSON: {error.msg} at column {error.pos + 1}: {shown!r}"
-        ) from None
-    except ValueError as error:
-        raise BadRecordError(f"not usable JSON: {error}") from None
+    return tuple(name for name in columns if name in known or name == ID)
 
 
 def content(record: Any, field: str | None) -> Content:
@@ -72,7 +54,7 @@ def content(record: Any, field: str | None) -> Content:
     if isinstance(record, str) and field in (None, TEXT):
         return sound_text(record, TEXT), ()
     if not isinstance(record, Mapping):
-        raise BadRecordError(f"{_name(record)}, not a JSON object")
+        raise BadRecordError(f"{json_name(record)}, not a JSON object")
     if field is not None:
         if record.get(field) is None:
             raise _no_text(record, field)
@@ -118,7 +100,7 @@ def _as_turns(value: Any, role: str, key: str) -> tuple[Turn, ...]:
 
 def _turns(value: Any, key: str) -> tuple[Turn, ...]:
     if not isinstance(value, Sequence) or not value:
-        raise BadRecordError(f"'{key}' is {_name(value)}, neither text nor a list of turns")
+        raise BadRecordError(f"'{key}' is {json_name(value)}, neither text nor a list of turns")
     return tuple(_turn(one, f"{key}[{number}]") for number, one in enumerate(value))
 
 
@@ -149,9 +131,7 @@ def _joined(turns: Sequence[Turn]) -> str:
 
 
 def _no_text(record: Mapping[str, Any], field: str | None) -> BadRecordError:
-    shown = ", ".join(f"'{name}'" for name in list(record)[:_SHOWN_KEYS])
-    shown += ", …" if len(record) > _SHOWN_KEYS else ""
-    has = f"(the record has: {shown or 'nothing'})"
+    has = shown_keys(record)
     if field is not None:
         if field in record:
             return BadRecordError(f"'{field}' is null, not text")
@@ -162,9 +142,3 @@ def _no_text(record: Mapping[str, Any], field: str | None) -> BadRecordError:
         f"no 'text', 'messages', 'conversation', or 'prompt' and 'completion' {has}; name the key "
         "that holds the text or the conversation with --field"
     )
-
-
-def _name(value: Any) -> str:
-    if value is None:
-        return "null"
-    return _JSON_NAMES.get(type(value), "a list" if isinstance(value, list) else "an object")

@@ -11,13 +11,20 @@ from typing import Any, Final
 import numpy as np
 
 from megatron.data.ingest.chunks import import_arrow, line_of, read_chunks
-from megatron.data.ingest.records import BadRecordError, Chunk
+from megatron.data.ingest.records import (
+    BadRecordError,
+    Chunk,
+    chunk_bytes,
+    decode_line,
+    parse_json,
+    without_mark,
+)
 from megatron.data.ingest.sources import Source
 from megatron.data.ingest.stamps import stamp
 from megatron.errors import DataError
 from megatron.selection.base import Document
 from megatron.selection.part import Naming, PartIndex, Row, hash_id
-from megatron.selection.records import TEXT, content, own_id, parse_line, wanted_columns
+from megatron.selection.records import TEXT, content, own_id, wanted_columns
 
 _TABLES: Final = ("parquet", "dataset")
 
@@ -54,7 +61,7 @@ class TextPart:
         for chunk in read_chunks(self.source, 0, 0, self.columns):
             firsts.append(number)
             positions.append(chunk.start)
-            body = _payload(chunk)
+            body = chunk_bytes(chunk)
             if chunk.kind != "table":
                 digest.update(body)
             for line, raw in _raw_records(chunk, body):
@@ -107,7 +114,7 @@ class TextPart:
             at = int(np.searchsorted(index.firsts, start, side="right")) - 1
             number, position = int(index.firsts[at]), int(index.positions[at])
         for chunk in read_chunks(self.source, 0, position, columns):
-            for line, raw in _raw_records(chunk, _payload(chunk)):
+            for line, raw in _raw_records(chunk, chunk_bytes(chunk)):
                 if number >= start:
                     yield number, self._parsed(chunk, line, raw)
                 number += 1
@@ -130,17 +137,13 @@ class TextPart:
         return Document(id=name, source=self.name, number=number, text=text, turns=turns)
 
     def _parsed(self, chunk: Chunk, line: int, raw: Any) -> Any:
-        if chunk.kind == "jsonl":
-            try:
-                return parse_line(_decoded(raw))
-            except BadRecordError as error:
-                raise self._refused(chunk, line, error) from None
-        if isinstance(raw, UnicodeDecodeError):
-            raise self._refused(chunk, line, BadRecordError(f"invalid UTF-8: {raw.reason}"))
-        if chunk.kind == "table":
-            return raw
         try:
-            return _decoded(raw)
+            if isinstance(raw, UnicodeDecodeError):
+                raise BadRecordError(f"invalid UTF-8: {raw.reason}")
+            if chunk.kind == "table":
+                return raw
+            text = decode_line(raw)
+            return parse_json(text) if chunk.kind == "jsonl" else text
         except BadRecordError as error:
             raise self._refused(chunk, line, error) from None
 
@@ -158,7 +161,7 @@ def open_text_part(name: str, source: Source, field: str | None) -> TextPart:
     columns: tuple[str, ...] = ()
     if source.kind in _TABLES:
         try:
-            columns = tuple(wanted_columns(all_columns(source), field))
+            columns = wanted_columns(all_columns(source), field)
         except BadRecordError as error:
             message = str(error).replace("the record has", "its columns are")
             raise DataError(f"{source.path}: {message}") from None
@@ -202,21 +205,12 @@ def _files(source: Source) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix == ".arrow")
 
 
-def _payload(chunk: Chunk) -> bytes:
-    if chunk.payload is not None:
-        return chunk.payload
-    with open(chunk.path, "rb") as file:
-        file.seek(chunk.start)
-        return file.read(chunk.stop - chunk.start)
-
-
 def _raw_records(chunk: Chunk, body: bytes) -> Iterator[tuple[int, Any]]:
     """Yield the records of a chunk, not yet parsed, each with its line in the chunk."""
     if chunk.kind == "table":
         yield from enumerate(_table_rows(body))
         return
-    if chunk.start == 0:
-        body = body.removeprefix(b"\xef\xbb\xbf")
+    body = without_mark(chunk, body)
     if chunk.kind == "text":
         yield 0, body
         return
@@ -237,16 +231,6 @@ def _table_rows(body: bytes) -> Iterator[Any]:
                 yield table.slice(number, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
                 yield error
-
-
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecordError(
-            f"invalid UTF-8: byte 0x{line[error.start]:02x} ({error.reason}); convert the file to "
-            "UTF-8 (iconv)"
-        ) from None
 
 
 def _mapping(record: Any) -> Mapping[str, Any]:

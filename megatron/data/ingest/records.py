@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,20 +68,14 @@ def read_records(
     if chunk.kind == "table":
         yield from _table_records(chunk, keys, repair)
         return
-    content = chunk.payload
-    if content is None:
-        with open(chunk.path, "rb") as file:
-            file.seek(chunk.start)
-            content = file.read(chunk.stop - chunk.start)
-    if chunk.start == 0:
-        content = content.removeprefix(b"\xef\xbb\xbf")
+    content = without_mark(chunk, chunk_bytes(chunk))
     if chunk.kind == "text":
         yield _text_record(content, repair)
         return
     for number, line in enumerate(_lines(content)):
         try:
             if isinstance(line, bytes):
-                line = _decode(line)
+                line = decode_line(line)
             if line and not line.isspace():
                 if chunk.kind == "lines":
                     texts: tuple[str, ...] = (_checked(line, keys[0], repair),)
@@ -89,6 +84,20 @@ def read_records(
                 yield Record(number=number, texts=texts)
         except BadRecordError as error:
             yield Record(number=number, problem=str(error))
+
+
+def chunk_bytes(chunk: Chunk) -> bytes:
+    """Return the content of a chunk, as it is in the input."""
+    if chunk.payload is not None:
+        return chunk.payload
+    with open(chunk.path, "rb") as file:
+        file.seek(chunk.start)
+        return file.read(chunk.stop - chunk.start)
+
+
+def without_mark(chunk: Chunk, content: bytes) -> bytes:
+    """Return the content of a chunk of text without the mark that a file may begin with."""
+    return content.removeprefix(codecs.BOM_UTF8) if chunk.start == 0 else content
 
 
 def parse_json_line(
@@ -101,20 +110,29 @@ def parse_json_line(
     Raises:
         BadRecordError: no JSON, no object, a key is missing or holds no text.
     """
-    try:
-        record = json.loads(line)
-    except RecursionError:
-        raise BadRecordError("not usable JSON: nested too deeply") from None
-    except ValueError as error:
-        raise BadRecordError(_json_problem(line, error)) from None
+    record = parse_json(line)
     if isinstance(record, str) and len(keys) == 1:
         return (_checked(record, keys[0], repair),)
     if not isinstance(record, dict):
         raise BadRecordError(
-            f"{_json_name(record)}, not a JSON object with the key{'s' * (len(keys) > 1)} "
+            f"{json_name(record)}, not a JSON object with the key{'s' * (len(keys) > 1)} "
             + ", ".join(f"'{key}'" for key in keys)
         )
     return tuple(_field(record, key, repair) for key in keys)
+
+
+def parse_json(line: str) -> Any:
+    """Return what a line of JSON says.
+
+    Raises:
+        BadRecordError: it is none.
+    """
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise BadRecordError("not usable JSON: nested too deeply") from None
+    except ValueError as error:
+        raise BadRecordError(_json_problem(line, error)) from None
 
 
 def as_text(value: Any, key: str, repair: Repair | None = None) -> str:
@@ -129,18 +147,23 @@ def as_text(value: Any, key: str, repair: Repair | None = None) -> str:
         raise BadRecordError(f"'{key}' is invalid UTF-8: {value.reason}")
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return _checked(PARAGRAPH_JOIN.join(value), key, repair)
-    raise BadRecordError(f"'{key}' is {_json_name(value)}, not text")
+    raise BadRecordError(f"'{key}' is {json_name(value)}, not text")
 
 
 def _field(record: Mapping[str, Any], key: str, repair: Repair | None) -> str:
     if key not in record:
-        shown = ", ".join(f"'{name}'" for name in list(record)[:_SHOWN_KEYS])
-        more = ", …" if len(record) > _SHOWN_KEYS else ""
         raise BadRecordError(
-            f"no key '{key}'{did_you_mean(key, record)} "
-            f"(the record has: {shown or 'nothing'}{more}); name the right one with --jsonl-keys"
+            f"no key '{key}'{did_you_mean(key, record)} {shown_keys(record)}; name the right one "
+            "with --jsonl-keys"
         )
     return as_text(record[key], key, repair)
+
+
+def shown_keys(record: Mapping[str, Any]) -> str:
+    """Return ``(the record has: 'id', 'body')``, for messages."""
+    shown = ", ".join(f"'{name}'" for name in list(record)[:_SHOWN_KEYS])
+    more = ", …" if len(record) > _SHOWN_KEYS else ""
+    return f"(the record has: {shown or 'nothing'}{more})"
 
 
 def _checked(text: str, key: str, repair: Repair | None) -> str:
@@ -172,7 +195,12 @@ def _lines(content: bytes) -> Sequence[str | bytes]:
         return content.split(b"\n")
 
 
-def _decode(line: bytes) -> str:
+def decode_line(line: bytes) -> str:
+    """Return a line's text.
+
+    Raises:
+        BadRecordError: it is not UTF-8.
+    """
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -203,7 +231,8 @@ def _json_problem(line: str, error: ValueError) -> str:
     return f"not usable JSON: {error}"
 
 
-def _json_name(value: Any) -> str:
+def json_name(value: Any) -> str:
+    """Return what kind of value JSON has here, for messages."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}

@@ -76,8 +76,8 @@ def test_reading_from_a_place_parses_nothing_before_it(
     parsed = []
     from megatron.selection import text_part
 
-    real = text_part.parse_line
-    monkeypatch.setattr(text_part, "parse_line", lambda line: parsed.append(1) or real(line))
+    real = text_part.parse_json
+    monkeypatch.setattr(text_part, "parse_json", lambda line: parsed.append(1) or real(line))
     assert [one.id for one in corpus.read(880, 883)] == ["r880", "r881", "r882"]
     assert len(parsed) == 3
     assert len(corpus.indexes[0].firsts) > 2
