@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from support import runs
 from support.pool import RankPools
 from support.training import Harness
+from support.tuned import loads_again, same, write
 
 from megatron.model.soft_prompt import find_prompt
 from megatron.training.soft_prompt import load_around_prompt, prompt_values
@@ -18,6 +17,10 @@ from megatron.training.soft_prompt import load_around_prompt, prompt_values
 TEXT = "walk"
 LENGTH = 6
 STEPS = 24
+PROMPT = {
+    "soft_prompt_tuning": {"enabled": True, "num_tokens": LENGTH, "init_string": TEXT},
+    "tokenizer_type": "CharLevelTokenizer",
+}
 
 
 @torch.no_grad()
@@ -55,43 +58,15 @@ def body(rank: int, world_size: int, base: Path, tuned: Path) -> dict[str, Any]:
     result = {
         "started": started,
         "not drawn": not torch.equal(before, start),
-        "base is the same": all(np.array_equal(after[key], weights[key]) for key in weights),
+        "base is the same": same(weights, after),
         "moved": bool((prompt.weight.detach() - start).abs().min() > 0),
         "losses": (untuned, _loss(engine.module)),
         "ledger": second.ledger,
         "states": sum(value["exp_avg"].numel() for value in state.values()),
     }
     second.close()
-
-    third = Harness(tuned)
-    third.parts.engine.load(base.parent / "saved", "tuned")
-    found = third.parameters()
-    result["loaded"] = all(np.array_equal(found[key], after[key]) for key in after)
-    third.close()
+    result["loaded"] = loads_again(tuned, base.parent / "saved", "tuned", after)
     return result
-
-
-def write(folder: Path, layout: dict[str, Any]) -> tuple[Path, Path]:
-    runs.make_data(folder / "data")
-    common = runs.config(
-        folder / "data",
-        folder / "run",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        train_iters=STEPS,
-        mixing={"method": "static"},
-        optimizer={"type": "Adam", "params": {"lr": 1e-1}},
-        lr_decay_style="constant",
-        **layout,
-    )
-    prompt = {
-        "soft_prompt_tuning": {"enabled": True, "num_tokens": LENGTH, "init_string": TEXT},
-        "tokenizer_type": "CharLevelTokenizer",
-    }
-    return (
-        runs.write_config(folder / "base.yml", common),
-        runs.write_config(folder / "tuned.yml", {**common, **prompt}),
-    )
 
 
 @pytest.mark.option("soft_prompt_tuning")
@@ -105,7 +80,7 @@ def write(folder: Path, layout: dict[str, Any]) -> tuple[Path, Path]:
 def test_the_prompt_learns_and_the_base_stays(
     pools: RankPools, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
-    result, other = pools.call(body, 2, *write(tmp_path, layout))
+    result, other = pools.call(body, 2, *write(tmp_path, layout, PROMPT, steps=STEPS, lr=0.1))
     for name in ("started", "not drawn", "base is the same", "moved", "loaded"):
         assert result[name], name
     assert other["ledger"] == result["ledger"]
