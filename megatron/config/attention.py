@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron.config.base import Count, Group, NonNegativeInt, invalid
+from megatron.config.base import Count, Group, NonNegativeInt, invalid, listed
 from megatron.config.suggest import did_you_mean
 
 DENSE = ("global", "flash")
@@ -109,12 +109,8 @@ AttentionKinds = Annotated[
 ]
 
 
-def _counts(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Counts = Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(_counts)]
-Blocks = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_counts)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(listed)]
+Blocks = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(listed)]
 
 
 class SparsityConfig(Group):

@@ -26,11 +26,14 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def listed(value: Any) -> Any:
+    """Let a list stand for a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _tuple(value: Any) -> Any:
     """Let one text stand for a list of one, and a list for a tuple."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return (value,) if isinstance(value, str) else listed(value)
 
 
 Int = Annotated[int, Field(ge=-_INT64_MAX, le=_INT64_MAX), BeforeValidator(_whole)]

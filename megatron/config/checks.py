@@ -16,7 +16,7 @@ def check(config: Config, draft: Draft) -> None:
     check_layout(config, draft)
     check_domains(config, draft)
     _check_tokenizer(config, draft)
-    check_run(config, draft.refuse)
+    check_run(config, draft)
 
 
 def _check_schedule(config: Config, draft: Draft) -> None:

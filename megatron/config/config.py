@@ -102,9 +102,18 @@ class Config(Group):
     @property
     def zero_stage(self) -> int:
         """The ZeRO stage that is run: 1 for 0, unless ``deepspeed_extra_args`` forces another."""
-        forced = self.deepspeed.get("zero_optimization")
-        stage = forced.get("stage") if isinstance(forced, dict) else None
+        stage = self._forced_zero.get("stage")
         return stage if isinstance(stage, int) else self.zero.effective_stage
+
+    @property
+    def zero_options(self) -> dict[str, Any]:
+        """Options of ZeRO, those that ``deepspeed_extra_args`` forces among them."""
+        return {**self.zero.options, **self._forced_zero}
+
+    @property
+    def _forced_zero(self) -> dict[str, Any]:
+        forced = self.deepspeed.get("zero_optimization")
+        return forced if isinstance(forced, dict) else {}
 
     def resolved_yaml(self) -> str:
         """Return the configuration as one file: every key with its value, and reloadable.

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from megatron.config.config import Config
-
-Add = Callable[[str, str, str], None]
-"""Takes a group, a field of it and what is wrong."""
+from megatron.config.draft import Draft
 
 
-def check_expert_ranks(config: Config, add: Add) -> None:
-    """Report every rule that is broken.
-
-    Args:
-        config: the whole configuration.
-        add: takes what is wrong.
-    """
+def check_expert_ranks(config: Config, draft: Draft) -> None:
+    """Add a problem for every rule that is broken."""
     ranks, experts = config.parallel.moe_expert_parallel_size, config.model.moe_num_experts
     if ranks == 1:
         return
     for text in _hindrances(config):
-        add("parallel", "moe_expert_parallel_size", f"does not go with {text}")
+        draft.refuse("parallel", "moe_expert_parallel_size", f"does not go with {text}")
     if experts <= 1:
-        add(
+        draft.refuse(
             "parallel",
             "moe_expert_parallel_size",
             "shares out experts, and there are none; set moe_num_experts, or use 1",
         )
     elif experts % ranks:
-        add(
+        draft.refuse(
             "parallel",
             "moe_expert_parallel_size",
             f"does not divide moe_num_experts ({experts}); use one that does",
@@ -37,8 +30,7 @@ def check_expert_ranks(config: Config, add: Add) -> None:
 
 
 def _hindrances(config: Config) -> Iterator[str]:
-    forced = config.deepspeed.get("zero_optimization")
-    zero = {**config.zero.options, **(forced if isinstance(forced, dict) else {})}
+    zero = config.zero_options
     types = config.deepspeed.get("data_types")
     wide = isinstance(types, dict) and types.get("grad_accum_dtype") == "fp32"
     if config.zero_stage == 3:

@@ -38,10 +38,9 @@ def check_experts(model: ModelConfig) -> None:
         )
     if model.use_mup:
         raise invalid("moe_num_experts", "does not go with use_mup; use 1, or use_mup: false")
-    mixers = {"gmlp", "amlp"} & set(model.attention_config or ())
-    if mixers:
+    if model.mixers:
         raise invalid(
             "moe_num_experts",
-            f"does not go with {' and '.join(sorted(mixers))} in attention_config, whose blocks "
+            f"does not go with {' and '.join(model.mixers)} in attention_config, whose blocks "
             "have no MLP of their own; use 1, or other kinds",
         )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from megatron.config.attention import MIXERS
 from megatron.config.config import Config
 from megatron.config.draft import Draft
 from megatron.config.expert_ranks import check_expert_ranks
@@ -15,7 +13,7 @@ def check_layout(config: Config, draft: Draft) -> None:
     """Add a problem for every rule that is broken."""
     _check_tensor_ranks(config, draft)
     _check_mixers(config, draft)
-    check_expert_ranks(config, draft.refuse)
+    check_expert_ranks(config, draft)
     _check_prompt(config, draft)
     _check_lora(config, draft)
     _check_mup(config, draft)
@@ -47,12 +45,12 @@ def _check_tensor_ranks(config: Config, draft: Draft) -> None:
 
 def _check_mixers(config: Config, draft: Draft) -> None:
     """Blocks that mix positions by a matrix of their own are whole on every tensor rank."""
-    kinds = set(config.model.attention_config or ()) & set(MIXERS)
+    kinds = config.model.mixers
     if kinds and config.parallel.model_parallel_size > 1:
         draft.refuse(
             "parallel",
             "model_parallel_size",
-            f"is above 1 with {' and '.join(sorted(kinds))} in attention_config, whose blocks are "
+            f"is above 1 with {' and '.join(kinds)} in attention_config, whose blocks are "
             "not divided among tensor ranks; use 1 (data ranks, ZeRO and pipelines work)",
         )
 
@@ -166,20 +164,16 @@ def _check_offload(config: Config, draft: Draft) -> None:
 
 def _check_optimizer(config: Config, draft: Draft) -> None:
     """What looks at a parameter's shape, or on a device alone, finds both."""
-    kind = config.optimizer.type
-    if kind == "sm3" and (config.zero_stage not in (1, 2) or "offload_optimizer" in _zero(config)):
-        where = (
-            "offload_optimizer"
-            if "offload_optimizer" in _zero(config)
-            else f"ZeRO stage {config.zero_stage}"
-        )
+    kind, offloaded = config.optimizer.type, "offload_optimizer" in config.zero_options
+    if kind == "sm3" and (config.zero_stage not in (1, 2) or offloaded):
+        where = "offload_optimizer" if offloaded else f"ZeRO stage {config.zero_stage}"
         draft.refuse(
             "optimizer",
             "type",
             f"SM3 keeps sums over whole rows and columns, which {where} leaves no room for; use "
             "zero_optimization: {stage: 1} or 2 without offload, or Adam",
         )
-    if kind == "adam8bit" and "offload_optimizer" in _zero(config):
+    if kind == "adam8bit" and offloaded:
         draft.refuse(
             "optimizer",
             "type",
@@ -200,12 +194,6 @@ def _check_statistics(config: Config, draft: Draft) -> None:
     if config.zero_stage == 0:
         for key in logging.statistics_keys:
             draft.refuse("logging", key, "is read off ZeRO's flat parts; use stage 1, not 0")
-
-
-def _zero(config: Config) -> dict[str, Any]:
-    """Return the options of ZeRO, those that are handed to DeepSpeed unread among them."""
-    forced = config.deepspeed.get("zero_optimization")
-    return {**config.zero.options, **(forced if isinstance(forced, dict) else {})}
 
 
 def _check_extra(config: Config, draft: Draft) -> None:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from math import ceil
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from megatron.config.attention import AttentionKinds, SparsityConfig
+from megatron.config.adapters import (
+    LoraConfig,
+    SoftPromptConfig,
+    trained_prompt,
+    trained_updates,
+)
+from megatron.config.attention import MIXERS, AttentionKinds, SparsityConfig
 from megatron.config.base import (
     Count,
     Dropout,
@@ -19,6 +25,7 @@ from megatron.config.base import (
     invalid,
 )
 from megatron.config.experts import balance_coefficient, check_experts
+from megatron.config.mup import check_mup
 
 Activation = Literal[
     "gelu",
@@ -48,56 +55,6 @@ InitMethod = Literal[
 ]
 GATED: frozenset[str] = frozenset({"geglu", "reglu", "swiglu", "glu", "bilinear"})
 GATED_MULTIPLE = 256
-
-
-class SoftPromptConfig(Group):
-    """Prompt tuning: the block `soft_prompt_tuning: {enabled, n_tokens, …}`."""
-
-    enabled: bool = False
-    """Train a prompt, and nothing else."""
-    n_tokens: Count = 10
-    """Vectors in the prompt."""
-    num_tokens: Count | None = None
-    """Another name of `n_tokens`."""
-    init_string: str = ""
-    """Text whose tokens' embeddings the prompt starts as, repeated or cut to its length."""
-    init_range: Positive = 0.5
-    """Without a text the prompt starts uniformly between this and its negative."""
-
-    @model_validator(mode="after")
-    def _one_name(self) -> Self:
-        if self.num_tokens is not None:
-            if "n_tokens" in self.model_fields_set and self.n_tokens != self.num_tokens:
-                raise invalid("soft_prompt_tuning", "n_tokens and num_tokens mean the same")
-            self.__dict__.update(n_tokens=self.num_tokens, num_tokens=None)
-        return self
-
-
-LoraTargets = Annotated[
-    tuple[Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], ...],
-    Field(min_length=1),
-    BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
-]
-
-
-class LoraConfig(Group):
-    """Low-rank updates: the block `lora: {rank, alpha, dropout, targets}`."""
-
-    rank: Count = 8
-    """Rank of each update."""
-    alpha: Positive = 32.0
-    """An update is multiplied with alpha / rank."""
-    dropout: Dropout = 0.0
-    """Dropout of the inputs of updates."""
-    targets: LoraTargets = ("query_key_value", "dense")
-    """Layers of every block that have one: `query_key_value` and `dense` of attention,
-    `dense_h_to_4h` and `dense_4h_to_h` of the MLP."""
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        if len(set(self.targets)) != len(self.targets):
-            raise invalid("lora", "targets names a layer twice")
-        return self
 
 
 class ModelConfig(Group):
@@ -289,6 +246,11 @@ class ModelConfig(Group):
         return self.activation in GATED
 
     @property
+    def mixers(self) -> list[str]:
+        """Kinds of blocks among ``attention_config`` that mix positions by a learned matrix."""
+        return sorted({*MIXERS} & set(self.attention_config or ()))
+
+    @property
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
@@ -327,7 +289,7 @@ class ModelConfig(Group):
                 "of at least 2",
             )
         self._check_attention()
-        self._check_mup()
+        check_mup(self)
         check_experts(self)
         length = self.seq_length or self.max_position_embeddings
         if length is None:
@@ -341,62 +303,13 @@ class ModelConfig(Group):
             "max_position_embeddings": longest,
             "intermediate_size": self._mlp_width(),
             "use_bias_in_norms": self.use_bias_in_norms and self.norm == "layernorm",
-            "soft_prompt_tuning": self._prompt(),
-            "lora": self._lora(),
+            "soft_prompt_tuning": trained_prompt(self),
+            "lora": trained_updates(self),
             "gpt_j_tied": self.gpt_j_tied and self.gpt_j_residual,
             "moe_loss_coeff": balance_coefficient(self),
         }
         self.__dict__.update(filled)
         return self
-
-    def _check_mup(self) -> None:
-        if not self.use_mup:
-            return
-        if self.mup_base_hidden_size is None:
-            raise invalid(
-                "use_mup", "needs mup_base_hidden_size, the hidden_size of the base model"
-            )
-        if {"gmlp", "amlp"} & set(self.attention_config or ()):
-            raise invalid("use_mup", "is not worked out for gmlp and amlp blocks")
-        for field in ("init_method", "output_layer_init_method"):
-            method = getattr(self, field)
-            if method.startswith("xavier") or method.endswith("orthogonal"):
-                raise invalid(field, "has no scale for use_mup to set; use normal or small_init")
-
-    def _prompt(self) -> SoftPromptConfig | None:
-        prompt = self.soft_prompt_tuning
-        if prompt is None or not prompt.enabled:
-            return None
-        if self.reset_attention_mask or self.reset_position_ids:
-            raise invalid(
-                "soft_prompt_tuning",
-                "does not go with reset_attention_mask and reset_position_ids: later documents of "
-                "a window would not see the prompt; switch them off",
-            )
-        if {"gmlp", "amlp"} & set(self.attention_config or ()):
-            raise invalid(
-                "soft_prompt_tuning",
-                "does not go with gmlp and amlp blocks, whose matrix knows the places of tokens",
-            )
-        return prompt
-
-    def _lora(self) -> LoraConfig | None:
-        if self.lora is None:
-            return None
-        if self._prompt() is not None:
-            raise invalid("lora", "does not go with soft_prompt_tuning; train one of the two")
-        if self.use_mup:
-            raise invalid("lora", "is not worked out for use_mup; switch one of them off")
-        if {"gmlp", "amlp"} & set(self.attention_config or ()):
-            raise invalid("lora", "does not go with gmlp and amlp blocks")
-        inner = [target for target in self.lora.targets if target.startswith("dense_")]
-        if self.moe_num_experts > 1 and inner:
-            raise invalid(
-                "lora",
-                f"targets {' and '.join(inner)} do not go with moe_num_experts, whose experts have "
-                "no updates; name query_key_value and dense",
-            )
-        return self.lora
 
     def _check_attention(self) -> None:
         if self.rpe_max_distance <= self.rpe_num_buckets // 2:

@@ -15,6 +15,7 @@ from megatron.config.base import (
     NonNegativeInt,
     Positive,
     invalid,
+    listed,
 )
 from megatron.config.optimizers import KINDS, OptimizerKind
 from megatron.config.scheduler import SchedulerConfig
@@ -22,10 +23,6 @@ from megatron.config.scheduler import SchedulerConfig
 Precision = Literal["fp32", "fp16", "bf16"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 _FORMULAS_OF_BOTH = ("constant", "linear", "cosine", "exponential")
-
-
-def _pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class OptimizerConfig(Group):
@@ -37,7 +34,7 @@ class OptimizerConfig(Group):
     CUDA device (GPT-NeoX: `use_bnb_optimizer`)."""
     lr: Positive
     """Peak learning rate. `sm3` has 0.1 and `madgrad_wd` 0.01 where none is given."""
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_pair)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(listed)] = (0.9, 0.999)
     """Adam's kinds and `lion`: decay rates of the running means of the gradient and (Adam) of its
     square. `lion` has [0.9, 0.99] where none is given."""
     eps: NonNegative = 1e-8

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from megatron.config.base import Count, Group, Int, NonNegative, Text, invalid
+from megatron.config.base import Count, Group, Int, NonNegative, Text, invalid, listed
 
 
 class FlopsProfilerConfig(Group):
@@ -34,10 +34,6 @@ class FlopsProfilerConfig(Group):
         return self
 
 
-def _names(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class CommsLoggerConfig(Group):
     """DeepSpeed's log of what it sends between ranks."""
 
@@ -47,7 +43,7 @@ class CommsLoggerConfig(Group):
     """Whether every operation is printed as it runs."""
     prof_all: bool = True
     """Whether all kinds of operations are logged."""
-    prof_ops: Annotated[tuple[Text, ...], BeforeValidator(_names)] = ()
+    prof_ops: Annotated[tuple[Text, ...], BeforeValidator(listed)] = ()
     """The kinds that are, where not all are: `all_reduce`, `reduce_scatter` and so on."""
     debug: bool = False
     """Whether the name of the calling function is added."""

@@ -16,6 +16,7 @@ from megatron.config.base import (
     Positive,
     Text,
     invalid,
+    listed,
 )
 from megatron.config.policies import SpikePolicy, SpikeReaction, split_policy
 from megatron.config.profiling import CommsLoggerConfig, CsvMonitorConfig, FlopsProfilerConfig
@@ -33,10 +34,6 @@ def _nonfinite(value: Any) -> Any:
             return text
         raise PydanticCustomError("on_nonfinite", "should be 'stop' or 'skip(k)', such as skip(3)")
     return value
-
-
-def _steps(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class TrainingConfig(Group):
@@ -175,7 +172,7 @@ class CheckpointConfig(Group):
     checkpoint_factor: Annotated[float, Field(ge=1.01)] | None = None
     """Growth of the distance between saves under `checkpoint_scale: log`; under `linear` it is
     another name for `save_interval`."""
-    extra_save_iters: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_steps)] = ()
+    extra_save_iters: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(listed)] = ()
     """Further steps to save at (0 = before the first)."""
     keep_last_n_checkpoints: Count | None = None
     """Delete all but this many newest checkpoints. Default: keep all."""
@@ -326,7 +323,7 @@ class LoggingConfig(Group):
     """Project of the experiment."""
     comet_experiment_name: Text | None = None
     """Name of the experiment."""
-    comet_tags: Annotated[tuple[Text, ...], BeforeValidator(_steps)] = ()
+    comet_tags: Annotated[tuple[Text, ...], BeforeValidator(listed)] = ()
     """Tags of the experiment."""
     comet_others: dict[str, Any] = Field(default_factory=dict)
     """Further facts to record with the experiment, by name."""

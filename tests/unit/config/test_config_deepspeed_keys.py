@@ -60,6 +60,8 @@ def test_division_before_the_sum_reaches_deepspeed(load):
     for key in ("prescale_gradients: true", "gradient_predivide_factor: 2.0"):
         with pytest.raises(ConfigError, match=r"needs zero_optimization: \{reduce_scatter: false"):
             load(f"{key}\nzero_optimization: {{reduce_scatter: true}}\n")
+        with pytest.raises(ConfigError, match=r"needs zero_optimization: \{reduce_scatter: false"):
+            load(f"{key}\ndeepspeed_extra_args: {{zero_optimization: {{reduce_scatter: true}}}}\n")
     third = load("gradient_predivide_factor: 4\nzero_optimization: {stage: 3}\n")
     assert dictionary(third, data_size=8)["gradient_predivide_factor"] == 4
     with pytest.raises(ConfigError, match="ZeRO 3 divides once too often"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.config.model import SoftPromptConfig
+from megatron.config.adapters import SoftPromptConfig
 from megatron.model import GPT, param_groups, parameter_count
 from megatron.model.accounting import layer_parameters
 from megatron.model.kv_cache import KVCache
