@@ -2,7 +2,7 @@
 #
 # `make install` needs python3 (3.11 or newer) with pip, and nothing else: no compiler, no GPU.
 # Variables: PYTHON, VENV, VENV_ARGS (for `python -m venv`), PIP_ARGS (for every `pip install`),
-# PYTEST_ARGS, LAYOUT and RANKS (for the quickstart).
+# PYTEST_ARGS, LAYOUT, RANKS and PRECISION (for the quickstart).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # layout, into a run folder of its own; RANKS is the number of processes.
 LAYOUT ?=
 RANKS ?= 2
+# A quarter of a step's time less where the processor multiplies bf16 itself, more where it does not.
+PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo fp32)
 empty :=
 RUN_DIR := runs/quickstart$(subst $(empty) $(empty),,$(addprefix -,$(strip $(LAYOUT))))
 
@@ -30,7 +32,8 @@ export DS_BUILD_OPS := 0
 help:
 	@echo "make install     make $(VENV) with everything needed to train"
 	@echo "make quickstart  build seven domains, train on them with odm, write the report"
-	@echo "                 (LAYOUT=tp2 or pp2: under tensor or pipeline parallelism)"
+	@echo "                 (LAYOUT=tp2 or pp2: under tensor or pipeline parallelism;"
+	@echo "                 PRECISION=fp32 or bf16, which processors with instructions for it take)"
 	@echo "make test        the tests of a few minutes; make test-all: all of them"
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make docs        the documentation site, into build/site"
@@ -66,7 +69,7 @@ install: $(VENV)/.stamp-train
 quickstart: install
 	$(BIN)/python prepare_data.py quickstart
 	CUDA_VISIBLE_DEVICES= $(BIN)/python deepy.py train.py -d configs local/quickstart mixing/odm \
-	  $(addprefix parallel/,$(LAYOUT)) --set run_dir=$(RUN_DIR) num_gpus=$(RANKS)
+	  $(addprefix parallel/,$(LAYOUT)) --set run_dir=$(RUN_DIR) num_gpus=$(RANKS) precision=$(PRECISION)
 	$(BIN)/python tools/report.py $(RUN_DIR) -o $(RUN_DIR)/report.html
 	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
 
@@ -95,9 +98,13 @@ bench-mix: $(VENV)/.stamp-dev
 	  --jobs 2 --out runs/mixbench/small
 	@echo "report: $(CURDIR)/runs/mixbench/small/report.html"
 
+# Stops at the first that fails. The tables of README.md and docs/performance.md follow the results.
 bench: $(VENV)/.stamp-dev
 	@for script in benchmarks/*.py; do \
-	  echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+	  echo "== $$script"; start=$$(date +%s); \
+	  OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python $$script || exit 1; \
+	  echo "== $$script: $$(($$(date +%s) - start)) s"; done
+	$(BIN)/python tools/generate_docs.py
 
 # What has passed is not run again: remove build/faults-*.json to begin anew.
 COLUMN ?= ci

@@ -45,7 +45,7 @@ def main() -> None:
 
 def _compare(rows: int, options: argparse.Namespace) -> dict[str, Any]:
     from megatron.config.model import ModelConfig
-    from megatron.engine.frozen import FrozenSequential
+    from megatron.engine.frozen import FrozenSequential, lay_out_for_few_rows
     from megatron.inference.generate import Prompt, generate
     from megatron.inference.model import InferenceModel
     from megatron.model import GPT
@@ -65,9 +65,11 @@ def _compare(rows: int, options: argparse.Namespace) -> dict[str, Any]:
         attention_dropout=0.0,
     )
     ours = GPT(config, seed=0)
-    theirs = hugging_face(config, ours).eval()
+    theirs: Any = hugging_face(config, ours).model.eval()
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     theirs.to(device)
+    ours.to(device)
+    lay_out_for_few_rows(ours)
     model = InferenceModel(
         model=FrozenSequential(ours, precision="fp32", device=device),
         topology=Topology.single(),

@@ -13,6 +13,7 @@ their controllers are timed by themselves, in a simulated world.
 
     python benchmarks/mixing.py                      # K = 5, 22 and 1,000
     python benchmarks/mixing.py --domains 22 --turns 20
+    DS_ACCELERATOR=cuda python benchmarks/mixing.py --no-write      # on a GPU
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 sys.path.pop(0)
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import argparse
@@ -53,6 +54,8 @@ ONLINE: dict[str, dict[str, Any]] = {
 """Methods that live on training losses; ``ado`` fits early here, so that it does at all."""
 NOW_AND_THEN = {"ado": 1_000, "auto": 10_000}
 """Steps between what some do now and then: ADO's fits by default, auto's one count in a run."""
+FITTED = (20, 200, 1_000)
+"""Points that ADO's laws are fitted to: early in a run, later, and after 10,000 steps."""
 ALONE = (*ONLINE, "aioli", "skillit", "naive_validation", "validation_gap", "doge", "doremi")
 MODEL = {
     "num_layers": 2,
@@ -73,6 +76,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results.append(_trained(Path(folder), domains, options))
             results[-1]["controllers"] = _alone(domains)
+            results[-1]["fit_ms_a_domain"] = {str(n): _fits(domains, n) for n in FITTED}
         _print(results[-1])
         content = {
             "benchmark": "mixing",
@@ -125,7 +129,10 @@ def _trained(folder: Path, domains: int, options: argparse.Namespace) -> dict[st
     torch.set_num_threads(1)
     _write_data(folder, domains)
     runtime = start_runtime(deterministic=True)
-    checked = preflight(load_config([_write(folder, domains, "static")]), world_size=1, gpus=0)
+    on_gpu = runtime.device.type == "cuda"
+    checked = preflight(
+        load_config([_write(folder, domains, "static")]), world_size=1, gpus=int(on_gpu)
+    )
     build_engine, shared, observers = building.build_engine, [], []
 
     def once(config: Any, topology: Any, batch: Any, observer: Any) -> Any:
@@ -151,10 +158,11 @@ def _trained(folder: Path, domains: int, options: argparse.Namespace) -> dict[st
             {name: one.step for name, one in contestants.items()},
             turns=options.turns,
             warmup=options.warmup,
+            wait=torch.cuda.synchronize if on_gpu else lambda: None,
         )
         syncs = {name: _syncs(one) for name, one in contestants.items()}
     static = contestants["static"].beside[options.warmup :]
-    step = spread(times["static"].processor)["median"]
+    step = spread(times["static"].wall if on_gpu else times["static"].processor)["median"]
     rows = {}
     for name in ONLINE:
         beside = contestants[name].beside[options.warmup :]
@@ -284,6 +292,25 @@ def _alone(domains: int, steps: int = 60) -> dict[str, dict[str, float]]:
     return taken
 
 
+def _fits(domains: int, points: int) -> float:
+    """Return the milliseconds of a domain's part in fitting ADO's laws to so many points each."""
+    from megatron.mixing.power_law import fit_power_laws
+
+    random = np.random.default_rng(0)
+    count = min(domains, 24)  # more are fitted in as many parts
+    n = np.repeat(ROWS * 10.0 * np.arange(1, points + 1)[:, None], count, axis=1)
+    noise = random.normal(0, 0.003, n.shape)  # about what the filter leaves
+    loss = (random.uniform(0.5, 2.5, count) + 9 * n ** -random.uniform(0.1, 0.5, count)) * np.exp(
+        noise
+    )
+    times = []
+    for _ in range(3):
+        began = time.thread_time()
+        fit_power_laws(n, loss)
+        times.append(1e3 * (time.thread_time() - began) / count)
+    return rounded(sorted(times)[1])
+
+
 def _print(result: dict[str, Any]) -> None:
     print(
         f"\nK = {result['domains']:,}: a static step takes {result['step_ms']:.0f} ms of the "
@@ -302,7 +329,9 @@ def _print(result: dict[str, Any]) -> None:
             )
         )
     alone = ", ".join(f"{name} {row['mean']:.0f}" for name, row in result["controllers"].items())
-    print(f"    controllers alone, µs a step: {alone}", flush=True)
+    print(f"    controllers alone, µs a step: {alone}")
+    fits = ", ".join(f"{n} points {ms:.1f}" for n, ms in result["fit_ms_a_domain"].items())
+    print(f"    ADO's fits, ms a domain: {fits}", flush=True)
 
 
 def _options() -> argparse.Namespace:

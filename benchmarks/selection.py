@@ -1,77 +1,52 @@
-"""Score a million short documents by bm25, and a part of them by rank_bm25 as well.
+"""Score short documents by bm25, and a part of them by rank_bm25 as well.
 
 The documents are made here: words drawn by Zipf's law.  ``tools/select_data.py score`` runs as a
-user runs it; memory is that of its whole process tree, read every 50 ms.  rank_bm25, which holds
-every document's frequencies and passes over all of them for every word of a query, scores a part;
-on that both must give the same numbers to the bit.
+user runs it; memory is that of its whole process tree.  rank_bm25, which holds every document's
+frequencies and passes over all of them for every word of a query, scores a part, in turns with
+ours; on that both must give the same numbers to the bit.  The whole corpus is scored once.
 
     python benchmarks/selection.py
-    python benchmarks/selection.py --report benchmarks/results/selection.md
+    python benchmarks/selection.py --documents 1000000 --part 20000
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
 # This folder has a tokenize.py, which would be taken for the standard library's.
 sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
 import itertools
 import json
-import os
-import platform
-import resource
-import subprocess
+import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from megatron.errors import DataError, run_command
+from benchmarks.support.commands import ROOT, Ran, figures, race, run, times
+from benchmarks.support.measure import compared, machine, rounded, shown, write
 
-ROOT = Path(__file__).resolve().parents[1]
 SUBTASKS, EXAMPLES, EXAMPLE_WORDS = 4, 5, 100
 LIMIT_GIB = 4.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a command took.
+def main() -> None:
+    """Run the comparison, print it and write it.
 
-    Attributes:
-        wall: seconds, start-up included.
-        cpu: seconds that its processes computed, which other load disturbs less.
-        peak: most bytes that its processes held together.
+    Raises:
+        SystemExit: the scores differ, or the memory is more than is allowed.
     """
-
-    wall: float
-    cpu: float
-    peak: int
-
-
-def main() -> int:
-    """Run the benchmark; 1 if the scores differ or the memory is more than is allowed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--documents", type=int, default=1_000_000, help="of the corpus")
-    parser.add_argument("--part", type=int, default=20_000, help="documents for rank_bm25")
-    parser.add_argument("--vocabulary", type=int, default=300_000, help="different words")
-    parser.add_argument("--folder", help="where the corpus is made (default: a temporary one)")
-    parser.add_argument("--report", metavar="FILE", help="write the result there as Markdown")
-    parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = _options()
     if options.peer:
         return run_peer(*map(Path, options.peer))
+    environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="selection-", dir=options.folder) as temporary:
         folder = Path(temporary)
         corpus, part = folder / "corpus.jsonl", folder / "part.jsonl"
@@ -79,17 +54,52 @@ def main() -> int:
         with open(corpus, encoding="utf-8") as lines, open(part, "w", encoding="utf-8") as file:
             file.writelines(itertools.islice(lines, options.part))
         size = corpus.stat().st_size
-        whole = measured(ours(folder, corpus, "whole"), folder / "whole.log")
-        of_part = measured(ours(folder, part, "part"), folder / "part.log")
-        peer_file = folder / "peer.npy"
-        command = [sys.executable, __file__, "--peer", str(part), str(peer_file)]
-        peer = measured(command, folder / "peer.log")
-        same = bool(np.array_equal(table_scores(folder / "part.parquet"), np.load(peer_file)))
-    lines = report(options, size, words, {"whole": whole, "part": of_part, "peer": peer}, same)
-    print("\n".join(lines))
-    if options.report:
-        Path(options.report).write_text("\n".join(lines) + "\n")
-    return 0 if same and whole.peak < LIMIT_GIB * 2**30 else 1
+        whole = run(ours(folder, corpus, "whole"), environment=environment)
+        theirs = [sys.executable, __file__, "--peer", str(part), str(folder / "peer.npy")]
+
+        def we() -> Ran:
+            for file in folder.glob("part.parquet*"):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            return run(ours(folder, part, "part"), environment=environment)
+
+        contestants = {"neomix": we, "rank_bm25": lambda: run(theirs, environment=environment)}
+        found = race(contestants, turns=options.turns)
+        peer = np.load(folder / "peer.npy")
+        assert np.array_equal(table_scores(folder / "part.parquet"), peer), "the scores differ"
+    assert whole.peak < LIMIT_GIB * 2**30, f"{whole.peak / 2**30:.1f} GiB"
+    ratio = compared(times(found["rank_bm25"]), times(found["neomix"]))
+    print(
+        f"{options.documents:,} documents: {whole.wall:.1f} s, processors {whole.processor:.1f} s, "
+        f"{whole.peak / 2**20:,.0f} MiB; {options.part:,} documents: rank_bm25's time / ours "
+        f"{shown(ratio['processor'])}, by the clock {shown(ratio['wall'])}; same scores"
+    )
+    content = {
+        "benchmark": "selection",
+        "command": "python benchmarks/selection.py",
+        "machine": machine("bm25s", "rank_bm25", "numpy"),
+        "settings": {
+            "turns": options.turns,
+            "vocabulary": options.vocabulary,
+            "subtasks": SUBTASKS,
+            "examples": EXAMPLES,
+            "example_words": EXAMPLE_WORDS,
+        },
+        "whole": {
+            "documents": options.documents,
+            "words": words,
+            "bytes": size,
+            "wall_seconds": rounded(whole.wall),
+            "processor_seconds": rounded(whole.processor),
+            "peak_bytes": rounded(whole.peak),
+        },
+        "part": {
+            "documents": options.part,
+            "contestants": {name: figures(runs) for name, runs in found.items()},
+            "rank_bm25_over_ours": ratio,
+        },
+    }
+    if options.write:
+        print(f"wrote {write('selection', content)}")
 
 
 def ours(folder: Path, corpus: Path, name: str) -> list[str]:
@@ -135,63 +145,6 @@ def spelled(number: int) -> str:
             return letters
 
 
-def measured(command: list[str], log: Path) -> Run:
-    """Run a command and watch its processes' memory.
-
-    Raises:
-        DataError: it failed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    peak, ended = [0], threading.Event()
-    before = children_seconds()
-    started = time.perf_counter()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-        )
-
-        def watch() -> None:
-            while not ended.wait(0.05):
-                peak[0] = max(peak[0], sum(map(resident, tree(process.pid))))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        code = process.wait()
-        wall = time.perf_counter() - started
-        ended.set()
-        watcher.join()
-    if code:
-        raise DataError(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return Run(wall=wall, cpu=children_seconds() - before, peak=peak[0])
-
-
-def children_seconds() -> float:
-    """Return the seconds that the processes waited for have computed."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def tree(process: int) -> Iterator[int]:
-    """Yield a process and all below it."""
-    yield process
-    for file in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            children = file.read_text().split()
-        except OSError:
-            continue
-        for child in children:
-            yield from tree(int(child))
-
-
-def resident(process: int) -> int:
-    """Return the bytes of memory that a process holds; 0 if it has ended."""
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def table_scores(path: Path) -> Any:
     """Return the subtasks' scores of a table, [documents, subtasks]."""
     table = pq.read_table(path)
@@ -199,7 +152,7 @@ def table_scores(path: Path) -> Any:
     return np.stack([table.column(name).to_numpy() for name in sorted(names)], axis=1)
 
 
-def run_peer(corpus: Path, output: Path) -> int:
+def run_peer(corpus: Path, output: Path) -> None:
     """Score by rank_bm25 as the released selection code does."""
     import string
 
@@ -215,57 +168,19 @@ def run_peer(corpus: Path, output: Path) -> int:
     model = BM25Okapi([text.split(" ") for text in prepared(corpus)])
     queries = [" ".join(prepared(one)) for one in sorted((corpus.parent / "target").iterdir())]
     np.save(output, np.stack([model.get_scores(one.split(" ")) for one in queries], axis=1))
-    return 0
 
 
-def report(
-    options: argparse.Namespace, size: int, words: int, runs: dict[str, Run], same: bool
-) -> list[str]:
-    """Return the result as Markdown lines."""
-    rows = [
-        ("neomix", options.documents, runs["whole"]),
-        ("neomix", options.part, runs["part"]),
-        ("rank_bm25", options.part, runs["peer"]),
-    ]
-    whole, part, peer = runs["whole"], runs["part"], runs["peer"]
-    share = options.part / options.documents
-    return [
-        "# Selection by bm25",
-        "",
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()}-core {platform.machine()} CPU, "
-        f"Python {platform.python_version()}, bm25s {version('bm25s')}, "
-        f"rank_bm25 {version('rank_bm25')}.  One process, one thread; whole commands, start-up, "
-        "reading and writing included.  Processes that wanted a core, on average over the "
-        f"last 15 minutes, these among them: {os.getloadavg()[2]:.1f}.",
-        "",
-        f"{options.documents:,} documents of 20 to 60 words ({words:,} words, {size / 1e6:,.0f} MB "
-        f"of JSON lines), {options.vocabulary:,} different words by Zipf's law; {SUBTASKS} "
-        f"subtasks of {EXAMPLES} examples of {EXAMPLE_WORDS} words.",
-        "",
-        "Made by "
-        f"`python benchmarks/selection.py --documents {options.documents} --part {options.part}`.",
-        "",
-        "| system | documents | wall, s | CPU, s | documents/s (wall) "
-        "| peak memory of all processes, MiB |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {name} | {count:,} | {run.wall:.1f} | {run.cpu:.1f} | {count / run.wall:,.0f} "
-            f"| {run.peak / 2**20:,.0f} |"
-            for name, count, run in rows
-        ),
-        "",
-        f"- memory for {options.documents:,} documents: {whole.peak / 2**30:.2f} GiB, "
-        f"{'under' if whole.peak < LIMIT_GIB * 2**30 else '**over**'} {LIMIT_GIB:.0f} GiB",
-        f"- neomix against rank_bm25 on the same {options.part:,} documents: "
-        f"**{peer.wall / part.wall:.1f} ×** by wall time, **{peer.cpu / part.cpu:.1f} ×** by CPU "
-        "time, start-up included",
-        f"- per document, neomix on {options.documents:,} against rank_bm25 on {options.part:,}: "
-        f"**{peer.wall / share / whole.wall:.1f} ×** by wall time, "
-        f"**{peer.cpu / share / whole.cpu:.1f} ×** by CPU time",
-        "- wall times are those of a shared machine; CPU times are what to compare",
-        f"- scores of the part: {'equal to the bit' if same else '**DIFFER**'}",
-    ]
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--documents", type=int, default=200_000, help="of the corpus")
+    parser.add_argument("--part", type=int, default=10_000, help="documents for rank_bm25")
+    parser.add_argument("--vocabulary", type=int, default=300_000, help="different words")
+    parser.add_argument("--turns", type=int, default=3, help="of both on the part")
+    parser.add_argument("--folder", help="where the corpus is made (default: a temporary one)")
+    parser.add_argument("--no-write", dest="write", action="store_false", help="write no JSON")
+    parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    main()

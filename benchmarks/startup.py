@@ -1,19 +1,18 @@
-"""How fast a run of any size starts, and how fast its samples come.
+"""What a run takes to begin: to its first step, and to open data of any size.
 
-    python benchmarks/startup.py [--tokens 1e12] [--output benchmarks/results/startup.md]
+*First step.*  ``deepy.py train.py`` on a small model, from the command to the end of its first step
+and to its own end, against the same of Hugging Face's ``Trainer``, and against nothing but
+importing torch, DeepSpeed and transformers.  Whole commands, in turns; seconds, processor time, and
+the memory of all processes of a command.
 
-*Start-up.*  For each document length, a domain of ``--tokens`` tokens is made: the ``.bin`` is
-sparse (its blocks do not exist, its size does), the ``.idx`` is written for real.  A fresh
-process opens it and assembles the first micro-batch, with the index evicted from the page cache
-and again with it there.  Printed: time, resident memory, and how much of either file was touched;
-that neither was read whole is asserted, no time is.
+*Data.*  For each document length a domain of ``--tokens`` tokens is made: the ``.bin`` is sparse
+(its blocks do not exist, its size does), the ``.idx`` is written for real.  Fresh processes open it
+and assemble the first micro-batch, with the index out of the page cache and in it.  That
+neither file was read whole is asserted.
 
-*Throughput.*  Several domains of real tokens in the page cache; every round measures all rows
-in turn, so that other load on the machine meets all of them alike.  The limits are plain NumPy
-on one memory-mapped file, front to back: a slice copied out, and the same micro-batches made of
-such slices.
+*Planning.*  What drawing a step's samples takes.
 
-All files are made in a temporary folder and removed at the end.
+    python benchmarks/startup.py
 """
 
 from __future__ import annotations
@@ -24,105 +23,200 @@ import sys
 # This folder has a tokenize.py, which would be taken for the standard library's.
 sys.path.pop(0)
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import datetime
 import json
-import platform
 import re
+import shutil
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from megatron.data.domain import Domain, open_domain
+from benchmarks.support.commands import Ran, figures, race, run, times
+from benchmarks.support.measure import compared, machine, rounded, shown, spread, write
+from megatron.data.domain import open_domain
 from megatron.data.index_format import MAX_DOCUMENT_TOKENS, IndexHeader
 from megatron.data.loader import Loader
 from megatron.data.sampler import Sampler
 from megatron.data.writer import TokenWriter
 
-MIB = 1 << 20
-BLOCK = 1 << 18
+_BLOCK = 1 << 18
+_FIRST = "first step done"
+_SHAPE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 64}
+_VOCABULARY = 512
 
 
-def main() -> int:
-    """Measure, print, and write the result if asked to."""
-    options = parse()
+def main() -> None:
+    """Run the comparisons, print them and write them."""
+    options = _options()
     if options.child:
-        print(json.dumps(first_batch(options.child, options.seq_length, options.micro_batch)))
-        return 0
-    with tempfile.TemporaryDirectory(prefix="startup-", dir=options.directory) as folder:
-        lines = startup_table(Path(folder), options)
-        lines += ["", *throughput_table(Path(folder), options), "", *plan_table()]
-    report = "\n".join(header() + lines) + "\n"
-    print(report)
-    if options.output:
-        Path(options.output).write_text(report, encoding="utf-8")
-    return 0
+        print(json.dumps(_CHILDREN[options.child[0]](*options.child[1:])))
+        return
+    with tempfile.TemporaryDirectory(prefix="startup-", dir=options.directory) as name:
+        commands = _first_step(Path(name), options.turns)
+        opened = [
+            _opened(Path(name) / f"large{number}", int(options.tokens), int(length), options)
+            for number, length in enumerate(options.document_tokens)
+        ]
+    content = {
+        "benchmark": "startup",
+        "command": "python benchmarks/startup.py",
+        "machine": machine("torch", "deepspeed", "transformers", "numpy"),
+        "settings": {"turns": options.turns, "rows": options.micro_batch, **_SHAPE},
+        "first_step": commands,
+        "opening": opened,
+        "planning_ms": _planning(),
+    }
+    if options.write:
+        print(f"wrote {write('startup', content)}")
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=float, default=1e12, help="tokens of the large domain")
-    parser.add_argument(
-        "--document-tokens",
-        type=float,
-        nargs="+",
-        default=[2e9, 1e6],
-        help="tokens per document, one domain for each (int32 holds up to 2147483647)",
+def _first_step(folder: Path, turns: int) -> dict[str, Any]:
+    """Time commands to their first step."""
+    config = folder / "run.yml"
+    _write_run(config)
+    python, own = sys.executable, str(Path(__file__))
+
+    def ours() -> Ran:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        words = [python, "deepy.py", "train.py", str(config), "--set", f"run_dir={folder}/run"]
+        return run(words, until="step 1")
+
+    commands: dict[str, Callable[[], Ran]] = {
+        "neomix": ours,
+        "transformers' Trainer": lambda: run(
+            [python, own, "--child", "trainer", str(folder)], until=_FIRST
+        ),
+        "imports alone": lambda: run([python, "-c", "import torch, deepspeed, transformers"]),
+    }
+    found = race(commands, turns=turns)
+    rows: dict[str, Any] = {}
+    for name, runs in found.items():
+        rows[name] = {
+            **figures(runs),
+            "first_step_seconds": (
+                spread([one.at for one in runs]) if runs[0].at == runs[0].at else None
+            ),
+            "time_over_ours": compared(times(runs), times(found["neomix"])),
+        }
+        row = rows[name]
+        first = row["first_step_seconds"]
+        print(
+            f"{name}: {f'first step after {shown(first)} s, ' if first else ''}ended after "
+            f"{shown(row['wall_seconds'])} s, processors {shown(row['processor_seconds'])} s, "
+            f"{row['peak_bytes'] / 2**20:.0f} MiB; time / ours "
+            f"{shown(row['time_over_ours']['processor'])}",
+            flush=True,
+        )
+    return rows
+
+
+def _write_run(config: Path) -> None:
+    """Write a run of one step, and its data."""
+    folder, random = config.parent, np.random.default_rng(0)
+    for name in ("one", "two"):
+        with TokenWriter(folder / name, "uint16") as writer:
+            lengths = random.integers(50, 300, 200)
+            writer.add_many(
+                random.integers(0, _VOCABULARY, lengths.sum(), dtype=np.uint16), lengths
+            )
+    settings = {
+        **_SHAPE,
+        "num_gpus": 1,
+        "vocab_size": _VOCABULARY,
+        "domains": {name: {"train": str(folder / name)} for name in ("one", "two")},
+        "mixing": {"method": "odm"},
+        "train_iters": 1,
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "log_interval": 1,
+        "save_interval": 1000,
+    }
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def _trainer(folder: str) -> None:
+    """Take one step by transformers' Trainer, on a model of the same shape."""
+    import torch
+    from transformers import (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
     )
-    parser.add_argument("--seq-length", type=int, default=2048)
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=5, help="fresh processes per row, and rounds")
-    parser.add_argument("--directory", help="where the files are made (default: the system's)")
-    parser.add_argument("--output", help="write the result here too")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+
+    class Tell(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            print(_FIRST, flush=True)
+
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=_SHAPE["hidden_size"],
+            num_hidden_layers=_SHAPE["num_layers"],
+            num_attention_heads=_SHAPE["num_attention_heads"],
+            intermediate_size=4 * _SHAPE["hidden_size"],
+            max_position_embeddings=_SHAPE["seq_length"],
+        )
+    )
+    rows = torch.randint(0, _VOCABULARY, (8, _SHAPE["seq_length"]))
+    settings = TrainingArguments(
+        output_dir=f"{folder}/trainer",
+        max_steps=1,
+        per_device_train_batch_size=8,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    data: Any = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model=model, args=settings, train_dataset=data, callbacks=[Tell()]).train()
 
 
-def header() -> list[str]:
-    """Say when, where and how."""
-    command = " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]])
-    return [
-        "# Start-up and sample throughput",
-        "",
-        f"{datetime.date.today()}, {os.cpu_count()}-core {platform.machine()} CPU, Python "
-        f"{platform.python_version()}, NumPy {np.__version__}; `{command}`",
-        "",
-    ]
+def _opened(
+    prefix: Path, tokens: int, document_tokens: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Open a large domain in fresh processes."""
+    documents = _make_sparse(prefix, tokens, document_tokens)
+    index, data = os.path.getsize(f"{prefix}.idx"), os.path.getsize(f"{prefix}.bin")
+    row: dict[str, Any] = {
+        "tokens": tokens,
+        "documents": documents,
+        "bin_bytes": data,
+        "idx_bytes": index,
+    }
+    words = [sys.executable, __file__, "--child", "open", str(prefix)]
+    words += [str(options.seq_length), str(options.micro_batch)]
+    for name in ("cold", "warm"):
+        runs = []
+        for _ in range(options.turns):
+            if name == "cold" and hasattr(os, "posix_fadvise"):
+                with open(f"{prefix}.idx", "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            runs.append(json.loads(run(words).output))
+        # What /proc does not tell elsewhere than on Linux reads as zero here.
+        assert max(one["read_bytes"] for one in runs) < data / 1000, "the .bin was read whole"
+        mapped = max(one["mapped_bytes"] for one in runs)
+        assert mapped < max(index / 2, 64 << 10), "the .idx was read whole"
+        row[name] = {key: spread([one[key] for one in runs]) for key in runs[0]}
+        print(
+            f"{tokens:.0e} tokens in {documents:,} documents, {name}: opened in "
+            f"{shown(row[name]['open_ms'])} ms, first micro-batch {shown(row[name]['batch_ms'])} ms"
+        )
+    for suffix in (".bin", ".idx"):
+        os.remove(f"{prefix}{suffix}")
+    return row
 
 
-def startup_table(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Open large domains in fresh processes."""
-    lines = [
-        "## Opening a large domain, and its first micro-batch",
-        "",
-        f"Medians of {options.repeat} fresh processes; {options.micro_batch} samples of "
-        f"{options.seq_length} tokens. `Resident` is the whole process, interpreter and NumPy "
-        "included, before opening and after the first micro-batch.",
-        "",
-        "| tokens | documents | .bin (sparse) | .idx | index in page cache | open | first "
-        "micro-batch | resident before → after | bytes read | .idx resident |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for number, length in enumerate(options.document_tokens):
-        prefix = folder / f"large{number}"
-        documents = make_sparse(prefix, int(options.tokens), int(length))
-        for cold in (True, False):
-            runs = [run_child(prefix, options, cold) for _ in range(options.repeat)]
-            lines.append(startup_row(prefix, int(options.tokens), documents, cold, runs))
-        for suffix in (".bin", ".idx"):
-            os.remove(f"{prefix}{suffix}")
-    return lines
-
-
-def make_sparse(prefix: Path, tokens: int, document_tokens: int) -> int:
+def _make_sparse(prefix: Path, tokens: int, document_tokens: int) -> int:
     """Make a domain whose data take no disk space; return its number of documents."""
     if not 0 < document_tokens <= MAX_DOCUMENT_TOKENS:
         raise SystemExit(f"--document-tokens is at most {MAX_DOCUMENT_TOKENS}")
@@ -131,8 +225,8 @@ def make_sparse(prefix: Path, tokens: int, document_tokens: int) -> int:
     index = IndexHeader(dtype=dtype, documents=documents, doc_idx_length=documents + 1)
 
     def column(count: int, kind: str, value: Callable[[Any], Any]) -> None:
-        for first in range(0, count, BLOCK):
-            places = np.arange(first, min(first + BLOCK, count), dtype=np.int64)
+        for first in range(0, count, _BLOCK):
+            places = np.arange(first, min(first + _BLOCK, count), dtype=np.int64)
             out.write(value(places).astype(kind).tobytes())
 
     with open(f"{prefix}.idx", "wb") as out:
@@ -155,233 +249,70 @@ def make_sparse(prefix: Path, tokens: int, document_tokens: int) -> int:
     return documents
 
 
-def run_child(prefix: Path, options: argparse.Namespace, cold: bool) -> dict[str, float]:
-    """Measure in a fresh process."""
-    if cold and hasattr(os, "posix_fadvise"):
-        with open(f"{prefix}.idx", "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, __file__, "--child", str(prefix)]
-    command += ["--seq-length", str(options.seq_length), "--micro-batch", str(options.micro_batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured: dict[str, float] = json.loads(done.stdout)
-    return measured
-
-
-def first_batch(prefix: str, seq_length: int, micro_batch: int) -> dict[str, float]:
-    """Open, plan, assemble; return times in seconds and sizes in bytes."""
-    before = resident()
-    read_before = bytes_read()
+def _open(prefix: str, seq_length: str, micro_batch: str) -> dict[str, float]:
+    """Open, plan, assemble; return milliseconds and bytes."""
+    length, rows = int(seq_length), int(micro_batch)
+    before, read_before = _resident(), _bytes_read()
     start = time.perf_counter()
-    domain = open_domain("large", [prefix], seq_length=seq_length, seed=1234)
+    domain = open_domain("large", [prefix], seq_length=length, seed=1234)
     opened = time.perf_counter()
-    sampler = Sampler(["large"], [domain], seed=1234, global_batch=micro_batch)
+    sampler = Sampler(["large"], [domain], seed=1234, global_batch=rows)
     loader = Loader(
-        [domain],
-        seq_length=seq_length,
-        micro_batch=micro_batch,
-        accumulation=1,
-        data_rank=0,
-        data_size=1,
+        [domain], seq_length=length, micro_batch=rows, accumulation=1, data_rank=0, data_size=1
     )
     batch = next(loader.load(sampler.plan(1, [1.0])))
     end = time.perf_counter()
-    assert batch.tokens.shape == (micro_batch, seq_length)
+    assert batch.tokens.shape == (rows, length)
     measured = {
-        "windows": domain.num_windows(0),
-        "open": opened - start,
-        "batch": end - opened,
-        "before": before,
-        "after": resident(),
-        "read": bytes_read() - read_before,
-        "mapped": mapped_resident(prefix + ".idx"),
+        "open_ms": 1e3 * (opened - start),
+        "batch_ms": 1e3 * (end - opened),
+        "added_bytes": _resident() - before,
+        "read_bytes": _bytes_read() - read_before,
+        "mapped_bytes": _mapped(prefix + ".idx"),
     }
     loader.close()
     return measured
 
 
-def startup_row(
-    prefix: Path, tokens: int, documents: int, cold: bool, runs: Sequence[dict[str, float]]
-) -> str:
-    """Check that neither file was read whole, and format a row."""
-    index, data = os.path.getsize(f"{prefix}.idx"), os.path.getsize(f"{prefix}.bin")
-    middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    # What /proc does not tell elsewhere than on Linux reads as zero here.
-    assert max(run["read"] for run in runs) < data / 1000, "the .bin was read whole"
-    assert max(run["mapped"] for run in runs) < max(index / 2, 64 << 10), "the .idx was read whole"
-    return (
-        f"| {tokens:.3g} | {documents:,} | {data / 1e12:.2f} TB | {index / 1e6:.3g} MB | "
-        f"{'no' if cold else 'yes'} | {middle['open'] * 1e3:.2f} ms | "
-        f"{middle['batch'] * 1e3:.2f} ms | {middle['before'] / MIB:.1f} → "
-        f"{middle['after'] / MIB:.1f} MiB | {middle['read'] / 1024:.0f} KiB | "
-        f"{middle['mapped'] / 1024:.0f} KiB |"
-    )
-
-
-def throughput_table(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Measure samples per second against plain slices."""
-    length, domains = options.seq_length, several_domains(folder, options.seq_length)
-    stream = np.memmap(f"{domains[0].sources[0].reader.prefix}.bin", dtype="<u2", mode="r")
-    rows = {
-        "limit: contiguous slice": lambda count: slices(stream, length, count),
-        "`Domain.sample`, shuffled": lambda count: shuffled(domains, count),
-        "limit: micro-batches of contiguous slices": lambda count: plain_batches(
-            stream, length, options.micro_batch, count
-        ),
-        "`Loader`, all domains, planned and shuffled": lambda count: loaded(
-            domains, length, options.micro_batch, count
-        ),
-    }
-    wall: dict[str, list[float]] = {name: [] for name in rows}
-    work: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(options.repeat + 1):
-        for name, measure in rows.items():
-            start, worked = time.perf_counter(), time.process_time()
-            count = measure(4096)
-            work[name].append((time.process_time() - worked) / count)
-            wall[name].append((time.perf_counter() - start) / count)
-    limits = [statistics.median(work[name][1:]) for name in rows if name.startswith("limit")]
-    lines = [
-        "## Samples per second",
-        "",
-        f"One process, {len(domains)} domains of {domains[0].num_tokens:,} uint16 tokens in the "
-        f"page cache, {length} tokens a sample, micro-batches of {options.micro_batch} as int64 "
-        f"tokens, targets and a float32 mask; medians of {options.repeat} rounds of 4,096 samples.",
-        "",
-        "`Of its limit` compares processor time, which other load on the machine disturbs least.",
-        "",
-        "| what | samples/s | tokens/s | processor time a sample | of its limit |",
-        "|---|---|---|---|---|",
-    ]
-    for place, name in enumerate(rows):
-        rate, used = 1 / statistics.median(wall[name][1:]), statistics.median(work[name][1:])
-        lines.append(
-            f"| {name} | {rate:,.0f} | {rate * length:.2e} | {used * 1e6:.1f} µs | "
-            f"{limits[place // 2] / used:.0%} |"
-        )
-    return lines
-
-
-def several_domains(folder: Path, seq_length: int) -> list[Domain]:
-    """Write eight domains of random documents; they stay in the page cache."""
+def _planning() -> list[dict[str, Any]]:
+    """Time a step's plan: 100 steps, weights drawn anew for each."""
     random = np.random.default_rng(0)
-    domains = []
-    for place in range(8):
-        with TokenWriter(folder / f"domain{place}", "uint16") as writer:
-            lengths = random.integers(50, 3000, 4000)
-            writer.add_many(random.integers(0, 50000, lengths.sum(), dtype=np.uint16), lengths)
-        prefix = folder / f"domain{place}"
-        domains.append(open_domain(f"d{place}", [prefix], seq_length=seq_length, seed=1))
-    return domains
-
-
-def slices(stream: Any, length: int, count: int) -> int:
-    """Copy consecutive windows out of one mapping."""
-    most = (stream.size - 1) // length
-    for window in range(count):
-        start = window % most * length
-        np.array(stream[start : start + length + 1])
-    return count
-
-
-def shuffled(domains: Sequence[Domain], count: int) -> int:
-    """Fetch samples of all domains in turn, in shuffled order."""
-    each = count // len(domains)
-    for index in range(each):
-        for domain in domains:
-            epoch, place = divmod(index, domain.num_windows(0) - 1)
-            domain.sample(epoch, place)
-    return each * len(domains)
-
-
-def plain_batches(stream: Any, length: int, rows: int, count: int) -> int:
-    """Make the arrays of micro-batches out of consecutive windows, and nothing else."""
-    most = (stream.size - 1) // length
-    for first in range(0, count, rows):
-        tokens = np.empty((rows, length), dtype=np.int64)
-        targets = np.empty((rows, length), dtype=np.int64)
-        for row in range(rows):
-            start = (first + row) % most * length
-            tokens[row] = stream[start : start + length]
-            targets[row] = stream[start + 1 : start + length + 1]
-        np.ones((rows, length), dtype=np.float32)
-    return count
-
-
-def loaded(domains: Sequence[Domain], length: int, rows: int, count: int) -> int:
-    """Plan, load and take whole steps of 64 micro-batches, as a training loop would."""
-    accumulation, weights = 64, np.ones(len(domains))
-    total = accumulation * rows
-    sampler = Sampler([domain.name for domain in domains], domains, seed=1, global_batch=total)
-    loader = Loader(
-        domains,
-        seq_length=length,
-        micro_batch=rows,
-        accumulation=accumulation,
-        data_rank=0,
-        data_size=1,
-        vocab_size=50000,
-    )
-    taken = 0
-    for step in range(max(count // total, 1)):
-        for batch in loader.load(sampler.plan(step, weights)):
-            taken += len(batch.tokens)
-    loader.close()
-    return taken
-
-
-def plan_table() -> list[str]:
-    """Time a step's plan."""
-    lines = [
-        "## Planning a step",
-        "",
-        "Median of 100 steps, weights drawn anew for each.",
-        "",
-        "| domains | global batch | apportioned | multinomial |",
-        "|---|---|---|---|",
-    ]
-    random = np.random.default_rng(0)
+    rows = []
     for domains, batch in ((8, 256), (22, 1024), (1000, 1024), (1000, 4096)):
-        cells = []
+        row: dict[str, Any] = {"domains": domains, "batch": batch}
         for draw in ("apportion", "multinomial"):
-            sampler = Sampler(
-                [str(place) for place in range(domains)],
-                [10**6] * domains,
-                seed=1,
-                global_batch=batch,
-                draw=draw,
-            )
-            times = []
+            names = [str(place) for place in range(domains)]
+            sampler = Sampler(names, [10**6] * domains, seed=1, global_batch=batch, draw=draw)
+            taken = []
             for step in range(100):
                 weights = random.dirichlet(np.ones(domains))
-                start = time.perf_counter()
+                start = time.process_time()
                 sampler.plan(step, weights)
-                times.append(time.perf_counter() - start)
-            cells.append(f"{statistics.median(times) * 1e3:.2f} ms")
-        lines.append(f"| {domains} | {batch} | {' | '.join(cells)} |")
-    return lines
+                taken.append(time.process_time() - start)
+            row[draw] = rounded(1e3 * statistics.median(taken))
+        rows.append(row)
+    return rows
 
 
-def resident() -> int:
+def _resident() -> int:
     """Return this process's resident memory in bytes (0 where /proc does not tell)."""
+    return _of_proc("status", r"VmRSS:\s+(\d+) kB", 1024)
+
+
+def _bytes_read() -> int:
+    """Return the bytes that this process has got from read calls."""
+    return _of_proc("io", r"rchar: (\d+)", 1)
+
+
+def _of_proc(file: str, pattern: str, unit: int) -> int:
     try:
-        status = Path("/proc/self/status").read_text()
+        found = re.search(pattern, Path(f"/proc/self/{file}").read_text())
     except OSError:
         return 0
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    return int(found.group(1)) * 1024 if found else 0
+    return int(found.group(1)) * unit if found else 0
 
 
-def bytes_read() -> int:
-    """Return the bytes this process has got from read calls."""
-    try:
-        counters = Path("/proc/self/io").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"rchar: (\d+)", counters)
-    return int(found.group(1)) if found else 0
-
-
-def mapped_resident(path: str) -> int:
+def _mapped(path: str) -> int:
     """Return how many bytes of a mapped file are resident in this process."""
     try:
         maps = Path("/proc/self/smaps").read_text()
@@ -396,5 +327,27 @@ def mapped_resident(path: str) -> int:
     return total
 
 
+_CHILDREN: dict[str, Callable[..., Any]] = {"trainer": _trainer, "open": _open}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--tokens", type=float, default=1e12, help="tokens of the large domain")
+    parser.add_argument(
+        "--document-tokens",
+        type=float,
+        nargs="+",
+        default=[2e9, 1e6],
+        help="tokens per document, one domain for each (int32 holds up to 2147483647)",
+    )
+    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--directory", help="where files are made (default: the system's)")
+    parser.add_argument("--no-write", dest="write", action="store_false", help="write no JSON")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

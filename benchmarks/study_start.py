@@ -1,15 +1,13 @@
 """What a short run of a study takes: with imports of its own, and forked from a warm process.
 
-    python benchmarks/study_start.py [--runs 4] [--output benchmarks/results/study_start.md]
-
 A study of ``--runs`` runs of one rank that differ in their seed is carried out by the runner of
 tools/mix.py, one run at a time on one thread, on generated data: two layers of width 64, 64
-tokens of vocabulary, 32 samples of 64 tokens a step.  It is done both ways in turn, ``--repeat``
-times, at two lengths: the shorter one is nearly nothing but the start and the end, and their
-difference is the cost of a step.  Printed: seconds a run, and the ratio of the two ways.  That
-both give the same losses to the last bit is asserted, no time is.
+tokens of vocabulary, 32 samples of 64 tokens a step.  It is done both ways in turn, at two lengths:
+the shorter one is nearly nothing but the start and the end, and their difference is the cost of a
+step.  What the warm process takes to start is shared out among its runs.  That both give the
+same losses to the last bit is asserted, no time is.
 
-All files are made in a temporary folder and removed at the end.
+    python benchmarks/study_start.py
 """
 
 from __future__ import annotations
@@ -20,22 +18,21 @@ import sys
 # This folder has a tokenize.py, which would be taken for the standard library's.
 sys.path.pop(0)
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import datetime
 import json
-import platform
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
+from benchmarks.support.measure import Times, compared, machine, shown, spread, write
 from megatron.data.writer import TokenWriter
 from megatron.experiments.execute import execute
 from megatron.experiments.starting import Starter, last_words
@@ -47,41 +44,61 @@ DOMAINS = {"narrow": 20, "middle": 40, "wide": 63}
 WAYS = {"imports of its own": False, "forked": True}
 
 
-def main() -> int:
-    """Measure, print, and write the result if asked to."""
-    options = parse()
-    with tempfile.TemporaryDirectory(prefix="study-start-", dir=options.directory) as folder:
-        make_data(Path(folder))
-        lines = table(Path(folder), options)
-    report = "\n".join(header() + lines) + "\n"
-    print(report)
-    if options.output:
-        Path(options.output).write_text(report, encoding="utf-8")
-    return 0
+def main() -> None:
+    """Run the comparison, print it and write it."""
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="study-start-", dir=options.directory) as name:
+        folder = Path(name)
+        make_data(folder)
+        results = [_compare(folder, steps, options) for steps in options.steps]
+    content = {
+        "benchmark": "study_start",
+        "command": "python benchmarks/study_start.py",
+        "machine": machine("torch", "deepspeed"),
+        "settings": {"turns": options.turns, "runs": options.runs},
+        "results": results,
+    }
+    if options.write:
+        print(f"wrote {write('study_start', content)}")
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def _compare(folder: Path, steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Carry out studies of so many steps a run, both ways in turn."""
+    found = {way: Times() for way in WAYS}
+    for turn in range(options.turns):
+        lost = []
+        for way in (list(WAYS), list(reversed(WAYS)))[turn % 2]:
+            place = folder / f"{steps}-{turn}-{WAYS[way]}"
+            runs = planned(folder, place, options.runs, steps)
+            wall, processor = measure(runs, warm=WAYS[way])
+            found[way].wall.append(wall)
+            found[way].processor.append(processor)
+            lost.append(losses(runs))
+        assert all(lost[0])
+        assert lost[0] == lost[1], "the two ways do not compute the same"
+    cold, forked = (found[way] for way in WAYS)
+    rows = {
+        way: {"wall_seconds": spread(one.wall), "processor_seconds": spread(one.processor)}
+        for way, one in found.items()
+    }
+    ratio = compared(cold, forked)
+    print(
+        f"{steps} steps: "
+        + ", ".join(f"{way} {shown(row['processor_seconds'])} s a run" for way, row in rows.items())
+        + f"; ratio {shown(ratio['processor'])}, by the clock {shown(ratio['wall'])}",
+        flush=True,
+    )
+    return {"steps": steps, "ways": rows, "own_imports_over_forked": ratio}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--runs", type=int, default=4, help="runs of a study")
-    parser.add_argument("--steps", type=int, nargs=2, default=[10, 400], help="the two lengths")
-    parser.add_argument("--repeat", type=int, default=3, help="studies of either way and length")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 50], help="the lengths")
+    parser.add_argument("--turns", type=int, default=2, help="studies of either way and length")
     parser.add_argument("--directory", help="where the files are made (default: the system's)")
-    parser.add_argument("--output", help="write the result here too")
+    parser.add_argument("--no-write", dest="write", action="store_false", help="write no JSON")
     return parser.parse_args()
-
-
-def header() -> list[str]:
-    """Say when, where and how."""
-    command = " ".join(["python", "benchmarks/study_start.py", *sys.argv[1:]])
-    return [
-        "# Starting the runs of a study",
-        "",
-        f"{datetime.date.today()}, {os.cpu_count()}-core {platform.machine()} CPU, Python "
-        f"{platform.python_version()}, torch {version('torch')}, DeepSpeed "
-        f"{version('deepspeed')}; `{command}`",
-        "",
-    ]
 
 
 def make_data(folder: Path) -> None:
@@ -160,51 +177,5 @@ def losses(runs: Sequence[PlannedRun]) -> list[list[float]]:
     return found
 
 
-def table(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Measure both ways in turn, at both lengths."""
-    seconds: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for again in range(options.repeat):
-        for steps in options.steps:
-            found = []
-            for way, warm in WAYS.items():
-                place = folder / f"{steps}-{again}-{warm}"
-                runs = planned(folder, place, options.runs, steps)
-                seconds.setdefault((way, steps), []).append(measure(runs, warm=warm))
-                found.append(losses(runs))
-            assert all(found[0])
-            assert found[0] == found[1], "the two ways do not compute the same"
-    return rows(seconds, options)
-
-
-def rows(
-    seconds: dict[tuple[str, int], list[tuple[float, float]]], options: argparse.Namespace
-) -> list[str]:
-    """Format medians, and the ratio of what was measured next to each other."""
-    short, long = options.steps
-    lines = [
-        f"Seconds a run, medians of {options.repeat} studies of {options.runs} runs of 104,192 "
-        "parameters, one at a time on one thread; what the warm process takes to start is shared "
-        f"out among its {options.runs} runs. The losses of both ways were the same.",
-        "",
-        "Processor time is what other load on the machine disturbs least.",
-        "",
-        f"| way | {short} steps | {long} steps | processor time: {short} steps | {long} steps "
-        "| a further step |",
-        "|---|---|---|---|---|---|",
-    ]
-    kinds = [(kind, steps) for kind in (0, 1) for steps in (short, long)]
-    for way in WAYS:
-        cells = [statistics.median(one[kind] for one in seconds[way, n]) for kind, n in kinds]
-        step = (cells[3] - cells[2]) / (long - short) * 1e3
-        shown = " | ".join(f"{cell:.2f}" for cell in cells)
-        lines.append(f"| {way} | {shown} | {step:.1f} ms |")
-    cold, forked = WAYS
-    ratios = []
-    for kind, n in kinds:
-        pairs = zip(seconds[cold, n], seconds[forked, n], strict=True)
-        ratios.append(statistics.median(one[kind] / other[kind] for one, other in pairs))
-    return [*lines, "| ratio | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " | |"]
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,161 +1,215 @@
-"""Time tools/preprocess_data.py against the plain ``tokenizers`` path and GPT-NeoX's own.
+"""Time tools/preprocess_data.py against Hugging Face tokenizers, megatron-core and GPT-NeoX.
 
-All systems get the same JSONL and the same tokenizer.json, run pinned to one core with one
-worker, turn by turn, and must write the same ``.bin``.  Wall time is of the whole command,
-start-up included; CPU time is what the core spent on it, which other load disturbs less.
+All get the same JSON lines and the same tokenizer.json, take turns as whole commands, start-up
+included, with one worker on one core and with two on two, and must write the same ``.bin`` and
+``.idx``.  The peers: a plain loop of ``tokenizers``; Megatron-LM's way, a pool of processes that
+encode document by document and megatron-core's index builder; and GPT-NeoX's own script from a
+clone, where one is given.  What libraries take to encode texts that lie in memory, and
+nothing else, is measured by itself.
 
     python benchmarks/tokenize.py
-    NEOX=/path/to/gpt-neox NEOX_PYTHON=/path/to/venv/bin/python python benchmarks/tokenize.py
+    python benchmarks/tokenize.py --neox CLONE --neox-python CLONE/.venv/bin/python
 
-Without ``--corpus`` and ``--tokenizer`` a corpus is made from this machine's Python sources and
+Without ``--corpus`` and ``--tokenizer`` a corpus is made of this machine's Python sources and
 documentation, and a byte-level BPE is trained on it.
 """
 
+from __future__ import annotations
+
+import os
 import sys
-from pathlib import Path
 
 # This file is called like a module of the standard library, which others must find instead.
 sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import gzip
 import hashlib
 import itertools
 import json
-import os
-import platform
-import random
 import statistics
-import subprocess
-import sysconfig
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from megatron.errors import DataError, run_command
-from megatron.tokenizer.train import train_byte_level_bpe
+from benchmarks.support.commands import ROOT, Ran, figures, race, run, times
+from benchmarks.support.corpus import make_corpus, texts, train_tokenizer
+from benchmarks.support.measure import Times, compared, machine, rounded, shown, spread, write
+from benchmarks.support.measure import race as race_here
 
-ROOT = Path(__file__).resolve().parents[1]
-OURS, PLAIN, NEOX = "neomix", "tokenizers", "GPT-NeoX"
-SMALL_DOCUMENTS = 20
-
-
-@dataclass
-class System:
-    """One way to tokenise, and what it took.
-
-    Attributes:
-        name: for the table.
-        command: argument list; ``{input}`` and ``{output}`` are filled in.
-        suffix: what the command adds to the output prefix.
-        wall, cpu: seconds of each round.
-        start_wall: seconds of the same command on a few documents.
-        sha256: of the ``.bin``.
-    """
-
-    name: str
-    command: list[str]
-    suffix: str
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    start_wall: float = 0.0
-    sha256: str = ""
+OURS, PLAIN, CORE, NEOX = "neomix", "tokenizers", "megatron-core", "GPT-NeoX"
+_SMALL_DOCUMENTS = 20
+_BATCH = 1000
 
 
-def main() -> int:
-    """Run the benchmark; 1 if the outputs differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--corpus", help="a JSONL with the field 'text'; default: made here")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: trained here")
-    parser.add_argument("--megabytes", type=float, default=30.0, help="size of the corpus made")
-    parser.add_argument("--vocab-size", type=int, default=50257, help="of the tokenizer trained")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each system")
-    parser.add_argument("--core", type=int, default=0, help="the core to run on")
-    parser.add_argument("--keep", metavar="FOLDER", help="keep corpus and tokenizer there")
-    parser.add_argument("--report", metavar="FILE", help="write the result there as Markdown")
-    parser.add_argument("--plain", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.plain:
-        return run_plain(*options.plain)
-    with tempfile.TemporaryDirectory(prefix="tokenize-") as temporary:
-        folder = Path(options.keep or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        corpus = Path(options.corpus) if options.corpus else make_corpus(folder, options.megabytes)
-        tokenizer = options.tokenizer or train(folder, corpus, options.vocab_size)
-        systems = contestants(str(tokenizer))
-        small = Path(temporary) / "small.jsonl"
+def main() -> None:
+    """Run the comparison, print it and write it."""
+    options = _options()
+    if options.peer:
+        return _PEERS[options.peer[0]](*options.peer[1:])
+    with tempfile.TemporaryDirectory(prefix="tokenize-") as name:
+        folder = Path(name)
+        corpus = Path(options.corpus or make_corpus(folder / "corpus.jsonl", options.megabytes))
+        tokenizer = options.tokenizer or train_tokenizer(
+            folder / "tokenizer.json", corpus, options.vocab_size
+        )
+        small = folder / "small.jsonl"
         with open(corpus, encoding="utf-8") as file:
-            small.write_text("".join(itertools.islice(file, SMALL_DOCUMENTS)))
-        for system in systems:
-            system.start_wall, _ = run(system, small, Path(temporary) / "small", options.core)
-        for turn in range(options.rounds):
-            for system in systems:
-                wall, cpu = run(system, corpus, Path(temporary) / "out", options.core)
-                system.wall.append(wall)
-                system.cpu.append(cpu)
-                print(f"round {turn + 1}: {system.name:10} {wall:6.2f} s, CPU {cpu:6.2f} s")
-        lines = report(systems, corpus, str(tokenizer), options)
-    print("\n" + "\n".join(lines))
-    if options.report:
-        Path(options.report).write_text("\n".join(lines) + "\n")
-    return 0 if len({system.sha256 for system in systems}) == 1 else 1
+            small.write_text("".join(itertools.islice(file, _SMALL_DOCUMENTS)))
+        found = list(texts(corpus))
+        size = sum(len(text.encode()) for text in found)
+        results = [
+            _compare(workers, (corpus, small), Path(tokenizer), size, options)
+            for workers in options.workers
+        ]
+        alone = json.loads(
+            run([sys.executable, __file__, "--peer", "alone", tokenizer, corpus]).output
+        )
+    content = {
+        "benchmark": "tokenize",
+        "command": "python benchmarks/tokenize.py" + (" --neox CLONE" if options.neox else ""),
+        "machine": machine("tokenizers", "tiktoken", "megatron-core", "numpy"),
+        "settings": {"turns": options.turns, "vocab_size": options.vocab_size},
+        "neox": _commit(options.neox),
+        "corpus": {
+            "bytes": size,
+            "documents": len(found),
+            "not_ascii": sum(not text.isascii() for text in found),
+        },
+        "results": results,
+        "scaling": _scaling(results),
+        "in_memory_megabytes_per_second": {
+            name: spread([size / 1e6 / one for one in seconds]) for name, seconds in alone.items()
+        },
+    }
+    for name, rate in content["in_memory_megabytes_per_second"].items():
+        print(f"{name}, texts in memory: {shown(rate, 1)} MB/s")
+    if options.write:
+        print(f"wrote {write('tokenize', content)}")
 
 
-def contestants(tokenizer: str) -> list[System]:
-    """Return the systems to compare, ours first."""
-    shared = ["--tokenizer-type", "HFTokenizer", "--vocab-file", tokenizer, "--append-eod",
-              "--workers", "1", "--dataset-impl", "mmap", "--input", "{input}",
-              "--output-prefix", "{output}"]  # fmt: skip
-    systems = [
-        System(OURS, [sys.executable, f"{ROOT}/tools/preprocess_data.py", *shared],
-               "_text_document"),
-        System(PLAIN, [sys.executable, __file__, "--plain", tokenizer, "{input}", "{output}"], ""),
-    ]  # fmt: skip
-    clone = os.environ.get("NEOX")
-    if clone:
-        script = Path(clone) / "tools" / "datasets" / "preprocess_data.py"
-        if not script.exists():
-            raise DataError(f"NEOX={clone}: {script} does not exist; name a clone of GPT-NeoX")
-        python = os.environ.get("NEOX_PYTHON", sys.executable)
-        neox = [python, str(script), *shared, "--log-interval", "1000"]
-        systems.append(System(NEOX, neox, "_text_document"))
-    return systems
+def _compare(
+    workers: int,
+    corpora: tuple[Path, Path],
+    tokenizer: Path,
+    size: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Let all systems tokenise with so many workers."""
+    hashes: dict[str, set[str]] = {}
+    with tempfile.TemporaryDirectory(prefix="tokenize-") as name:
+        prefix = Path(name) / "out"
+
+        def runs(system: str, corpus: Path) -> Callable[[], Ran]:
+            def call() -> Ran:
+                for file in Path(name).iterdir():
+                    file.unlink()
+                command, written = _command(system, corpus, prefix, tokenizer, workers, options)
+                ran = run(command, cores=_cores(workers), environment=_environment(workers))
+                if corpus == corpora[0]:
+                    hashes.setdefault(system, set()).add(_hash(written))
+                return ran
+
+            return call
+
+        systems = [OURS, PLAIN, CORE, *([NEOX] if options.neox else [])]
+        start = {system: runs(system, corpora[1])() for system in systems}
+        found = race({system: runs(system, corpora[0]) for system in systems}, turns=options.turns)
+    assert all(one == hashes[OURS] and len(one) == 1 for one in hashes.values()), hashes
+    rows: dict[str, Any] = {}
+    for system, turns in found.items():
+        wall = statistics.median(one.wall for one in turns)
+        steady = [size / 1e6 / max(one.wall - start[system].wall, 1e-3) for one in turns]
+        work = [size / 1e6 / max(one.processor - start[system].processor, 1e-3) for one in turns]
+        rows[system] = {
+            **figures(turns),
+            "start_wall_seconds": rounded(start[system].wall),
+            "start_processor_seconds": rounded(start[system].processor),
+            "megabytes_per_second": rounded(size / 1e6 / wall),
+            "megabytes_per_second_start_aside": spread(steady),
+            "megabytes_per_core_second_start_aside": spread(work),
+            "time_over_ours": compared(times(turns), times(found[OURS])),
+        }
+        print(
+            f"{workers} workers, {system}: {rows[system]['megabytes_per_second']:.1f} MB/s, time / "
+            f"ours {shown(rows[system]['time_over_ours']['processor'])} by processors, "
+            f"{shown(rows[system]['time_over_ours']['wall'])} by the clock; same files",
+            flush=True,
+        )
+    return {"workers": workers, "sha256": min(hashes[OURS]), "contestants": rows}
 
 
-def run(system: System, corpus: Path, output: Path, core: int) -> tuple[float, float]:
-    """Run a system once on one core; return wall and CPU seconds."""
-    for file in output.parent.glob(f"{output.name}*"):
-        if file.suffix != ".jsonl":
-            file.unlink()
-    words = [word.format(input=corpus, output=output) for word in system.command]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-    log = output.parent / "log.txt"
-    started = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        os.sched_setaffinity(0, {core})
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.execve(words[0], words, environment)
-    _, status, usage = os.wait4(child, 0)
-    wall = time.perf_counter() - started
-    if status != 0:
-        raise DataError(f"{system.name} failed:\n{log.read_text()[-3000:]}")
-    system.sha256 = hashlib.sha256(Path(f"{output}{system.suffix}.bin").read_bytes()).hexdigest()
-    return wall, usage.ru_utime + usage.ru_stime
+def _command(
+    system: str,
+    corpus: Path,
+    prefix: Path,
+    tokenizer: Path,
+    workers: int,
+    options: argparse.Namespace,
+) -> tuple[list[str], str]:
+    """Return a system's command, and the prefix of what it writes."""
+    python, count = sys.executable, str(workers)
+    if system in (PLAIN, CORE):
+        words = [python, __file__, "--peer", system, tokenizer, corpus, prefix, count]
+        return [str(word) for word in words], str(prefix)
+    shared = [
+        *("--tokenizer-type", "HFTokenizer", "--vocab-file", str(tokenizer), "--append-eod"),
+        *("--workers", count, "--dataset-impl", "mmap", "--input", str(corpus)),
+        *("--output-prefix", str(prefix), "--log-interval", "1000"),
+    ]
+    program = [python, str(ROOT / "tools/preprocess_data.py")]
+    if system == NEOX:
+        clone = Path(options.neox).resolve()
+        program = [options.neox_python, str(clone / "tools/datasets/preprocess_data.py")]
+    return [*program, *shared], f"{prefix}_text_document"
 
 
-def run_plain(tokenizer_file: str, corpus: str, output: str) -> int:
-    """Tokenise as one would with ``tokenizers`` alone: read, encode in batches, write."""
+def _cores(workers: int) -> list[int]:
+    return sorted(os.sched_getaffinity(0))[:workers]
+
+
+def _environment(workers: int) -> dict[str, str]:
+    parallel = {"RAYON_NUM_THREADS": str(workers)} if workers > 1 else {}
+    return {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **parallel}
+
+
+def _hash(prefix: str) -> str:
+    total = hashlib.sha256()
+    for suffix in (".bin", ".idx"):
+        total.update(Path(prefix + suffix).read_bytes())
+    return total.hexdigest()
+
+
+def _scaling(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how much more a core second gives with the most workers than with one."""
+    first, last = results[0], results[-1]
+    name = "megabytes_per_core_second_start_aside"
+    return {
+        system: {
+            "workers": last["workers"],
+            "wall_ratio": rounded(
+                row["wall_seconds"]["median"]
+                / last["contestants"][system]["wall_seconds"]["median"]
+            ),
+            "rate_per_core_kept": rounded(
+                last["contestants"][system][name]["median"] / row[name]["median"]
+            ),
+        }
+        for system, row in first["contestants"].items()
+    }
+
+
+def _commit(clone: str | None) -> str | None:
+    if clone is None:
+        return None
+    return run(["git", "-C", clone, "rev-parse", "--short", "HEAD"]).output.strip()
+
+
+def _run_plain(tokenizer_file: str, corpus: str, prefix: str, workers: str) -> None:
+    """Tokenise as one would with ``tokenizers`` alone, whose threads are as many as workers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if int(workers) > 1 else "false"
     import numpy as np
     from tokenizers import Tokenizer
 
@@ -164,192 +218,108 @@ def run_plain(tokenizer_file: str, corpus: str, output: str) -> int:
     tokenizer = Tokenizer.from_file(tokenizer_file)
     eod = tokenizer.token_to_id("<|endoftext|>")
     dtype = np.dtype("<u2") if tokenizer.get_vocab_size() < 65500 else np.dtype("<i4")
-    with TokenWriter(output, dtype) as writer, open(corpus, encoding="utf-8") as file:
-        for batch in batches(file, 1000):
-            texts = [json.loads(line)["text"] for line in batch]
-            for encoded in tokenizer.encode_batch_fast([text for text in texts if text]):
+    lines = texts(Path(corpus))
+    with TokenWriter(prefix, dtype) as writer:
+        while batch := list(itertools.islice(lines, _BATCH)):
+            for encoded in tokenizer.encode_batch_fast([text for text in batch if text]):
                 writer.add(np.array([*encoded.ids, eod], dtype=dtype))
-    return 0
 
 
-def batches(lines: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Yield lines in lists of ``size``."""
-    batch: list[str] = []
-    for line in lines:
-        batch.append(line)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+_encoder: Any = None
 
 
-def make_corpus(folder: Path, megabytes: float) -> Path:
-    """Write documents of 0.5 to 6 kB, half code and half prose by bytes, shuffled."""
-    rng = random.Random(0)
-    code = cut(python_sources(), rng, megabytes * 5e5)
-    prose = cut(documentation(), rng, megabytes * 5e5)
-    documents = code + prose
-    rng.shuffle(documents)
-    path = folder / "corpus.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps({"text": document}) + "\n")
-    return path
+def _begin(tokenizer_file: str) -> None:
+    global _encoder
+    from tokenizers import Tokenizer
+
+    _encoder = Tokenizer.from_file(tokenizer_file)
 
 
-def cut(texts: Iterator[str], rng: random.Random, limit: float) -> list[str]:
-    """Return documents of 0.5 to 6 kB cut from texts, shuffled, about ``limit`` bytes of them."""
-    pieces: list[str] = []
-    for text in texts:
-        at = 0
-        while at < len(text):
-            length = rng.randint(500, 6000)
-            pieces.append(text[at : at + length])
-            at += length
-    rng.shuffle(pieces)
-    total = 0
-    for count, piece in enumerate(pieces):
-        total += len(piece.encode())
-        if total > limit:
-            return pieces[: count + 1]
-    return pieces
+def _encode_line(line: str) -> list[int]:
+    text = json.loads(line)["text"]
+    return [*_encoder.encode(text).ids, _encoder.token_to_id("<|endoftext|>")] if text else []
 
 
-def python_sources() -> Iterator[str]:
-    """Yield the source files of the standard library."""
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if "site-packages" not in path.parts:
-            text = read(path)
-            if text:
-                yield text
+def _run_core(tokenizer_file: str, corpus: str, prefix: str, workers: str) -> None:
+    """Tokenise in Megatron-LM's way: a pool, a document a call, megatron-core's builder."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import multiprocessing
+
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    _begin(tokenizer_file)
+    small = _encoder.get_vocab_size() < 65500
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16 if small else np.int32)
+    with (
+        multiprocessing.Pool(int(workers), initializer=_begin, initargs=(tokenizer_file,)) as pool,
+        open(corpus, encoding="utf-8") as file,
+    ):
+        for ids in pool.imap(_encode_line, file, 32):
+            if ids:
+                builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
 
 
-def documentation() -> Iterator[str]:
-    """Yield what this machine has of documentation: /usr/share/doc, manuals, Python's topics."""
-    from pydoc_data.topics import topics
+def _run_alone(tokenizer_file: str, corpus: str) -> None:
+    """Print seconds of encoding texts in memory: tiktoken, ours at first, ours from then on."""
+    import numpy as np
+    import tiktoken
 
-    yield from topics.values()
-    for folder in ("/usr/share/doc", "/usr/share/man"):
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file() and not path.is_symlink():
-                text = read(path)
-                if 200 <= len(text) < 400_000:
-                    yield text
+    from megatron.tokenizer.build import build_tokenizer
+    from megatron.tokenizer.bytelevel import parse_byte_level
+    from megatron.tokenizer.fast import FastEncoder
+    from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 
+    ours = build_tokenizer("HFTokenizer", tokenizer_file)
+    assert isinstance(ours, HuggingFaceTokenizer)
+    parts = parse_byte_level(ours.library.to_str())
+    ranks = {bytes((byte,)): byte for byte in range(256)}
+    for left, right, _ in parts.merges:
+        ranks.setdefault(left + right, len(ranks))
+    theirs = tiktoken.Encoding(
+        "theirs",
+        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+        mergeable_ranks=ranks,
+        special_tokens={},
+    )
+    found, dtype = list(texts(Path(corpus))), np.dtype("<i4")
 
-def read(path: Path) -> str:
-    """Return a file's text, unpacked; empty if it is none."""
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError, EOFError):
-        return ""
-    return "" if "\0" in text else text
+    def encoder() -> FastEncoder:
+        return FastEncoder(parts, ours.library, ours.encode_raw_by_library)
 
-
-def train(folder: Path, corpus: Path, vocab_size: int) -> Path:
-    """Train a byte-level BPE on the corpus; return its file."""
-    path = folder / "tokenizer.json"
-    with open(corpus, encoding="utf-8") as file:
-        texts = (json.loads(line)["text"] for line in file)
-        size = train_byte_level_bpe(
-            texts, path, vocab_size=vocab_size, special_tokens=["<|endoftext|>"]
-        )
-    print(f"trained a byte-level BPE of {size} ids")
-    return path
-
-
-def report(
-    systems: list[System], corpus: Path, tokenizer: str, options: argparse.Namespace
-) -> list[str]:
-    """Return the result as Markdown lines."""
-    size, documents, beyond_ascii = measure(corpus)
-    ours = systems[0]
-    lines = [
-        "# Tokenising on one core",
-        "",
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()}-core {platform.machine()} CPU, "
-        f"Python {platform.python_version()}, pinned to one core, one worker, {options.rounds} "
-        "rounds, the systems turn by turn.",
-        "",
-        f"Corpus: {size / 1e6:.1f} MB of text in {documents:,} documents ({beyond_ascii:,} not "
-        f"pure ASCII), SHA-256 {file_hash(corpus)[:16]}; byte-level BPE of "
-        f"{vocabulary(tokenizer):,} ids, SHA-256 {file_hash(Path(tokenizer))[:16]}. "
-        + "; ".join(versions(systems))
-        + ".",
-        "",
-        "```",
-        ("NEOX=… NEOX_PYTHON=… " if len(systems) > 2 else "")
-        + f"python benchmarks/tokenize.py --rounds {options.rounds}",
-        "```",
-        "",
-        "| system | wall, median s | CPU, median s | start-up, wall s | MB/s, whole command "
-        "| MB/s, start-up aside |",
-        "|---|---|---|---|---|---|",
-    ]
-    for system in systems:
-        wall, cpu = statistics.median(system.wall), statistics.median(system.cpu)
-        steady = size / 1e6 / max(wall - system.start_wall, 1e-9)
-        lines.append(
-            f"| {system.name} | {wall:.2f} | {cpu:.2f} | {system.start_wall:.2f} "
-            f"| {size / 1e6 / wall:.1f} | {steady:.1f} |"
-        )
-    lines.append("")
-    for peer in systems[1:]:
-        wall = [theirs / own for theirs, own in zip(peer.wall, ours.wall, strict=True)]
-        cpu = [theirs / own for theirs, own in zip(peer.cpu, ours.cpu, strict=True)]
-        lines.append(
-            f"- {ours.name} against {peer.name}: **{statistics.median(wall):.2f} ×** by wall time "
-            f"(rounds {min(wall):.2f} to {max(wall):.2f}), **{statistics.median(cpu):.2f} ×** by "
-            f"CPU time (rounds {min(cpu):.2f} to {max(cpu):.2f}), start-up included; "
-            + ("`.bin` identical" if peer.sha256 == ours.sha256 else "**`.bin` DIFFERS**")
-        )
-    if len(systems) == 2:
-        lines.append("- GPT-NeoX: not measured; name a clone by NEOX= (and NEOX_PYTHON=)")
-    lines += ["", f"`.bin` SHA-256 {ours.sha256}"]
-    return lines
+    warm, cold = encoder(), iter([encoder() for _ in range(4)])
+    warm.encode_raw(found, dtype)
+    contestants: dict[str, Callable[[], Any]] = {
+        "tiktoken": lambda: [theirs.encode_ordinary(text) for text in found],
+        "neomix, the first texts": lambda: next(cold).encode_raw(found, dtype),
+        "neomix, later texts": lambda: warm.encode_raw(found, dtype),
+    }
+    done: dict[str, Times] = race_here(contestants, turns=3)
+    print(json.dumps({name: one.processor for name, one in done.items()}))
 
 
-def measure(corpus: Path) -> tuple[int, int, int]:
-    """Return bytes of text, documents, and how many of them are not ASCII."""
-    size = documents = beyond = 0
-    with open(corpus, encoding="utf-8") as file:
-        for line in file:
-            text = json.loads(line)["text"]
-            size += len(text.encode())
-            documents += 1
-            beyond += not text.isascii()
-    return size, documents, beyond
+_PEERS: dict[str, Callable[..., None]] = {
+    PLAIN: _run_plain,
+    CORE: _run_core,
+    "alone": _run_alone,
+}
 
 
-def versions(systems: list[System]) -> Iterator[str]:
-    """Yield what each system is made of."""
-    yield f"Here: tokenizers {version('tokenizers')}, tiktoken {version('tiktoken')}"
-    for system in systems[2:]:
-        ask = "from importlib.metadata import version; print(version('tokenizers'))"
-        library = output_of([system.command[0], "-c", ask])
-        clone = Path(system.command[1]).parents[2]
-        commit = output_of(["git", "-C", str(clone), "rev-parse", "--short", "HEAD"])
-        yield f"{system.name} {commit} with tokenizers {library}"
-
-
-def output_of(command: list[str]) -> str:
-    """Return what a command prints, or a question mark."""
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    return ran.stdout.strip() or "?"
-
-
-def vocabulary(tokenizer: str) -> int:
-    """Return the number of ids in a tokenizer.json."""
-    return len(json.loads(Path(tokenizer).read_text(encoding="utf-8"))["model"]["vocab"])
-
-
-def file_hash(path: Path) -> str:
-    """Return a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--corpus", help="JSON lines with the field 'text'; default: made here")
+    parser.add_argument("--tokenizer", help="a tokenizer.json; default: trained here")
+    parser.add_argument("--megabytes", type=float, default=30.0, help="size of the corpus made")
+    parser.add_argument("--vocab-size", type=int, default=50257, help="of the tokenizer trained")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--neox", metavar="CLONE", help="a clone of GPT-NeoX, to compare with")
+    parser.add_argument("--neox-python", default=sys.executable, help="Python that runs it")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--no-write", dest="write", action="store_false", help="write no JSON")
+    parser.add_argument("--peer", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    main()

@@ -1,15 +1,30 @@
-"""Time a training step against Hugging Face's GPT-NeoX on the same weights and data.
+"""Time a training step against other libraries' on the same weights and data.
 
 Ours is the engine of a run (DeepSpeed, ZeRO 1, per-domain losses observed), as a configuration
-builds it; theirs a plain loop: SDPA, fused AdamW, in bf16 under autocast with weights in fp32, as
-ours keeps master weights.  All run in this process, turn by turn, on the same batches, and their
-losses have to agree.  A matrix product is timed in the same turns, so that a step can be stated
-as a share of what the machine's GEMM gives.
+builds it, without and with torch_compile; theirs a plain loop: SDPA, fused AdamW, in bf16 under
+autocast with weights in fp32, as ours keeps master weights.  All run in this process, turn by
+turn, on the same batches, and their losses have to agree.  A matrix product is timed in the same
+turns, by the faster library where there are two, so that a step can be stated as a share of what
+the machine's GEMM gives.
 
     python benchmarks/train.py                      # CPU, fp32 and bf16, 27M parameters
+    python benchmarks/train.py --batch 8 --accumulate 2          # a step as runs have them
     python benchmarks/train.py --profile            # where the time of our step goes
+    python benchmarks/train.py --against nanogpt --nanogpt PATH  # a clone of nanoGPT
+    python benchmarks/train.py --against megatron-core
+
+With a GPU, that is where it runs.  160M and 1.4B parameters, as docs/performance.md asks for:
+
     python benchmarks/train.py --dtypes bf16 --layers 12 --hidden 768 --heads 12 \
-        --sequence 2048 --batch 16 --vocabulary 50304      # with a GPU, that is where it runs
+        --sequence 2048 --batch 16 --vocabulary 50304 --turns 30 --largest-micro-batch
+    python benchmarks/train.py --dtypes bf16 --layers 24 --hidden 2048 --heads 16 \
+        --sequence 2048 --batch 8 --vocabulary 50304 --turns 20 --largest-micro-batch
+
+All contestants are in memory at once: about 18 bytes a parameter each; --no-compile and --only
+leave some out.
+
+Results are kept in benchmarks/results/train.json by architecture, type, device and shape: a run
+replaces those of its own shapes and leaves the others.
 """
 
 from __future__ import annotations
@@ -20,267 +35,310 @@ import sys
 # This folder has a tokenize.py, which would be taken for the standard library's.
 sys.path.pop(0)
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if "--threads" in sys.argv[:-1]:  # before torch is imported
+    os.environ["OMP_NUM_THREADS"] = sys.argv[sys.argv.index("--threads") + 1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import argparse
+import dataclasses
+import gc
 import statistics
-import tempfile
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-import yaml
 
-from benchmarks.support.measure import Times, compared, machine, race, rounded, shown, write
-from benchmarks.support.peers import hugging_face, saved_bytes
+from benchmarks.support.largest import largest
+from benchmarks.support.measure import (
+    Times,
+    compared,
+    machine,
+    race,
+    rounded,
+    shown,
+    write_among,
+)
+from benchmarks.support.peers import Peer, hugging_face, megatron_core, nanogpt
+from benchmarks.support.steps import DTYPES, Ours, Peaks, Shape, Theirs
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """How far losses of the same step may differ, relatively: fp32 by the order of additions; bf16 by
 what is rounded where (autocast keeps norms and the residual stream of the embedding in fp32)."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_BATCHES = 4
-_LR = 3e-4
+FAMILY = {"transformers": "GPT-NeoX", "nanogpt": "GPT-2", "megatron-core": "Megatron"}
+"""The architecture that a peer has."""
+OURS = "neomix"
+_COMPILED = ", compiled"
+_OUT_OF_MEMORY = 77  # exit status
 
 
 def main() -> None:
-    """Run the comparison, print it and write it."""
+    """Run the comparisons, print and write them."""
     options = _options()
-    results = []
-    for dtype in options.dtypes:
-        results.append(_compare(dtype, options))
-        content = {
-            "benchmark": "train",
-            "command": "python benchmarks/train.py",
-            "machine": machine("torch", "transformers", "deepspeed"),
-            "results": results,
-        }
-        if options.write and results[-1]:
-            print(f"wrote {write('train', content)}", flush=True)
+    for peer in options.against:
+        for dtype in options.dtypes:
+            try:
+                found = _compare(peer, dtype, options)
+            except torch.OutOfMemoryError as error:
+                print(
+                    f"out of memory: {error}\nfewer rows (--batch), or --only one", file=sys.stderr
+                )
+                sys.exit(_OUT_OF_MEMORY)
+            if not found:
+                continue
+            if options.largest_micro_batch:
+                _add_largest(found, peer, dtype, options)
+            _print(found)
+            if options.write:
+                path = write_among("train", "python benchmarks/train.py", found, _key)
+                print(f"wrote {path}", flush=True)
 
 
-def _compare(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+def _compare(peer: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     from megatron.engine.runtime import start_runtime
     from megatron.model import flops_per_token, parameter_count
+    from megatron.parallel import products
 
-    runtime = start_runtime(deterministic=False)
-    device = runtime.device
-    config, engine = _engine(dtype, options)
-    generator = torch.Generator().manual_seed(0)
-    shape = (_BATCHES, options.batch, options.sequence + 1)
-    # A skewed distribution, so that there is something to learn.
-    batches = (options.vocabulary * torch.rand(shape, generator=generator) ** 4).long().to(device)
-    taken: dict[str, list[float]] = {}
-    contestants = {"neomix": _ours(engine, batches, taken.setdefault("neomix", []))}
-    peers = {"transformers": False, "transformers, compiled": True}
-    models = {}
-    for name, compiled in peers.items():
-        if compiled and not options.compile:
-            continue
-        model = models[name] = hugging_face(config.model, engine.module).to(device)
-        contestants[name] = _theirs(
-            torch.compile(model) if compiled else model,
-            batches,
-            dtype,
-            taken.setdefault(name, []),
-        )
-    size = 8192 if device.type == "cuda" else 1024
-    left = torch.randn(size, size, device=device, dtype=_DTYPES[dtype])
-    contestants["gemm"] = lambda: left @ left
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    device = start_runtime(deterministic=False).device
+    shape = _shape(options)
+    contestants = _contestants(peer, dtype, shape, device, options)
+    model = contestants[OURS].config.model
+    if options.only:
+        for name in contestants.keys() - {options.only}:
+            contestants.pop(name).close()
+        gc.collect()
+        if device.type == "cuda":  # its memory must not count
+            torch.cuda.empty_cache()
+    failed = _first_steps(contestants)
     if options.profile:
-        _profile(contestants["neomix"], dtype, options)
+        for name, one in contestants.items():
+            _profile(name, one.step, dtype, options)
         return {}
-    times = race(contestants, turns=options.turns, warmup=options.warmup, wait=wait)
-    tokens = options.batch * options.sequence
-    rate = 2 * size**3 / statistics.median(times["gemm"].processor)
-    result: dict[str, Any] = {
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    turns: dict[str, Callable[[], Any]] = {name: one.step for name, one in contestants.items()}
+    turns["gemm"] = lambda: products.linear(left, left)
+    peaks = Peaks(device)
+    times = race(
+        turns,
+        turns=options.turns,
+        warmup=options.warmup,
+        around=peaks.around,
+        wait=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
+    )
+    clock = device.type == "cuda"  # a device works while the processor waits
+    gemm = 2 * size**3 / _seconds(times["gemm"], clock)
+    first = next(iter(contestants))
+    result = {
+        "architecture": FAMILY[peer],
         "dtype": dtype,
-        "device": device.type,
-        "parameters": parameter_count(config.model),
-        "shape": {
-            name: getattr(options, name)
-            for name in ("layers", "hidden", "heads", "vocabulary", "sequence", "batch")
-        },
+        "device": torch.cuda.get_device_name() if clock else "cpu",
+        "parameters": parameter_count(model),
+        "shape": dataclasses.asdict(shape),
         "turns": options.turns,
-        "gemm_gflops": rounded(rate / 1e9),
+        "gemm_gflops": rounded(gemm / 1e9),
         "loss_tolerance": TOLERANCE[dtype],
-        "contestants": {},
+        "machine": machine("torch", peer if peer != "nanogpt" else "torch", "deepspeed"),
+        "failed": failed,
+        "contestants": {
+            name: {
+                **_figures(times, name, (first, OURS + _COMPILED), shape.tokens, clock),
+                "share_of_gemm": rounded(
+                    flops_per_token(model) * shape.tokens / _seconds(times[name], clock) / gemm
+                ),
+                "losses": [rounded(one.losses[0]), rounded(one.losses[-1])],
+                "losses_differ_by": rounded(_apart(one.losses, contestants[first].losses)),
+                **_memory(one, peaks.bytes.get(name), shape),
+            }
+            for name, one in contestants.items()
+        },
     }
-    for name in taken:
-        off = max(abs(a - b) / abs(b) for a, b in zip(taken[name], taken["neomix"], strict=True))
-        result["contestants"][name] = {
-            **_figures(times[name], times["neomix"], tokens, flops_per_token(config.model), rate),
-            "losses": [rounded(taken[name][0]), rounded(taken[name][-1])],
-            "losses_differ_by": rounded(off),
-            "saved_bytes_per_token": rounded(
-                _saved(name, engine, models, batches[0], dtype) / tokens
-            ),
-        }
-        assert off <= TOLERANCE[dtype], f"{name}: losses differ by {off:.2g}"
-    _print(result)
-    engine._engine.destroy()
+    for one in contestants.values():
+        one.close()
     torch._dynamo.reset()
+    for name, row in result["contestants"].items():
+        off = row["losses_differ_by"]
+        assert off <= TOLERANCE[dtype], f"{name}: losses differ by {off:.2g}"
     return result
 
 
-def _figures(
-    times: Times, ours: Times, tokens: int, per_token: float, gemm: float
+def _contestants(
+    peer: str, dtype: str, shape: Shape, device: torch.device, options: argparse.Namespace
 ) -> dict[str, Any]:
-    seconds = statistics.median(times.processor)
-    return {
-        "tokens_per_second": rounded(tokens / seconds),
-        "share_of_gemm": rounded(per_token * tokens / seconds / gemm),
-        "time_over_ours": compared(times, ours),
+    """Return ours and the peer, plain and compiled, by name."""
+    found: dict[str, Any] = {OURS: Ours(shape, FAMILY[peer], dtype, device)}
+    config, module = found[OURS].config.model, found[OURS].engine.module
+    name = OURS + _COMPILED
+    if options.compile and options.only in (None, name):
+        found[name] = Ours(shape, FAMILY[peer], dtype, device, torch_compile=True)
+
+    def theirs() -> Peer:
+        if peer == "nanogpt":
+            return nanogpt(options.nanogpt, config, module)
+        if peer == "megatron-core":
+            return megatron_core(config, module, device)
+        return hugging_face(config, module)
+
+    for compiled in (False, True) if options.compile else (False,):
+        if compiled and peer == "megatron-core":  # its blocks are compiled by hand
+            continue
+        name = f"{peer}{_COMPILED if compiled else ''}"
+        if options.only in (None, name):
+            found[name] = Theirs(theirs(), shape, dtype, device, compiled=compiled)
+    return found
+
+
+def _first_steps(contestants: dict[str, Any]) -> dict[str, str]:
+    """Let everyone train a step; take out, and return by name, whom the compiler fails."""
+    failed: dict[str, str] = {}
+    for name, one in list(contestants.items()):
+        try:
+            one.step()
+        except Exception as error:
+            if _COMPILED not in name or isinstance(error, torch.OutOfMemoryError):
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            del contestants[name]
+            print(f"{name}: left out, torch.compile failed: {failed[name]}", flush=True)
+    return failed
+
+
+def _figures(
+    times: Mapping[str, Times], name: str, ours: Sequence[str], tokens: int, clock: bool
+) -> dict[str, Any]:
+    """Return a contestant's rate, and its time over that of ours, plain and compiled."""
+    plain, compiled = ours
+    found = {
+        "tokens_per_second": rounded(tokens / _seconds(times[name], clock)),
+        "time_over_ours": compared(times[name], times[plain]),
     }
+    if compiled in times:
+        found["time_over_ours_compiled"] = compared(times[name], times[compiled])
+    return found
 
 
-def _engine(dtype: str, options: argparse.Namespace) -> tuple[Any, Any]:
-    from megatron.config import load_config, resolve_batch
-    from megatron.parallel.layout import Layout
-    from megatron.parallel.topology import Topology
-    from megatron.signals.ledger import Ledger
-    from megatron.signals.validation import LossObserver
-    from megatron.training.engines import Batch, build_engine
-
-    content = {
-        "num_layers": options.layers,
-        "hidden_size": options.hidden,
-        "num_attention_heads": options.heads,
-        "seq_length": options.sequence,
-        "max_position_embeddings": options.sequence,
-        "vocab_size": options.vocabulary,
-        "rotary_pct": 0.25,
-        "gpt_j_residual": True,
-        "no_weight_tying": True,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "train_batch_size": options.batch,
-        "train_micro_batch_size_per_gpu": options.batch,
-        "train_iters": 1,
-        "num_gpus": 1,
-        "gradient_clipping": 0.0,
-        "weight_decay": 0.0,
-        "optimizer": {"type": "Adam", "params": {"lr": _LR, "betas": [0.9, 0.95], "eps": 1e-8}},
-        "zero_optimization": {"stage": 1},
-        "domains": {"one": {"train": "data/one"}},
-        **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "train.yml"
-        file.write_text(yaml.safe_dump(content), encoding="utf-8")
-        config = load_config([str(file)])
-    layout = Layout(world_size=1, tensor_size=1, pipe_size=1)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    observer = LossObserver(Ledger(1, device))
-    batch = Batch(*resolve_batch(config.batch, 1))
-    return config, build_engine(config, Topology.create(layout, 0), batch, observer)
+def _memory(one: Any, peak: int | None, shape: Shape) -> dict[str, float]:
+    tokens = shape.batch * shape.sequence
+    if peak is not None:  # what a whole turn took, its gradients included
+        return {"peak_bytes_per_token": rounded(peak / tokens)}
+    return {"saved_bytes_per_token": rounded(one.saved() / tokens)}
 
 
-def _labels(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    rows, length = batch.shape[0], batch.shape[1] - 1
-    return (
-        batch[:, 1:].contiguous(),
-        torch.ones(rows, length, device=batch.device),
-        torch.zeros(rows, dtype=torch.int64, device=batch.device),
-        torch.full((rows,), 1 / (rows * length), device=batch.device),
-    )
+def _seconds(times: Times, clock: bool) -> float:
+    return statistics.median(times.wall if clock else times.processor)
 
 
-def _ours(engine: Any, batches: torch.Tensor, losses: list[float]) -> Callable[[], None]:
-    pairs = [(batch[:, :-1].contiguous(), _labels(batch)) for batch in batches]
-    ledger = engine.module.loss_fn.observe.ledger
-
-    def step() -> None:
-        number = len(losses)
-        engine.train_step(number + 1, iter([pairs[number % _BATCHES]]), lr=_LR)
-        losses.append(ledger.reduce().mean_loss)
-
-    return step
+def _apart(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
 
 
-def _theirs(
-    model: Any, batches: torch.Tensor, dtype: str, losses: list[float]
-) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
-    )
-    pairs = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in batches]
+def _add_largest(
+    result: dict[str, Any], peer: str, dtype: str, options: argparse.Namespace
+) -> None:
+    """Find each contestant's largest micro-batch, every size in a process of its own."""
+    if result["device"] == "cpu":
+        print("--largest-micro-batch: on a CPU memory has no such limit; left out")
+        return
+    torch.cuda.empty_cache()
+    command = [sys.executable, __file__, "--against", peer, "--dtypes", dtype]
+    if options.nanogpt is not None:
+        command += ["--nanogpt", str(options.nanogpt)]
+    for field, value in result["shape"].items():
+        if field not in ("batch", "accumulate"):
+            command += [f"--{field}", str(value)]
+    for name, row in result["contestants"].items():
 
-    def step() -> None:
-        tokens, targets = pairs[len(losses) % _BATCHES]
-        loss = _loss(model, tokens, targets, dtype)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        def fits(batch: int, name: str = name) -> bool:
+            last = ["--only", name, "--batch", str(batch), "--turns", "1", "--warmup", "1"]
+            done = subprocess.run(
+                [*command, *last, "--no-write"], capture_output=True, text=True, check=False
+            )
+            if done.returncode not in (0, _OUT_OF_MEMORY):
+                raise RuntimeError(f"{name}, {batch} rows: {done.stderr[-2000:]}")
+            return done.returncode == 0
 
-    return step
-
-
-def _loss(model: Any, tokens: torch.Tensor, targets: torch.Tensor, dtype: str) -> torch.Tensor:
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        logits = model(tokens, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def _saved(name: str, engine: Any, models: dict[str, Any], batch: torch.Tensor, dtype: str) -> int:
-    """Return the bytes that a forward pass keeps for backward, weights left out."""
-    tokens = batch[:, :-1].contiguous()
-    if name == "neomix":
-        return saved_bytes(engine.module, lambda: engine.module(tokens, _labels(batch)))
-    model = models[name]
-    run = torch.compile(model) if "compiled" in name else model
-    targets = batch[:, 1:].contiguous()
-    return saved_bytes(model, lambda: _loss(run, tokens, targets, dtype))
+        row["largest_micro_batch"] = largest(fits, first=options.batch)
 
 
-def _profile(step: Callable[[], None], dtype: str, options: argparse.Namespace) -> None:
+def _profile(name: str, step: Callable[[], None], dtype: str, options: argparse.Namespace) -> None:
     step(), step()
     with torch.profiler.profile() as profiler:
         for _ in range(3):
             step()
     key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(f"\n{dtype}, three steps of ours")
-    print(profiler.key_averages().table(sort_by=key, row_limit=options.rows))
+    print(f"\n{dtype}, three steps of {name}")
+    print(profiler.key_averages().table(sort_by=key, row_limit=options.rows), flush=True)
+
+
+def _key(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what two results have to share for the later one to take the other's place."""
+    threads = result["machine"]["threads"] if result["device"] == "cpu" else 0
+    shape = tuple(result["shape"].values())
+    return (result["architecture"], result["dtype"], result["device"], threads, *shape)
 
 
 def _print(result: dict[str, Any]) -> None:
     shape = result["shape"]
     print(
-        f"\n{result['dtype']} on {result['device']}: {result['parameters'] / 1e6:.1f}M parameters, "
-        f"{shape['layers']} × {shape['hidden']}, V={shape['vocabulary']}, {shape['batch']} × "
-        f"{shape['sequence']} tokens; GEMM {result['gemm_gflops']:.0f} GFLOP/s"
+        f"\n{result['architecture']}, {result['dtype']} on {result['device']}: "
+        f"{result['parameters'] / 1e6:.1f}M parameters, "
+        f"{shape['layers']} × {shape['hidden']}, V={shape['vocabulary']}, {shape['accumulate']} × "
+        f"{shape['batch']} × {shape['sequence']} tokens; GEMM {result['gemm_gflops']:.0f} GFLOP/s"
     )
     for name, row in result["contestants"].items():
+        kept = row.get("saved_bytes_per_token", row.get("peak_bytes_per_token", 0))
+        most = row.get("largest_micro_batch")
         print(
             f"{name:>24}: {row['tokens_per_second']:7.0f} tokens/s, {row['share_of_gemm']:4.0%} of "
             f"GEMM, time / ours {shown(row['time_over_ours']['processor'], 3)}, by the clock "
             f"{shown(row['time_over_ours']['wall'], 3)}; loss {row['losses'][0]:.5f} → "
             f"{row['losses'][1]:.5f} (off by {row['losses_differ_by']:.1e}); "
-            f"{row['saved_bytes_per_token'] / 1e3:.0f} kB a token",
+            f"{kept / 1e3:.0f} kB a token{'' if most is None else f'; {most} rows at most'}",
             flush=True,
         )
 
 
+def _shape(options: argparse.Namespace) -> Shape:
+    return Shape(**{one.name: getattr(options, one.name) for one in dataclasses.fields(Shape)})
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(_DTYPES), default=list(_DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--against", nargs="+", choices=tuple(FAMILY), default=["transformers"])
+    parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a clone of nanoGPT")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2, help="rows of a micro-batch")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--threads", type=int, default=1, help="of this process, on a CPU")
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument(
+        "--warmup", type=int, default=1, help="turns after the first that do not count"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--profile", action="store_true", help="show where our time goes")
+    parser.add_argument("--only", help="time nobody else than this contestant")
+    parser.add_argument(
+        "--largest-micro-batch", action="store_true", help="find it for each (on a GPU)"
+    )
+    parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--rows", type=int, default=25, help="of the profile")
     parser.add_argument("--no-write", dest="write", action="store_false", help="write no JSON")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "nanogpt" in options.against and options.nanogpt is None:
+        parser.error("--against nanogpt needs --nanogpt, a folder with nanoGPT's model.py")
+    if options.vocabulary % 128:
+        parser.error(
+            f"--vocabulary is {options.vocabulary}; take a multiple of 128: rows of padding would "
+            "count in the peers' softmax"
+        )
+    options.write = options.write and options.only is None  # there would be no ratio in it
+    return options
 
 
 if __name__ == "__main__":

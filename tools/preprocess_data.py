@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.ingest.pipeline import preprocess
 from megatron.data.ingest.settings import Outcome, PreprocessSettings
+from megatron.data.shards import parse_shard
 from megatron.data.sidecar import read_sidecar
 from megatron.errors import run_command
 from megatron.tokenizer import TOKENIZER_TYPES
@@ -86,6 +87,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessSetting
         "--overwrite", action="store_true", help="start again, over whatever the prefix holds"
     )
     group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--shard", metavar="I/N",
+        help="do part I (from 0) of N of the inputs, into PREFIX-0000I-of-0000N…; slurm: this task "
+        "of a job array. tools/merge_datasets.py --shards PREFIX joins them into what one run "
+        "writes",
+    )  # fmt: skip
     group.add_argument("--workers", type=int, default=1, help="processes that encode (default: 1)")
     group.add_argument(
         "--log-interval", type=int, default=100, metavar="N",
@@ -115,6 +122,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessSetting
         save_seconds=found.save_seconds,
         num_documents=found.num_docs,
         log_interval=found.log_interval,
+        shard=parse_shard(found.shard),
     )
 
 

@@ -20,7 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(
+    os.environ.get("BENCHMARK_RESULTS") or Path(__file__).resolve().parents[1] / "results"
+)
+"""Where results go; the environment may name another folder."""
 _DIGITS = 5
 
 
@@ -149,3 +152,30 @@ def write(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> Path
     text = json.dumps(content, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def write_among(
+    name: str,
+    command: str,
+    result: Mapping[str, Any],
+    key: Callable[[Mapping[str, Any]], Any],
+    folder: Path = RESULTS,
+) -> Path:
+    """Write a result among those of other runs, in the place of an earlier one like it.
+
+    Args:
+        name: of the file, see :func:`write`.
+        command: what makes the results.
+        result: with its ``machine``.
+        key: what results are alike by.
+        folder: of the file.
+    """
+    path = folder / f"{name}.json"
+    kept: list[Mapping[str, Any]] = []
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))["results"]
+    places = [place for place, one in enumerate(kept) if key(one) == key(result)]
+    start = places[0] if places else len(kept)
+    kept[start : start + 1] = [result]
+    content = {"benchmark": name, "command": command, "machine": result["machine"]}
+    return write(name, {**content, "results": kept}, folder)

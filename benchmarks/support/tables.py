@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.support import tool_tables
+from benchmarks.support.markdown import read, table, where
 from benchmarks.support.measure import RESULTS, shown
 
 DOCUMENTS = ("README.md", "docs/performance.md")
+_COMPILED = "time_over_ours_compiled"
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -27,6 +29,14 @@ def with_figures(text: str, folder: Path = RESULTS) -> str:
         "loader": _loader,
         "checkpoint": _checkpoint,
         "generate": _generate,
+        "output_loss": _output_loss,
+        "products": _products,
+        "tokenize": tool_tables.tokenize,
+        "startup": tool_tables.startup,
+        "opening": tool_tables.opening,
+        "study_start": tool_tables.study_start,
+        "selection": tool_tables.selection,
+        "memory": tool_tables.memory,
     }
     return _BLOCK.sub(
         lambda found: f"{found[1]}{blocks[found[2]](folder)}{found[3]}",
@@ -35,20 +45,22 @@ def with_figures(text: str, folder: Path = RESULTS) -> str:
 
 
 def _overview(folder: Path) -> str:
-    rows = [(row["what"], row["figure"]) for row in _read(folder, "earlier")["rows"]]
-    train = _by_type(_read(folder, "train"))
+    rows = [(row["what"], row["figure"]) for row in read(folder, "earlier")["rows"]]
+    rows += tool_tables.overview(folder)
+    train = _by_type(read(folder, "train"))
     peer = "transformers, compiled"
     rows.append(
         (
             "a training step of Hugging Face's GPT-NeoX (SDPA, `torch.compile`, fused AdamW) "
-            f"÷ ours, same weights and data, {_size(train['fp32'])}, one thread: fp32; bf16",
+            "÷ ours with `torch_compile`, same weights and data, "
+            f"{_size(train['fp32'])}, one thread: fp32; bf16",
             "; ".join(
-                f"{shown(train[name]['contestants'][peer]['time_over_ours']['processor'])} ×"
+                f"{shown(train[name]['contestants'][peer][_COMPILED]['processor'])} ×"
                 for name in ("fp32", "bf16")
             ),
         )
     )
-    at22 = next(one for one in _read(folder, "mixing")["results"] if one["domains"] == 22)
+    at22 = next(one for one in read(folder, "mixing")["results"] if one["domains"] == 22)
     costs = {name: row["cost_of_100_ms"] for name, row in _methods(at22).items()}
     dearest = max(costs, key=lambda name: costs[name])
     syncs = max(row["syncs_more"] for row in _methods(at22).values())
@@ -59,7 +71,7 @@ def _overview(folder: Path) -> str:
             f"{costs[dearest]:.2%} (`{dearest}`); {syncs}",
         )
     )
-    loader = _read(folder, "loader")["results"]
+    loader = read(folder, "loader")["results"]
     rows.append(
         (
             "micro-batches from shuffled domains, processor time of megatron-core's blended "
@@ -70,41 +82,44 @@ def _overview(folder: Path) -> str:
             ),
         )
     )
-    return _table(("what", "figure"), rows)
+    return table(("what", "figure"), rows)
 
 
 def _train(folder: Path) -> str:
     rows = []
-    for result in _read(folder, "train")["results"]:
+    for result in read(folder, "train")["results"]:
         for name, row in result["contestants"].items():
-            times = row["time_over_ours"]
+            times, ours = row["time_over_ours"], name == "neomix"
+            kept = row.get("saved_bytes_per_token", row.get("peak_bytes_per_token"))
             rows.append(
                 (
-                    result["dtype"],
+                    f"{result['architecture']}, {_size(result)}, {result['dtype']}",
                     name,
                     f"{row['tokens_per_second']:,.0f}",
                     f"{row['share_of_gemm']:.0%}",
-                    shown(times["processor"]) if name != "neomix" else "1",
-                    shown(times["wall"]) if name != "neomix" else "1",
-                    f"{row['losses_differ_by']:.0e}" if name != "neomix" else "",
-                    f"{row['saved_bytes_per_token'] / 1e3:.0f} kB",
+                    "1" if ours else shown(times["processor"]),
+                    "1" if ours else shown(times["wall"]),
+                    shown(row[_COMPILED]["processor"]) if _COMPILED in row else "",
+                    "" if ours else f"{row['losses_differ_by']:.0e}",
+                    f"{kept / 1e3:.0f} kB",
                 )
             )
     head = (
-        "type",
+        "what",
         "system",
         "tokens/s",
         "share of GEMM",
-        "time ÷ ours, processor",
-        "time ÷ ours, clock",
+        "time ÷ neomix, processor",
+        "time ÷ neomix, clock",
+        "time ÷ neomix compiled, processor",
         "largest difference of losses",
-        "kept for backward, a token",
+        "memory, a token",
     )
-    return _table(head, rows) + _where(_read(folder, "train"))
+    return table(head, rows) + where(read(folder, "train"))
 
 
 def _mixing(folder: Path) -> str:
-    content = _read(folder, "mixing")
+    content = read(folder, "mixing")
     rows = []
     for result in sorted(content["results"], key=lambda one: int(one["domains"])):
         for name, row in result["methods"].items():
@@ -131,11 +146,11 @@ def _mixing(folder: Path) -> str:
         "of 100 ms",
         "syncs",
     )
-    return _table(head, rows) + _where(content)
+    return table(head, rows) + where(content)
 
 
 def _loader(folder: Path) -> str:
-    content = _read(folder, "loader")
+    content = read(folder, "loader")
     rows = [
         (
             name,
@@ -146,27 +161,31 @@ def _loader(folder: Path) -> str:
         for name, row in content["results"].items()
     ]
     head = ("system", "building", "processor time a sample", "time ÷ ours")
-    return _table(head, rows) + _where(content)
+    return table(head, rows) + where(content)
 
 
 def _checkpoint(folder: Path) -> str:
-    content = _read(folder, "checkpoint")
-    rows = [
-        (
-            name,
-            f"{row['total_seconds']:.2f} s",
-            f"{row['stall_seconds']:.2f} s",
-            f"{row['gigabytes_per_second']:.2f} GB/s",
-            shown(row["time_over_ours"]["wall"]) if name != "neomix" else "1",
+    content = read(folder, "checkpoint")
+    rows = []
+    for name, row in content["results"].items():
+        done = [what for what in ("hashed", "synced") if row[what]]
+        rows.append(
+            (
+                name,
+                ", ".join(done) or "–",
+                f"{row['total_seconds']:.2f} s",
+                f"{row['stall_seconds']:.2f} s",
+                f"{row['processor_seconds']:.2f} s",
+                f"{row['gigabytes_per_second']:.2f} GB/s",
+                shown(row["time_over_ours"]["wall"]) if name != "neomix" else "1",
+            )
         )
-        for name, row in content["results"].items()
-    ]
-    head = ("system", "total", "stall", "rate", "total ÷ ours")
-    return _table(head, rows) + _where(content)
+    head = ("system", "when done", "total", "stall", "processor", "rate", "total ÷ ours")
+    return table(head, rows) + where(content)
 
 
 def _generate(folder: Path) -> str:
-    content = _read(folder, "generate")
+    content = read(folder, "generate")
     rows = [
         (
             str(result["rows"]),
@@ -176,17 +195,41 @@ def _generate(folder: Path) -> str:
         for result in content["results"]
     ]
     head = ("rows", "neomix, tokens/s", "transformers, tokens/s", "transformers' time ÷ ours")
-    return _table(head, rows) + _where(content)
+    return table(head, rows) + where(content)
 
 
-def _where(content: Mapping[str, Any]) -> str:
-    at = content["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in at["packages"].items())
-    return (
-        f"\n{at['date']}, {at['processor']}, {at['threads']} thread, {versions}; "
-        f"`{content['command']}`. Processes that wanted a core at the end: {at['load'][0]:.0f} "
-        "(the machine was shared, so processor time is what to compare).\n"
-    )
+def _output_loss(folder: Path) -> str:
+    content = read(folder, "output_loss")
+    rows = [
+        (
+            result["dtype"],
+            f"{result['vocabulary']:,}",
+            name,
+            f"{row['milliseconds']:,.0f} ms",
+            "1" if name == "neomix" else shown(row["time_over_ours"]["processor"]),
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+        )
+        for result in content["results"]
+        for name, row in result["contestants"].items()
+    ]
+    head = ("type", "V", "system", "processor time", "time ÷ ours", "most memory")
+    return table(head, rows) + where(content)
+
+
+def _products(folder: Path) -> str:
+    content = read(folder, "products")
+    rows = [
+        (
+            f"{result['inputs']:,} → {result['outputs']:,}",
+            result["what"],
+            f"{result['gflops']['neomix']:,.0f}",
+            f"{result['gflops']['torch']:,.0f}",
+            shown(result["time_over_ours"]["processor"]),
+        )
+        for result in content["results"]
+    ]
+    head = ("layer", "product", "neomix, GFLOP/s", "torch, GFLOP/s", "torch's time ÷ ours")
+    return table(head, rows) + where(content)
 
 
 def _methods(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,26 +237,19 @@ def _methods(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_type(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {result["dtype"]: result for result in content["results"]}
+    """Return the first result of each type against GPT-NeoX."""
+    found: dict[str, Any] = {}
+    for result in content["results"]:
+        if result["architecture"] == "GPT-NeoX":
+            found.setdefault(result["dtype"], result)
+    return found
 
 
 def _size(result: Mapping[str, Any]) -> str:
     shape = result["shape"]
+    times = "" if shape["accumulate"] == 1 else f"{shape['accumulate']} × "
+    device = "" if result["device"] == "cpu" else f" on {result['device']}"
     return (
-        f"{result['parameters'] / 1e6:.0f}M parameters, {shape['batch']} × "
-        f"{shape['sequence']} tokens a step"
-    )
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return content
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return (
-        "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        .replace("| --- ", "|---")
-        .replace("|--- |", "|---|")
+        f"{result['parameters'] / 1e6:.0f}M parameters, {times}{shape['batch']} × "
+        f"{shape['sequence']} tokens a step{device}"
     )

@@ -19,19 +19,15 @@ _VERSION = 1
 _KEYS = ("step", "domains", "planner", "guard")
 
 
-def write_bundle(
-    directory: Path, *, step: int, domains: list[str], planner: Mapping[str, Any], guard: Any
-) -> Path:
-    """Write the state of a run after ``step`` into a checkpoint folder; return the file.
+def bundle_bytes(*, step: int, domains: list[str], planner: Mapping[str, Any], guard: Any) -> bytes:
+    """Return the state of a run after ``step`` as its file holds it.
 
     Args:
-        directory: the checkpoint's (temporary) folder.
         step: optimizer steps attempted so far.
         domains: names in the order of the run.
         planner: state of mixer, sampler and lag.
         guard: state of the non-finite policy.
     """
-    path = directory / STATE_NAME
     state = {
         "version": _VERSION,
         "step": step,
@@ -39,12 +35,11 @@ def write_bundle(
         "planner": planner,
         "guard": guard,
     }
-    path.write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
-    return path
+    return json.dumps(state, allow_nan=False).encode() + b"\n"
 
 
 def read_bundle(directory: Path) -> dict[str, Any]:
-    """Read what :func:`write_bundle` wrote.
+    """Read the file that :func:`bundle_bytes` are the content of.
 
     Raises:
         CheckpointError: the file is missing, no JSON, or of another version.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from megatron.errors import RunError
 
@@ -68,8 +69,30 @@ def replace_file(path: Path, content: bytes) -> None:
     """Replace ``path`` atomically: a reader, or a crash, finds the old or the new content."""
     temporary = path.with_name(path.name + ".tmp")
     write_file(temporary, content)
+    _put_in_place(temporary, path)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of ``path``, as by :func:`replace_file`, at the block's end.
+
+    Where the block fails, ``path`` stays as it was and what was written is removed.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        _put_in_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> Path:

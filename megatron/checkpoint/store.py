@@ -5,7 +5,7 @@ How a save goes, by one process on its own or by the ranks of a run::
     rank 0        tmp = store.begin(step)                 global_stepN.tmp, emptied
     barrier
     every rank    writes its files into tmp
-                  entries = store.seal_files(its files)   fsync and SHA-256
+                  entries = store.seal_files(its files)   fsync and SHA-256 (or FileWriter's)
     gather
     rank 0        store.commit(step, all entries, …)      manifest, fsync, rename, `latest`
     barrier
@@ -125,12 +125,24 @@ class CheckpointStore:
             RunError: the disk refuses.
         """
         absolute = [Path(path) for path in paths]
-        names = [self._relative(path) for path in absolute]
+        for path in absolute:
+            self._relative(path)
         with fs.disk_errors(self.directory, needed=self._needed):
             results = fs.map_files(_seal, absolute)
+        return self.entries(dict(zip(absolute, results, strict=True)))
+
+    def entries(self, sealed: Mapping[Path, tuple[int, str]]) -> dict[str, dict[str, Any]]:
+        """Return the manifest's entries of files that are on the disk and hashed already.
+
+        Args:
+            sealed: size and SHA-256 by file, see :meth:`seal_files`.
+
+        Raises:
+            CheckpointError: a path is not inside a folder that is being written.
+        """
         return {
-            name: {"size": size, "sha256": digest}
-            for name, (size, digest) in zip(names, results, strict=True)
+            self._relative(path): {"size": size, "sha256": digest}
+            for path, (size, digest) in sealed.items()
         }
 
     def commit(

@@ -87,6 +87,10 @@ class TrainingConfig(Group):
     deterministic: bool = False
     """Deterministic kernels on GPU, so that a resumed run is bit-identical there too (on CPU it
     always is)."""
+    torch_compile: bool = False
+    """Compile what each transformer block computes, forward and backward, with `torch.compile`
+    (Hugging Face's `torch_compile`). Needs a C++ compiler on CPU, Triton and a C compiler on GPU.
+    Losses equal those without it to rounding; dropout draws other masks."""
     audit_samples: bool = False
     """Write the ordered list of [domain, epoch, sample] of every step to `samples.jsonl`."""
     char_level_ppl: bool = False
@@ -194,8 +198,14 @@ class CheckpointConfig(Group):
     checkpoint_validation_with_forward_pass: bool = False
     """Keep the loss of a forward pass on fixed tokens with each checkpoint, and compare it after
     loading. (That every byte is what was written is checked anyway.)"""
+    async_save: bool = False
+    """Copy the state to host memory at a save and go on training, while a thread writes the
+    checkpoint behind the next steps (Megatron-LM's `--async-save`). The files are those of a save
+    that is waited for. Takes as much host memory as the checkpoint has bytes, shared among the
+    ranks; of a GPU's state the memory is pinned."""
     save_timeout: Positive = 600.0
-    """Seconds that a stopped run may take to save before it is killed."""
+    """Seconds that a stopped run may take to save before it is killed (with `async_save`, what is
+    being written then and the last checkpoint together)."""
 
     @model_validator(mode="after")
     def _factor(self) -> Self:

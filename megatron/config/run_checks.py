@@ -36,6 +36,7 @@ def check_run(config: Config, draft: Draft) -> None:
             "needs tokenizer_type and vocab_file, to count the characters of a token",
         )
     _check_sums(config, draft)
+    _check_compile(config, draft)
 
 
 def _check_sums(config: Config, draft: Draft) -> None:
@@ -49,3 +50,32 @@ def _check_sums(config: Config, draft: Draft) -> None:
             "needs zero_optimization: {reduce_scatter: false}, under which gradients are summed "
             "whole; remove one of the two",
         )
+
+
+def _check_compile(config: Config, draft: Draft) -> None:
+    """A compiled block is one piece of arithmetic, of one shape."""
+    if not config.training.torch_compile:
+        return
+    curriculum, profiler = config.data.curriculum_learning, config.logging.flops_profiler
+    for hindered, text in (
+        (
+            config.model.moe_num_experts > 1,
+            "moe_num_experts: how many tokens an expert gets is known only when they are there, "
+            "so there is no fixed shape to compile; use one of the two",
+        ),
+        (
+            config.zero_stage == 3,
+            "ZeRO 3, which gathers weights between the layers of a block; use stage 2",
+        ),
+        (
+            curriculum is not None and curriculum.enabled,
+            "curriculum_learning: rows of every length would be compiled anew; use one of the two",
+        ),
+        (
+            profiler is not None and profiler.enabled,
+            "flops_profiler, which counts operations as torch runs them one by one; profile a "
+            "run without it",
+        ),
+    ):
+        if hindered:
+            draft.refuse("training", "torch_compile", f"does not go with {text}")

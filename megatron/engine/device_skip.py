@@ -9,11 +9,12 @@ travels with the ledger's buffer, the step's one copy to the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from megatron.engine.fragments import is_resident
+from megatron.engine.fragments import is_resident, is_resident_stage_3
 
 
 class DeviceSkip:
@@ -27,14 +28,27 @@ class DeviceSkip:
     def __init__(self, optimizer: Any) -> None:
         """Take over the decision from DeepSpeed's optimizer, which :func:`applies` is true of."""
         self._inner = optimizer.optimizer
-        self._norm = optimizer.scaled_global_norm
         self.flag: torch.Tensor | None = None
+        if is_resident_stage_3(optimizer):
+            self._groups: Callable[[], list[torch.Tensor]] = optimizer._get_norm_groups
+            _combine_unseen()
+            optimizer._get_norm_groups = lambda: _UnseenGroups([self._whole_norm()])
+            return
+        self._norm: Callable[..., torch.Tensor] = optimizer.scaled_global_norm
         # Where a gradient is not finite, the norm is not either: one pass over them is enough.
         optimizer.check_grad_overflow = False
         optimizer.scaled_global_norm = self._scaled_global_norm
 
     def _scaled_global_norm(self, *arguments: Any, **named: Any) -> _UnseenNorm:
-        norm: torch.Tensor = self._norm(*arguments, **named)
+        return self._unseen(self._norm(*arguments, **named))
+
+    def _whole_norm(self) -> _UnseenNorm:
+        """Return the norm of all sub-groups of ZeRO 3."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return self._unseen(combine_grad_norm_groups(self._groups()))
+
+    def _unseen(self, norm: torch.Tensor) -> _UnseenNorm:
         self.flag = (~torch.isfinite(norm) | (norm < 0)).float()
         self._inner.found_inf = self.flag
         return _UnseenNorm(norm)
@@ -43,17 +57,37 @@ class DeviceSkip:
 def applies(optimizer: Any) -> bool:
     """Return whether a step of DeepSpeed's optimizer can be left out on the device.
 
-    It can with ZeRO 1 and 2 around a fused Adam that is not offloaded, in fp32 and bf16.  In fp16
+    It can with ZeRO 1 to 3 around a fused Adam that is not offloaded, in fp32 and bf16.  In fp16
     the host moves the loss scale, and has to know.
     """
     inner = getattr(optimizer, "optimizer", None)
     return (
-        is_resident(optimizer)
+        ((is_resident(optimizer) and optimizer.compute_grad_norm) or is_resident_stage_3(optimizer))
         and isinstance(inner, torch.optim.Adam)  # AdamW is one
         and all(group["fused"] for group in inner.param_groups)
         and optimizer.dtype in (torch.float32, torch.bfloat16)
-        and optimizer.compute_grad_norm
     )
+
+
+def _combine_unseen() -> None:
+    """Let ZeRO 3 take a norm that is not seen for what its sub-groups' norms come to."""
+    from deepspeed.runtime.zero import stage3
+
+    theirs = stage3.combine_grad_norm_groups
+    if getattr(theirs, "_takes_unseen", False):
+        return
+
+    def combine(groups: Iterable[Any], *arguments: Any, **named: Any) -> Any:
+        return (
+            groups[0] if isinstance(groups, _UnseenGroups) else theirs(groups, *arguments, **named)
+        )
+
+    combine._takes_unseen = True  # type: ignore[attr-defined]
+    stage3.combine_grad_norm_groups = combine
+
+
+class _UnseenGroups(list["_UnseenNorm"]):
+    """The one norm of all sub-groups."""
 
 
 class _UnseenNorm:

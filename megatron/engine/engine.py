@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.engine.checkpoint_writer import CheckpointWriter, StateWriter, as_it_is, write_plainly
 from megatron.engine.clock import StepClock
 from megatron.engine.device_skip import DeviceSkip, applies
 from megatron.engine.experts import SharedExperts
@@ -68,7 +69,7 @@ class TrainEngine(ABC):
         take_norms(engine.optimizer)
         spare_reduction(engine.optimizer)
         self._skip = DeviceSkip(engine.optimizer) if applies(engine.optimizer) else None
-        self._writer = _RecordingWriter(engine.checkpoint_engine)
+        self._writer = CheckpointWriter(engine.checkpoint_engine)
         engine.checkpoint_engine = self._writer
 
     def describe_optimizer(self, state: Sequence[str], groups: Groups) -> None:
@@ -203,13 +204,28 @@ class TrainEngine(ABC):
                 the labels, and returns a scalar.
         """
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> list[Path]:
-        """Write this rank's part of a checkpoint into ``directory / tag``.
+    def save(
+        self,
+        directory: Path,
+        tag: str,
+        client_state: Mapping[str, Any],
+        *,
+        write: StateWriter | None = None,
+    ) -> list[Path]:
+        """Write this rank's part of a checkpoint into ``directory / tag``; collective.
+
+        Args:
+            directory: folder of the checkpoint's folder.
+            tag: name of the checkpoint's folder.
+            client_state: goes into the files with the model's state.
+            write: writes a file, or takes a copy of what it will hold: the state that it is
+                given is the engine's own.  Default: ``torch.save``.
 
         Returns:
             The files that this rank wrote.
         """
         self._writer.written.clear()
+        self._writer.write = write or write_plainly
         with self._all_experts():
             self._engine.save_checkpoint(
                 str(directory), tag=tag, client_state=dict(client_state), save_latest=False
@@ -230,7 +246,7 @@ class TrainEngine(ABC):
             with experts.ordinary(self._engine):
                 yield
         finally:
-            self._writer.complete = _as_it_is
+            self._writer.complete = as_it_is
 
     def load(self, directory: Path, tag: str, *, weights_only: bool = False) -> None:
         """Load a checkpoint that :meth:`save` wrote in this layout.
@@ -331,33 +347,3 @@ def _thawed(frozen: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-
-
-def _as_it_is(state: Any, path: str) -> Any:
-    return state
-
-
-class _RecordingWriter:
-    """DeepSpeed's checkpoint writer, noting which files this rank wrote.
-
-    Each rank hashes and syncs exactly those, on whatever node it runs.
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self.optimizer = True
-        self.written: list[Path] = []
-        self.complete: Callable[[Any, str], Any] = _as_it_is
-
-    def save(self, state_dict: Any, path: str) -> Any:
-        if not self.optimizer:
-            if path.endswith("optim_states.pt"):
-                return None
-            if "optimizer" in state_dict:  # without ZeRO it stands beside the weights
-                state_dict = {**state_dict, "optimizer": None}
-        result = self._inner.save(self.complete(state_dict, path), path)
-        self.written.append(Path(path))
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)

@@ -65,6 +65,16 @@ def is_resident(optimizer: Any) -> bool:
     return type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload
 
 
+def is_resident_stage_3(optimizer: Any) -> bool:
+    """Tell whether it is DeepSpeed's own of ZeRO 3, with its state where the weights are."""
+    return (
+        is_stage_3(optimizer)
+        and type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3"
+        and not optimizer.offload_optimizer
+        and not optimizer.swap_optimizer
+    )
+
+
 def flat_parts(optimizer: Any) -> Iterator[FlatPart]:
     """Yield this rank's flat parts.
 

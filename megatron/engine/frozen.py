@@ -15,6 +15,8 @@ from torch import nn
 
 from megatron.engine.engine import LossFunction
 from megatron.engine.universal_load import UniversalCheckpoint
+from megatron.model.embedding import OutputWeight
+from megatron.parallel.layers import ColumnParallelLinear
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,6 +80,26 @@ class FrozenSequential(FrozenModel):
         with torch.no_grad():
             for tokens, labels in micro_batches:
                 self._model(tokens, labels)
+
+
+def lay_out_for_few_rows(model: nn.Module) -> None:
+    """Let the larger weights of a model that continues texts lie in memory column by column.
+
+    A product with one token, or a few, takes as long as the weight takes to be read, and on a
+    CPU in float32 matrices with more outputs than inputs are read up to twice as fast so.  Shapes,
+    names and values stay; a long sequence takes as long as before.
+
+    Args:
+        model: that is not trained.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, ColumnParallelLinear | OutputWeight) or weight is None:
+            continue
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            rows, columns = weight.shape
+            if rows > columns:
+                weight.data = weight.data.t().contiguous().t()
 
 
 def load_weights(model: nn.Module, checkpoint: UniversalCheckpoint) -> None:

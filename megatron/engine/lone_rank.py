@@ -1,8 +1,11 @@
-"""Leaving out what DeepSpeed does to add up the gradients of data ranks where there is one.
+"""Leaving out what DeepSpeed does for many data ranks where there is one.
 
 It copies every gradient into a bucket, divides it by the number of ranks, copies the sum back,
 and copies it out of the bucket again: at 27 million parameters and 1,024 tokens a step a twelfth
 of the time.  With one rank the sum is the gradient.
+
+It also keeps the weights that this rank updates apart from those that the model computes with,
+and copies them over after each update.  With one rank, in float32, both are the same numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +42,28 @@ def spare_reduction(optimizer: Any) -> bool:
     optimizer.reduce_independent_p_g_buckets_and_remove_grads = lambda parameter, group: None
     optimizer.reduce_ipg_grads = lambda comm_dtype=None: None
     optimizer.flatten_dense_tensors_aligned = _Flattened(optimizer)
+    _share_weights(optimizer)
     return True
+
+
+def _share_weights(optimizer: Any) -> None:
+    """Let the model compute with the weights that are updated, where they have one type.
+
+    DeepSpeed's copy after an update is then one of a tensor onto itself, which torch leaves out.
+    """
+    for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        held = optimizer.bit16_groups_flat[group]
+        if held.dtype != master.dtype or held.shape != master.shape:
+            continue
+        optimizer.bit16_groups_flat[group] = flat = master.detach()
+        optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(
+            flat, group
+        )
+        optimizer._update_model_bit16_weights(group)
+        for parameter in optimizer.bit16_groups[group]:
+            mapping = parameter._hp_mapping
+            place = mapping.lp_fragment_address
+            mapping.lp_fragment = parameter.data.flatten().narrow(0, place.start, place.numel)
 
 
 class _Flattened:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -22,6 +22,9 @@ import torch.distributed as dist
 from megatron.engine.board import NoticeBoard
 from megatron.engine.lighten import import_muon_uncompiled, keep_freed_memory
 from megatron.errors import RunError
+
+# On the host, ranks wait for rank 0 to verify or convert a checkpoint, which may take long.
+_HOST_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,14 @@ class Runtime:
         buffer = own if self.rank == 0 else torch.zeros(int(size.item()), dtype=torch.uint8)
         dist.broadcast(buffer, src=0, group=self.host_group)
         return _from_bytes(buffer)
+
+    def beside(self) -> Runtime:
+        """Return the same ranks with a group of their own, for another thread; collective.
+
+        Threads must not share a group: their collectives would be matched in the order in which
+        each process happens to come to them.
+        """
+        return replace(self, host_group=dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT))
 
 
 def sum_on_host(
@@ -122,11 +133,8 @@ def start_runtime(*, deterministic: bool, timeout_minutes: int = 30) -> Runtime:
         verbose=False,
         timeout=timedelta(minutes=timeout_minutes),
     )
-    # On the host, ranks wait for rank 0 to verify or convert a checkpoint, which may take long.
     host_group = (
-        dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-        if use_cuda
-        else dist.group.WORLD
+        dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if use_cuda else dist.group.WORLD
     )
     return Runtime(
         rank=dist.get_rank(),

@@ -20,6 +20,7 @@ from megatron.training.layout import run_layout
 
 _TOOL = "tools/select_data.py"
 _TARGETED = ("bm25", "embed", "less")
+SCORED_BY_MODELS = ("embed", "ppl", "less")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def _flags(kind: str, choosing: Choosing) -> list[str]:
         if not choosing.targets:
             raise ConfigError(f"'{kind}' chooses by a target; give its files (--target)")
         flags += ["--target", *choosing.targets]
-    if kind in ("embed", "ppl", "less"):
+    if kind in SCORED_BY_MODELS:
         model = (choosing.scorers or {}).get(kind)
         if model is None:
             raise ConfigError(f"'{kind}' scores by a model; say by which (--scorer {kind}=FOLDER)")

@@ -105,7 +105,12 @@ def league_options(
 
 
 def law_option(
-    folder: Path, *, domains: Sequence[str], base: Mapping[str, float], replicates: int
+    folder: Path,
+    *,
+    domains: Sequence[str],
+    base: Mapping[str, float],
+    replicates: int,
+    seed: int = 0,
 ) -> MixingOption:
     """Return the best mixture of a fitted static law.
 
@@ -114,6 +119,7 @@ def law_option(
         domains: of the configuration.
         base: its own mixture, which the law's is compared with.
         replicates: laws fitted anew to resampled residuals.
+        seed: of the resampling.
 
     Raises:
         RunError: there is no law, or it is damaged.
@@ -147,7 +153,7 @@ def law_option(
         found = law.predict(both).mean(axis=1)
         return float(found[0] - found[1])
 
-    drawn = [effect(law) for law in replicated_laws(fit, replicates, LAW_SEED)]
+    drawn = [effect(law) for law in replicated_laws(fit, replicates, LAW_SEED + seed)]
     notes = ["the sweep that found it is not charged"]
     if "carried" in facts:
         notes.append("its losses are extrapolated over steps or sizes")

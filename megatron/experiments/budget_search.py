@@ -135,6 +135,11 @@ def _check(gains: Gains, mixing: Sequence[MixingOption], aim: Aim) -> None:
     for share in aim.shares:
         if not 0 < share <= 1:
             raise ConfigError(f"--share is {share:g}; it must be above 0 and at most 1")
+    if aim.per_nat is not None and gains.better == "lower":
+        raise ConfigError(
+            f"--per-nat {aim.per_nat:g}: the gains are of losses, to which mixing adds as it is; "
+            "leave it out"
+        )
     effects = any(np.any(one.draws) for one in mixing)
     if effects and gains.better == "higher" and aim.per_nat is None:
         raise ConfigError(

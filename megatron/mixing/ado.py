@@ -14,7 +14,7 @@ from megatron.mixing.base import Mixer, RunContext
 from megatron.mixing.migrate import Follow, newcomer, share
 from megatron.mixing.observation import FloatArray, Observation
 from megatron.mixing.options import CommonOptions, require
-from megatron.mixing.power_law import NOT_FOUND, PowerLaw, fit_power_law
+from megatron.mixing.power_law import NOT_FOUND, PowerLaw, fit_power_laws
 from megatron.mixing.repetition import effective_data, marginal_value
 from megatron.mixing.simplex import is_distribution, normalise
 from megatron.mixing.smoothing import SmoothedHistory
@@ -219,10 +219,7 @@ class Ado(Mixer):
 
     def _fit(self) -> None:
         losses, data = self._losses.values(), self._data.values()
-        self._laws = [
-            fit_power_law(data[:, k], losses[:, k], least_epsilon=self._ado.least_epsilon)
-            for k in range(len(self.domains))
-        ]
+        self._laws = fit_power_laws(data, losses, least_epsilon=self._ado.least_epsilon)
 
     def _update(self, step: int, window: Window) -> FloatArray | None:
         share = self._preference()

@@ -2,12 +2,13 @@
 
 The objective is the mean Huber loss of log residuals, log L - log(epsilon + beta n^-alpha).
 Its threshold is tiny, so it is nearly the mean absolute deviation: outliers count little.
-Minimised by Levenberg-Marquardt on iteratively reweighted least squares, all starts at
-once; bounds by projection.
+Minimised by Levenberg-Marquardt on iteratively reweighted least squares, all starts of
+some domains at once; bounds by projection.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,9 @@ _COARSE_STEPS: Final = 60
 _FINE_STARTS: Final = 2
 _FINE_STEPS: Final = 60
 _LEAST_POINTS: Final = 4
+_NUMBERS_AT_ONCE: Final = 1 << 15  # more would leave the cache, fewer be mostly calls
+
+_Points = tuple[FloatArray, FloatArray]  # log n and log L, [N] each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +62,61 @@ def fit_power_law(n: FloatArray, loss: FloatArray, *, least_epsilon: float = 0.0
     Returns:
         The best law found; :data:`NOT_FOUND` with fewer than four points.
     """
-    usable = np.isfinite(n) & np.isfinite(loss) & (n > 0) & (loss > 0)
-    log_n, log_loss = np.log(n[usable]), np.log(loss[usable])
-    if len(log_n) < _LEAST_POINTS:
-        return NOT_FOUND
+    return fit_power_laws(n[:, None], loss[:, None], least_epsilon=least_epsilon)[0]
+
+
+def fit_power_laws(
+    n: FloatArray, loss: FloatArray, *, least_epsilon: float = 0.0
+) -> list[PowerLaw]:
+    """Fit a law to each column, as :func:`fit_power_law` does; several are worked out at once.
+
+    Args:
+        n: data seen, [N, K].
+        loss: nats per token, [N, K].
+        least_epsilon: lower bound of epsilon, nats per token.
+    """
+    laws = [NOT_FOUND] * n.shape[1]
+    alike: dict[int, list[tuple[int, _Points]]] = {}
+    for column in range(n.shape[1]):
+        own_n, own_loss = n[:, column], loss[:, column]
+        usable = np.isfinite(own_n) & np.isfinite(own_loss) & (own_n > 0) & (own_loss > 0)
+        points = (np.log(own_n[usable]), np.log(own_loss[usable]))
+        if len(points[0]) >= _LEAST_POINTS:
+            alike.setdefault(len(points[0]), []).append((column, points))
+    for count, columns in alike.items():
+        starts = (1 + len(_START_SHARES)) * len(_START_ALPHAS)
+        together = max(1, _NUMBERS_AT_ONCE // (starts * min(count, _COARSE_POINTS)))
+        for first in range(0, len(columns), together):
+            part = columns[first : first + together]
+            found = _fit([points for _, points in part], least_epsilon)
+            for (column, _), law in zip(part, found, strict=True):
+                laws[column] = law
+    return laws
+
+
+def _fit(domains: Sequence[_Points], least_epsilon: float) -> Iterator[PowerLaw]:
+    """Fit a law to each of some domains, which have equally many points."""
     low = np.array([-np.inf, least_epsilon, LEAST_ALPHA])
     high = np.array([LARGEST_LOG_BETA, np.inf, LARGEST_ALPHA])
-    thin = np.unique(np.linspace(0, len(log_n) - 1, _COARSE_POINTS).astype(np.int64))
-    starts = np.clip(_starts(log_n[thin], log_loss[thin], least_epsilon), low, high)
-    starts = _minimise(starts, log_n[thin], log_loss[thin], low, high, steps=_COARSE_STEPS)
-    if len(thin) < len(log_n):
-        order = np.argsort(_objective(starts, log_n, log_loss), kind="stable")[:_FINE_STARTS]
-        starts = _minimise(starts[order], log_n, log_loss, low, high, steps=_FINE_STEPS)
-    objective = _objective(starts, log_n, log_loss)
-    best = starts[int(np.argmin(np.where(np.isfinite(objective), objective, np.inf)))]
-    with np.errstate(under="ignore"):
-        law = PowerLaw(epsilon=float(best[1]), beta=float(np.exp(best[0])), alpha=float(best[2]))
-    return law if np.isfinite(objective).any() and law.finite else NOT_FOUND
+    count = len(domains[0][0])
+    thin = np.unique(np.linspace(0, count - 1, _COARSE_POINTS).astype(np.int64))
+    coarse = [(log_n[thin], log_loss[thin]) for log_n, log_loss in domains]
+    starts = [np.clip(_starts(*points, least_epsilon), low, high) for points in coarse]
+    starts = _minimise(starts, coarse, low, high, steps=_COARSE_STEPS)
+    if len(thin) < count:
+        for place, points in enumerate(domains):
+            order = np.argsort(_objective(starts[place], *points), kind="stable")
+            starts[place] = starts[place][order[:_FINE_STARTS]]
+        for place, points in enumerate(domains):
+            starts[place] = _minimise([starts[place]], [points], low, high, steps=_FINE_STEPS)[0]
+    for theta, points in zip(starts, domains, strict=True):
+        objective = _objective(theta, *points)
+        best = theta[int(np.argmin(np.where(np.isfinite(objective), objective, np.inf)))]
+        with np.errstate(under="ignore"):
+            law = PowerLaw(
+                epsilon=float(best[1]), beta=float(np.exp(best[0])), alpha=float(best[2])
+            )
+        yield law if np.isfinite(objective).any() and law.finite else NOT_FOUND
 
 
 def _starts(log_n: FloatArray, log_loss: FloatArray, least_epsilon: float) -> FloatArray:
@@ -97,53 +139,102 @@ def _starts(log_n: FloatArray, log_loss: FloatArray, least_epsilon: float) -> Fl
 
 
 def _log_law(theta: FloatArray, log_n: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return log L and beta n^(-alpha), each [S, N], for parameters [S, 3]."""
+    """Return log L and beta n^(-alpha), each [S, N], for parameters [S, 3] and [N] or [S, N]."""
     with np.errstate(over="ignore", under="ignore", divide="ignore"):
         falling = np.exp(np.minimum(theta[:, :1] - theta[:, 2:] * log_n, 300.0))
         return np.log(theta[:, 1:2] + falling), falling
 
 
-def _huber(residual: FloatArray) -> FloatArray:
+def _mean_huber(residual: FloatArray) -> FloatArray:
+    """Return the mean Huber loss of each row, [S]."""
     size = np.abs(residual)
-    return np.where(size <= HUBER, 0.5 * size**2, HUBER * (size - 0.5 * HUBER))
+    near = np.minimum(size, HUBER)
+    # 0.5 r^2 where |r| is below the threshold h, and h (|r| - 0.5 h) above it.
+    return np.asarray((near * (size - 0.5 * near)).mean(axis=1))
 
 
 def _objective(theta: FloatArray, log_n: FloatArray, log_loss: FloatArray) -> FloatArray:
     """Return the mean Huber loss of each start, [S]."""
-    return np.asarray(_huber(log_loss - _log_law(theta, log_n)[0]).mean(axis=1))
+    return _mean_huber(log_loss - _log_law(theta, log_n)[0])
 
 
 def _minimise(
-    theta: FloatArray,
-    log_n: FloatArray,
-    log_loss: FloatArray,
+    starts: Sequence[FloatArray],
+    domains: Sequence[_Points],
     low: FloatArray,
     high: FloatArray,
     *,
     steps: int,
-) -> FloatArray:
-    """Improve every start on its own, [S, 3]; none gets worse."""
-    theta = theta.copy()
-    value = _objective(theta, log_n, log_loss)
+) -> list[FloatArray]:
+    """Improve every start on its own, [S, 3] of each domain; none gets worse.
+
+    What a start's next step is made of is worked out when the start has moved.  A start whose
+    steps have come to nothing is not tried any more, nor is a domain of which all starts have.
+    """
+    owner = np.repeat(np.arange(len(starts)), [len(one) for one in starts])
+    log_n, log_loss = (np.stack([one[part] for one in domains])[owner] for part in (0, 1))
+    theta = np.concatenate(starts)
+    predicted, falling = _log_law(theta, log_n)
+    value = _mean_huber(log_loss - predicted)
+    gradient, normal = _equations(theta, predicted, falling, log_n, log_loss)
     damping = np.full(len(theta), 1e-2)
+    going = np.arange(len(theta))
+    settled = np.zeros(len(theta), dtype=np.bool_)
     for _ in range(steps):
-        step = _step(theta, log_n, log_loss, low, high, damping)
-        trial = np.clip(theta + step, low, high)
-        reached = _objective(trial, log_n, log_loss)
-        better = reached < value
-        gain = np.where(better, value - reached, 0.0)
-        theta[better], value[better] = trial[better], reached[better]
-        damping = np.where(better, damping * 0.3, damping * 4.0)
-        if ((gain <= 1e-9 * value) & (better | (damping > 1e8))).all():
-            break
+        step = _step(theta[going], gradient[going], normal[going], low, high, damping[going])
+        trial = np.clip(theta[going] + step, low, high)
+        predicted, falling = _log_law(trial, log_n[going])
+        reached = _mean_huber(log_loss[going] - predicted)
+        better = reached < value[going]
+        gain = np.where(better, value[going] - reached, 0.0)
+        moved = going[better]
+        theta[moved], value[moved] = trial[better], reached[better]
+        if len(moved):
+            gradient[moved], normal[moved] = _equations(
+                trial[better], predicted[better], falling[better], log_n[moved], log_loss[moved]
+            )
+        damping[going] *= np.where(better, 0.3, 4.0)
+        stuck = ~better & (damping[going] > 1e8)
+        settled[going] = (gain <= 1e-9 * value[going]) & (better | stuck)
         damping = np.clip(damping, 1e-12, 1e9)
-    return theta
+        unsettled = np.bincount(owner[~settled], minlength=len(starts)) > 0
+        going = going[~stuck & unsettled[owner[going]]]
+        if not len(going):
+            break
+    return np.split(theta, np.cumsum([len(one) for one in starts])[:-1])
+
+
+def _equations(
+    theta: FloatArray,
+    predicted: FloatArray,
+    falling: FloatArray,
+    log_n: FloatArray,
+    log_loss: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """Return gradient [S, 3] and normal matrix [S, 3, 3] of the reweighted squares.
+
+    Args:
+        theta: parameters, [S, 3].
+        predicted: log L at them, [S, N].
+        falling: beta n^(-alpha) at them, [S, N].
+        log_n: of the data, [S, N].
+        log_loss: what is fitted, [S, N].
+    """
+    residual = log_loss - predicted
+    weight = HUBER / np.maximum(np.abs(residual), HUBER)
+    slope = np.empty((len(theta), 3, log_n.shape[1]))
+    np.divide(1.0, theta[:, 1:2] + falling, out=slope[:, 1])
+    np.multiply(falling, slope[:, 1], out=slope[:, 0])
+    np.multiply(slope[:, 0], -log_n, out=slope[:, 2])
+    weighted = slope * weight[:, None]
+    gradient = np.matmul(weighted, residual[:, :, None])[:, :, 0]
+    return gradient, np.matmul(weighted, slope.transpose(0, 2, 1))
 
 
 def _step(
     theta: FloatArray,
-    log_n: FloatArray,
-    log_loss: FloatArray,
+    gradient: FloatArray,
+    normal: FloatArray,
     low: FloatArray,
     high: FloatArray,
     damping: FloatArray,
@@ -152,15 +243,6 @@ def _step(
 
     A parameter at a bound that the gradient pushes it against stays.
     """
-    predicted, falling = _log_law(theta, log_n)
-    residual = log_loss - predicted
-    weight = HUBER / np.maximum(np.abs(residual), HUBER)
-    share = falling / (theta[:, 1:2] + falling)
-    rate = np.exp(-predicted)
-    slope = np.stack((share, rate, -share * log_n), axis=1)  # [S, 3, N]
-    weighted = slope * weight[:, None]
-    gradient = np.einsum("spn,sn->sp", weighted, residual)
-    normal = np.einsum("spn,sqn->spq", weighted, slope)
     held = ((theta <= low) & (gradient < 0)) | ((theta >= high) & (gradient > 0))
     free = ~held
     normal = normal * (free[:, :, None] & free[:, None, :])

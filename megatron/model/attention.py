@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,12 +17,24 @@ from megatron.model.masking import Masking, MaskTables
 from megatron.model.mup import attention_scale
 from megatron.model.norm import Norm, build_norm
 from megatron.model.relative import own_slopes
-from megatron.model.rotary import Rotary
+from megatron.model.rotary import Angles, Rotary, rotated
 from megatron.model.sparsity import DEFAULTS, PATTERNS, BlockPattern
 from megatron.model.spec import ModelSpec, attention_types, head_size, kv_heads
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.parameters import ParameterScope
 from megatron.parallel.rng import DropoutRng
+
+
+class Placed(NamedTuple):
+    """What the places of tokens come to: the mask of their scores, and what they are turned by.
+
+    Attributes:
+        mask: see :class:`megatron.model.masking.Masking`; None = the plain causal one.
+        angles: see :meth:`megatron.model.rotary.Rotary.angles`; None = not turned.
+    """
+
+    mask: torch.Tensor | None
+    angles: Angles | None
 
 
 class SelfAttention(CachingModule):
@@ -86,11 +100,48 @@ class SelfAttention(CachingModule):
             bias=spec.use_bias_in_attn_linear,
         )
 
-    def forward(
+    def placed(
         self,
         x: torch.Tensor,
         starts: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
+    ) -> Placed:
+        """Return what the places of a pass's tokens come to.
+
+        Args:
+            x: the residual stream, ``[B, S, hidden]`` or this rank's part of S; its shape, type
+                and device count.
+            starts: slot at which each token's document begins, int64 ``[B, S]``.
+            bias: what distance adds to the scores, ``[heads, S]``.
+        """
+        if self.cache is None:
+            return self._placed(x, starts, bias)
+        name = ("placed", self.masking.kind)
+        return self.cache.once(name, partial(self._placed, x, starts, bias))
+
+    def _placed(
+        self, x: torch.Tensor, starts: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> Placed:
+        topology, cache = self.query_key_value.topology, self.cache
+        length = x.shape[1] * (topology.tensor_size if topology.splits_sequence else 1)
+        slots, keys = None, length
+        if cache is not None:
+            slots, keys = cache.slots(x.device), cache.length
+        seen = starts if self.resets_mask else None
+        mask = None
+        if cache is None or not (
+            cache.is_last and self.masking.is_causal and seen is None and bias is None
+        ):
+            own = None if cache is not None and cache.is_whole else slots
+            mask = self.masking(x, keys, slots=own, starts=seen, bias=bias)
+        if self.rotary is None:
+            return Placed(mask=mask, angles=None)
+        if starts is not None and self.resets_positions:
+            slots = (torch.arange(length, device=x.device) if slots is None else slots) - starts
+        return Placed(mask=mask, angles=self.rotary.angles(keys, x.device, slots))
+
+    def forward(
+        self, x: torch.Tensor, placed: Placed | None = None, *, biased: bool = True
     ) -> torch.Tensor:
         """Let every position of ``[B, S, hidden]`` attend to itself and those before it.
 
@@ -98,43 +149,36 @@ class SelfAttention(CachingModule):
 
         Args:
             x: the residual stream, normalised.
-            starts: slot at which each token's document begins, int64 ``[B, S]``.
-            bias: what distance adds to the scores, ``[heads, S]``.
+            placed: as :meth:`placed` returns it; None where the window is one document.
+            biased: whether the output has its bias already.
         """
-        fused = self.query_key_value(x)
-        slots = None if self.cache is None else self.cache.slots(fused.device)
-        query, key, value = self._heads(fused, self._positions(fused, slots, starts))
+        mask, angles = placed or self.placed(x)
+        query, key, value = self._heads(self.query_key_value(x), angles)
         if self.cache is not None:
             key, value = self.cache.extend(self.layer, key, value)
-        mask = self.masking(
-            query.transpose(1, 2),
-            key.shape[1],
-            slots=slots,
-            starts=starts if self.resets_mask else None,
-            bias=bias,
-        )
         attended = self._attend(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask
         )
         batch, length = query.shape[0], query.shape[1]
         projected: torch.Tensor = self.dense(
-            attended.transpose(1, 2).reshape(batch, length, self.heads * self.head_size)
+            attended.transpose(1, 2).reshape(batch, length, self.heads * self.head_size),
+            biased=biased,
         )
         return projected
 
     def _heads(
-        self, fused: torch.Tensor, positions: torch.Tensor | None
+        self, fused: torch.Tensor, angles: Angles | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split the projection, normalise and rotate: three ``[B, S, heads, head_size]``."""
         batch, length, size = fused.shape[0], fused.shape[1], self.head_size
         if self.heads == self.kv_heads:
             by_head = fused.view(batch, length, self.heads, 3, size)
-            turned = self._rotate(self._normalised(by_head[..., :2, :], dim=3), positions)
+            turned = _turned(self._normalised(by_head[..., :2, :], dim=3), angles)
             query, key = turned.unbind(dim=3)
             return query, key, by_head[..., 2, :]
         both = self.heads + self.kv_heads
         stacked = fused.view(batch, length, both + self.kv_heads, size)
-        turned = self._rotate(self._normalised(stacked[:, :, :both], dim=2), positions)
+        turned = _turned(self._normalised(stacked[:, :, :both], dim=2), angles)
         return turned[:, :, : self.heads], turned[:, :, self.heads :], stacked[:, :, both:]
 
     def _normalised(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -144,21 +188,6 @@ class SelfAttention(CachingModule):
         queries = 1 if dim == 3 else self.heads
         query, key = torch.split(x, [queries, x.shape[dim] - queries], dim=dim)
         return torch.cat([self.query_norm(query), self.key_norm(key)], dim=dim)
-
-    def _positions(
-        self, fused: torch.Tensor, slots: torch.Tensor | None, starts: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Return what is rotated by, ``[B, S]``; None = the place in the sequence."""
-        if starts is None or not self.resets_positions:
-            return slots
-        place = torch.arange(fused.shape[1], device=fused.device) if slots is None else slots
-        return place - starts
-
-    def _rotate(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        if self.rotary is None:
-            return x
-        longest = x.shape[1] if self.cache is None else self.cache.length
-        return self.rotary.rotate(x, positions, longest=longest)
 
     def _attend(
         self,
@@ -173,14 +202,26 @@ class SelfAttention(CachingModule):
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and query.shape[2] > 1,  # one alone is the last, and sees all
             enable_gqa=self.heads != self.kv_heads,
             scale=self.scale,
         )
         if not self.training or self.dropout_rate == 0.0:
             return attend()
-        with self.dropout.masks(query.device, self.layer, "attention", split=True):
+        if torch.compiler.is_compiling():  # whoever calls has seeded the generator
             return attend(dropout_p=self.dropout_rate)
+        with self.draws(query.device):
+            return attend(dropout_p=self.dropout_rate)
+
+    def draws(self, device: torch.device) -> AbstractContextManager[None]:
+        """Let torch's generator draw this block's masks of attention inside the ``with`` block."""
+        if not self.training or self.dropout_rate == 0.0:
+            return nullcontext()
+        return self.dropout.masks(device, self.layer, "attention", split=True)
+
+
+def _turned(x: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+    return x if angles is None else rotated(x, angles)
 
 
 POSITIONS = ("learned", "rotary", "sinusoidal", "rpe", "alibi", "none")

@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron.errors import ConfigError
 from megatron.model.carried import Carried, Value
+from megatron.model.compiled import CompilableBlock
 from megatron.model.dropout import Dropout
 from megatron.model.init import initializer
 from megatron.model.kv_cache import CachingModule
@@ -136,7 +137,7 @@ class TinyAttention(nn.Module):
         return out
 
 
-class GMLPTransformerBlock(nn.Module):
+class GMLPTransformerBlock(CompilableBlock):
     """``x + output_linear(sgu(act(input_linear(norm(x)))))``, one of these for attention and MLP.
 
     The width is that of the MLP, ``intermediate_size``, which the unit halves to.  Of a gated
@@ -183,7 +184,11 @@ class GMLPTransformerBlock(nn.Module):
     def forward(self, value: Value) -> Value:
         """Map the residual stream ``[B, S, hidden]`` to its next value; the rest goes on."""
         carried = Carried.of(value)
-        inner = self.activation(self.input_linear(self.norm(carried.hidden)))
-        gated = self.sgu(inner, carried.starts)
-        out = carried.hidden + self.dropout(self.output_linear(gated))
-        return carried.with_hidden(out)
+        return carried.with_hidden(self.run(carried.hidden, carried.starts))
+
+    def body(self, x: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        """Return the next value of the residual stream."""
+        inner = self.activation(self.input_linear(self.norm(x)))
+        gated = self.sgu(inner, starts)
+        out: torch.Tensor = x + self.dropout(self.output_linear(gated))
+        return out

@@ -15,10 +15,13 @@ so nothing of it travels between stages.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+T = TypeVar("T")
 
 
 class KVCache:
@@ -40,6 +43,9 @@ class KVCache:
         self.rows, self.capacity, self.length = rows, capacity, 0
         self.prefix = self.prefix_runs = 0
         self._slots: torch.Tensor | None = None
+        # Of the slots of this pass, where all rows have the same ones, in a row.
+        self._first: int | None = None
+        self._shared: dict[Hashable, Any] = {}
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._ends: torch.Tensor | None = None
 
@@ -61,6 +67,10 @@ class KVCache:
             raise ValueError(f"a token at slot {last} of a cache with room for {room}")
         self._slots, self.prefix_runs = slots, 0
         self.length = max(self.length, last + 1)
+        self._shared = {}
+        first = int(slots[0, 0])
+        even = bool((slots == torch.arange(first, first + slots.shape[1])).all())
+        self._first = first + self.prefix if even else None
 
     def slots(self, device: torch.device) -> torch.Tensor:
         """Return where the tokens of this pass stand, int64 ``[B, S]``."""
@@ -68,6 +78,25 @@ class KVCache:
             raise RuntimeError("a cache is attached, but advance(slots) was not called")
         self._slots = self._slots.to(device)
         return self._slots
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this pass runs every slot there is so far, in order, in every row."""
+        assert self._slots is not None
+        return self._first == 0 and self._slots.shape[1] == self.length
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this pass runs one slot a row, behind all others."""
+        assert self._slots is not None
+        return self._slots.shape[1] == 1 and self._first == self.length - 1
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """Return what is the same for all layers of this pass, made by the first that asks."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        found: T = self._shared[name]
+        return found
 
     def begin_with(self, count: int) -> bool:
         """Let ``count`` slots come before those of tokens; ask in every pass, before any block.
@@ -83,6 +112,7 @@ class KVCache:
             self.capacity += count
             before = torch.arange(count, device=self._slots.device).expand(self.rows, -1)
             self._slots = torch.cat([before, self._slots], dim=1)
+            self._first = 0 if self._first == 0 else None
         self.length = max(self.length, int(self._slots.max()) + 1)
         return first
 
@@ -106,9 +136,13 @@ class KVCache:
                 value.new_zeros((*room, *value.shape[2:])),
             )
         keys, values = self._held[layer]
-        slots = self.slots(key.device)
-        row = torch.arange(self.rows, device=key.device)[:, None]
-        keys[row, slots], values[row, slots] = key, value
+        if self._first is not None:
+            stop = self._first + key.shape[1]
+            keys[:, self._first : stop], values[:, self._first : stop] = key, value
+        else:
+            slots = self.slots(key.device)
+            row = self.once("rows", lambda: torch.arange(self.rows, device=key.device)[:, None])
+            keys[row, slots], values[row, slots] = key, value
         return keys[:, : self.length], values[:, : self.length]
 
     def document_starts(self, ended: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,16 @@ class Masking:
         self.window, self.pattern, self.slopes = window, pattern, slopes
         self._tables = tables or MaskTables()
 
+    @property
+    def kind(self) -> Hashable:
+        """What layers of a model may differ by: which blocks of keys are seen; None = all."""
+        return None if self.pattern is None else self.pattern.kind
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query sees all keys up to its own, each for what it is."""
+        return self.window is None and self.pattern is None and self.slopes is None
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -72,7 +82,7 @@ class Masking:
         """Return what ``scaled_dot_product_attention`` takes as ``attn_mask``.
 
         Args:
-            query: ``[B, heads, S, head_size]``; its size, type and device count.
+            query: of any shape; its type and device count.
             keys: number of keys, at slots 0, 1, ….
             slots: of the queries, int64 ``[B, S]``; None = 0, 1, … as the keys.
             starts: slot at which each query's document begins, int64 ``[B, S]``; it sees
@@ -84,15 +94,14 @@ class Masking:
             where the mask is the plain causal one.
         """
         whole = slots is None and starts is None and bias is None
-        if whole and self.window is None and self.pattern is None and self.slopes is None:
+        if whole and self.is_causal:
             return None
         if slots is None:
             slots = torch.arange(keys, device=query.device)[None]
         if not whole:
             return self._made(slots, keys, starts, bias, query.dtype)
-        kind = None if self.pattern is None else self.pattern.kind
         make = partial(self._made, slots, keys, None, None, query.dtype)
-        return self._tables.get(kind, (keys, query.device, query.dtype), make)
+        return self._tables.get(self.kind, (keys, query.device, query.dtype), make)
 
     def _made(
         self,

@@ -78,15 +78,18 @@ class FeedForward(nn.Module):
         self.activation = activation_function(spec.activation)
         self.gated = spec.activation in GATED_ACTIVATIONS
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[…, hidden]`` (or this rank's part of the sequence) to the same shape."""
+    def forward(self, x: torch.Tensor, **output: bool) -> torch.Tensor:
+        """Map ``[…, hidden]`` (or this rank's part of the sequence) to the same shape.
+
+        ``output`` is for the second layer, see :class:`megatron.parallel.layers.RowParallelLinear`.
+        """
         inner = self.dense_h_to_4h(x)
         if self.gated:
             up, gate = inner.chunk(2, dim=-1)
             inner = up * self.activation(gate)
         else:
             inner = self.activation(inner)
-        projected: torch.Tensor = self.dense_4h_to_h(inner)
+        projected: torch.Tensor = self.dense_4h_to_h(inner, **output)
         return projected
 
 

@@ -12,7 +12,8 @@ import torch
 
 from megatron.parallel.autograd import apply
 
-_Table = tuple[torch.Tensor, torch.Tensor]
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, float32."""
 
 
 class Rotary:
@@ -27,30 +28,22 @@ class Rotary:
         assert dimensions % 2 == 0
         self.dimensions = dimensions
         self.base = base
-        self._tables: dict[torch.device, _Table] = {}
+        self._tables: dict[torch.device, Angles] = {}
 
-    def rotate(
-        self, x: torch.Tensor, positions: torch.Tensor | None = None, *, longest: int = 0
-    ) -> torch.Tensor:
-        """Rotate ``[B, S, …heads, head_size]`` by its position.
+    def angles(
+        self, length: int, device: torch.device, positions: torch.Tensor | None = None
+    ) -> Angles:
+        """Return what :func:`rotated` turns by, ``[S, dimensions / 2]`` or with B before it.
 
         Args:
-            x: what is rotated.
-            positions: int64 ``[B, S]``; None = the place along dimension 1.
-            longest: a bound of ``positions``, which are all below it.
+            length: S; with ``positions`` a bound of them, which are all below it.
+            device: where it is used.
+            positions: int64 ``[B, S]``; None = 0, 1, ….
         """
-        if self.dimensions == 0:
-            return x
-        if positions is None:
-            cos, sin = self.table(x.shape[1], x.device)
-            shape = (x.shape[1], *(1,) * (x.dim() - 3), self.dimensions // 2)
-        else:
-            cos, sin = (part[positions] for part in self.table(longest, x.device))
-            shape = (*positions.shape, *(1,) * (x.dim() - 3), self.dimensions // 2)
-        rotated: torch.Tensor = apply(_Rotate, x, cos.view(shape), sin.view(shape))
-        return rotated
+        cos, sin = self.table(length, device)
+        return (cos, sin) if positions is None else (cos[positions], sin[positions])
 
-    def table(self, length: int, device: torch.device) -> _Table:
+    def table(self, length: int, device: torch.device) -> Angles:
         """Return cosines and sines, float32 ``[length, dimensions / 2]`` each."""
         held = self._tables.get(device)
         if held is None or held[0].shape[0] < length:
@@ -61,6 +54,21 @@ class Rotary:
                 held = (angles.cos().to(device), angles.sin().to(device))
             self._tables[device] = held
         return held[0][:length], held[1][:length]
+
+
+def rotated(x: torch.Tensor, angles: Angles) -> torch.Tensor:
+    """Rotate ``[B, S, …heads, head_size]`` by what :meth:`Rotary.angles` returned."""
+    cos, sin = angles
+    if cos.shape[-1] == 0:
+        return x
+    shape = (*cos.shape[:-1], *(1,) * (x.dim() - 3), cos.shape[-1])
+    cos, sin = cos.view(shape), sin.view(shape)
+    if torch.compiler.is_compiling():
+        return _joined(x, cos, sin)
+    if not torch.is_grad_enabled():
+        return _rotated(x, cos, sin)
+    turned: torch.Tensor = apply(_Rotate, x, cos, sin)
+    return turned
 
 
 class _Rotate(torch.autograd.Function):
@@ -75,6 +83,14 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(gradient, cos, -sin), None, None
+
+
+def _joined(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate in one expression, for a compiler, which finds the way back by itself."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([*(part.to(x.dtype) for part in turned), x[..., 2 * half :]], dim=-1)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron.parallel.autograd import apply
 from megatron.parallel.topology import Topology
+from megatron.parallel.traced import traced_gather, traced_sum
 
 
 def copy_to_tensor_ranks(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -42,8 +43,13 @@ def gather_last_dimension(tensor: torch.Tensor, topology: Topology) -> torch.Ten
 def reduce_in_place(
     tensor: torch.Tensor, topology: Topology, operation: Any = dist.ReduceOp.SUM
 ) -> torch.Tensor:
-    """All-reduce ``tensor`` in place among the tensor ranks, outside autograd."""
+    """All-reduce ``tensor`` among the tensor ranks, outside autograd; return the result.
+
+    It is written over ``tensor``.  In compiled code, which has sums alone, it is another tensor.
+    """
     if topology.tensor_size > 1:
+        if torch.compiler.is_compiling():
+            return traced_sum(tensor, topology)
         dist.all_reduce(tensor, op=operation, group=topology.tensor_group)
     return tensor
 
@@ -67,13 +73,13 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return reduce_in_place(gradient.clone().contiguous(), ctx.topology), None
+        return reduce_in_place(_own(gradient), ctx.topology), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
-        return reduce_in_place(tensor.clone().contiguous(), topology)
+        return reduce_in_place(_own(tensor), topology)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -84,6 +90,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
         ctx.topology = topology
+        if torch.compiler.is_compiling():
+            return traced_gather(tensor, topology).movedim(0, -2).flatten(-2)
         parts = [torch.empty_like(tensor) for _ in range(topology.tensor_size)]
         dist.all_gather(parts, tensor.contiguous(), group=topology.tensor_group)
         return torch.cat(parts, dim=-1)
@@ -92,3 +100,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         topology: Topology = ctx.topology
         return gradient.chunk(topology.tensor_size, dim=-1)[topology.tensor_rank], None
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy, which may be written over."""
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron.parallel.autograd import apply
 from megatron.parallel.collectives import reduce_in_place
+from megatron.parallel.products import input_gradient, linear_into, weight_gradient
 from megatron.parallel.scratch import Scratch
 from megatron.parallel.topology import Topology
 
@@ -157,7 +158,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         for rows in _chunks(targets.numel(), chunk_tokens):
             gradient = softmax.gradient(hidden[rows], targets[rows], relative[rows], losses[rows])
             if hidden_gradient is not None:
-                torch.mm(gradient, weight, out=hidden_gradient[rows])
+                hidden_gradient[rows] = input_gradient(gradient, weight)
             if accumulated is not None:
                 accumulated.add(gradient, hidden[rows])
         ctx.weight_dtype = weight.dtype
@@ -192,7 +193,7 @@ class _WeightGradient:
     def add(self, logits_gradient: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add one chunk's ``[n, V]ᵀ [n, H]``."""
         if self._total is None:
-            self._total = torch.mm(logits_gradient.T, hidden)
+            self._total = weight_gradient(logits_gradient, hidden)
         elif hidden.dtype == torch.float32:
             self._total.addmm_(logits_gradient.T, hidden)
         else:
@@ -240,7 +241,7 @@ class _Softmax:
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
         """Write the losses of a chunk (``hidden`` ``[n, H]``) into ``losses`` (``[n]``)."""
-        logits = torch.mm(hidden, self._weight.T, out=self._logits[: len(hidden)])
+        logits = linear_into(self._logits[: len(hidden)], hidden, self._weight)
         for rows in self._blocks(len(hidden)):
             self._exponentials(logits[rows], targets[rows], losses[rows])
 
@@ -255,7 +256,7 @@ class _Softmax:
 
         The result, ``[n, V / tensor_size]`` in the weight's type, is good until the next chunk.
         """
-        logits = torch.mm(hidden, self._weight.T, out=self._logits[: len(hidden)])
+        logits = linear_into(self._logits[: len(hidden)], hidden, self._weight)
         for rows in self._blocks(len(hidden)):
             own = token_weights[rows, None]
             exponentials, total, columns, present, largest = self._exponentials(

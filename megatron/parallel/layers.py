@@ -17,6 +17,7 @@ from megatron.parallel.collectives import gather_last_dimension
 from megatron.parallel.lora import LowRank
 from megatron.parallel.parameters import Initializer, ParameterScope, zeros
 from megatron.parallel.partition import Partition
+from megatron.parallel.products import linear
 from megatron.parallel.sequence import leave_shared, shared_linear, whole_gradients
 
 
@@ -95,22 +96,28 @@ class RowParallelLinear(nn.Module):
         self.bias = scope.parameter("bias", (outputs,), zeros) if bias else None
         self.lora: LowRank | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, biased: bool = True) -> torch.Tensor:
         """Map this rank's part ``[B, S, inputs / tensor_size]`` to the whole ``[B, S, outputs]``.
 
-        Where the sequence is divided, the result is this rank's part of it.
+        Where the sequence is divided, the result is this rank's part of it.  Without ``biased``
+        the bias is left to the caller, see :meth:`own_bias`.
         """
-        y = self._product(x)
+        y = self._product(x, biased=biased)
         return y if self.lora is None else y + self.lora(x)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.topology.tensor_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = leave_shared(F.linear(x, self.weight), self.topology)
+    def own_bias(self) -> torch.Tensor | None:
+        """Return the bias, to be added to this rank's part of the sequence where it is divided."""
         if self.bias is None:
-            return y
+            return None
         (bias,) = whole_gradients(self.topology, self.bias)
-        return y + bias
+        return bias
+
+    def _product(self, x: torch.Tensor, *, biased: bool) -> torch.Tensor:
+        if self.topology.tensor_size == 1:
+            return linear(x, self.weight, self.bias if biased else None)
+        y = leave_shared(linear(x, self.weight), self.topology)
+        bias = self.own_bias() if biased else None
+        return y if bias is None else y + bias
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -76,6 +76,15 @@ class DropoutRng:
         Raises:
             RuntimeError: :meth:`begin` has not been called.
         """
+        with _default_generator(device, self.seed(*place, split=split)):
+            yield
+
+    def seed(self, *place: int | str, split: bool) -> int:
+        """Return what a place's own stream is seeded with, see :meth:`masks`; below 2⁶³.
+
+        Raises:
+            RuntimeError: :meth:`begin` has not been called.
+        """
         if self._key is None:
             raise RuntimeError(
                 "dropout is on, but begin(step=…, micro_batch=…) was not called before forward"
@@ -83,11 +92,8 @@ class DropoutRng:
         coordinates = self.topology.coordinates
         shard = coordinates.tensor if split else -1
         step, micro_batch = self._key.step, self._key.micro_batch
-        seed = digest(self._seed, "dropout", step, micro_batch, coordinates.data, shard, *place) % (
-            1 << 63
-        )
-        with _default_generator(device, seed):
-            yield
+        key = (self._seed, "dropout", step, micro_batch, coordinates.data, shard, *place)
+        return digest(*key) % (1 << 63)
 
     def by_slot(
         self, device: torch.device, rows: int, shape: tuple[int, ...], *place: int | str

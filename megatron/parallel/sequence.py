@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
 
 from megatron.parallel.autograd import apply
 from megatron.parallel.collectives import (
@@ -20,7 +19,9 @@ from megatron.parallel.collectives import (
     reduce_in_place,
     sum_over_tensor_ranks,
 )
+from megatron.parallel.products import input_gradient, linear, weight_gradient
 from megatron.parallel.topology import Topology
+from megatron.parallel.traced import traced_gather, traced_scatter
 
 # torch 2.13 renamed them; both names work on gloo and on NCCL.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -77,7 +78,7 @@ def shared_linear(
     gathered a second time there.
     """
     if not topology.splits_sequence:
-        return F.linear(copy_to_tensor_ranks(x, topology), weight, bias)
+        return linear(copy_to_tensor_ranks(x, topology), weight, bias)
     y: torch.Tensor = apply(_GatheredLinear, x, weight, bias, topology)
     return y
 
@@ -128,7 +129,7 @@ class _GatheredLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.topology = topology
         ctx.save_for_backward(part, weight)
-        return F.linear(_Gather(part, topology).wait(), weight, bias)
+        return linear(_Gather(part, topology).wait(), weight, bias)
 
     @staticmethod
     def backward(
@@ -138,16 +139,15 @@ class _GatheredLinear(torch.autograd.Function):
         part_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
         # Each exchange runs beside the matrix product that does not wait for it.
         gathering = _Gather(part, ctx.topology) if weight_needed else None
-        scattering = _Scatter(gradient @ weight, ctx.topology) if part_needed else None
-        rows = gradient.flatten(0, 1)
-        weight_gradient = None if gathering is None else rows.T @ gathering.wait().flatten(0, 1)
-        bias_gradient = rows.sum(dim=0) if bias_needed else None
-        return (
-            None if scattering is None else scattering.wait(),
-            weight_gradient,
-            bias_gradient,
-            None,
+        scattering = (
+            _Scatter(input_gradient(gradient, weight), ctx.topology) if part_needed else None
         )
+        rows = gradient.flatten(0, 1)
+        by_weight = (
+            None if gathering is None else weight_gradient(rows, gathering.wait().flatten(0, 1))
+        )
+        by_bias = rows.sum(dim=0) if bias_needed else None
+        return None if scattering is None else scattering.wait(), by_weight, by_bias, None
 
 
 class _WholeGradients(torch.autograd.Function):
@@ -173,6 +173,10 @@ class _Gather:
     """An all-gather of ``[B, S / ranks, …]`` along the sequence, under way."""
 
     def __init__(self, part: torch.Tensor, topology: Topology) -> None:
+        self._work: Any = None
+        if torch.compiler.is_compiling():
+            self._whole = traced_gather(part, topology)
+            return
         self._part = part.contiguous()
         self._whole = part.new_empty(topology.tensor_size, *part.shape)
         self._work = _ALL_GATHER(
@@ -181,7 +185,8 @@ class _Gather:
 
     def wait(self) -> torch.Tensor:
         """Return ``[B, S, …]``."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         return self._whole.transpose(0, 1).flatten(1, 2)
 
 
@@ -198,6 +203,10 @@ class _Scatter:
         self._whole = (
             whole.reshape(batch, ranks, length // ranks, *rest).transpose(0, 1).contiguous()
         )
+        self._work: Any = None
+        if torch.compiler.is_compiling():
+            self._own = traced_scatter(self._whole, topology)
+            return
         self._own = whole.new_empty(self._whole.shape[1:])
         self._work = _REDUCE_SCATTER(
             self._own, self._whole.flatten(0, 1), group=topology.tensor_group, async_op=True
@@ -205,5 +214,6 @@ class _Scatter:
 
     def wait(self) -> torch.Tensor:
         """Return this rank's part of the sum, ``[B, S / ranks, …]``."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         return self._own

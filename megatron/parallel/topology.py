@@ -27,6 +27,7 @@ class Topology:
         pipe_group: the ranks of this rank's pipeline; None likewise.
         expert_group: ranks that share experts out; None likewise.
         host_data_group: the ranks of ``data_group`` in a group for numbers on the host.
+        tensor_group_name: of ``tensor_group``, as torch knows it in compiled code.
     """
 
     layout: Layout
@@ -37,6 +38,12 @@ class Topology:
     pipe_group: ProcessGroup | None = field(default=None, compare=False)
     expert_group: ProcessGroup | None = field(default=None, compare=False)
     host_data_group: ProcessGroup | None = field(default=None, compare=False)
+    tensor_group_name: str | None = field(default=None, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Look the group's name up, which compiled code cannot."""
+        name = getattr(self.tensor_group, "group_name", None)
+        object.__setattr__(self, "tensor_group_name", name)
 
     @classmethod
     def single(cls) -> Topology:

@@ -11,7 +11,6 @@ import heapq
 import itertools
 import json
 import math
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Final
 
 import numpy as np
 
-from megatron.checkpoint.files import replace_file, sync_directory
+from megatron.checkpoint.files import replace_file, replacing
 from megatron.selection.base import Corpus, Document, Say
 
 WordsOf = Callable[[Document], list[str]]
@@ -210,15 +209,10 @@ def _found(folder: Path) -> list[_Segment]:
 def _merge(folder: Path, segments: Sequence[_Segment]) -> _Segment:
     """Write segments that follow one another as one, and remove them."""
     merged = _Segment(path=_name(folder, 0, segments[-1].stop), stop=segments[-1].stop)
-    temporary = merged.path.with_name(merged.path.name + ".tmp")
-    with ExitStack() as stack, open(temporary, "wb") as file:
+    with ExitStack() as stack, replacing(merged.path) as file:
         length, lines = _opened(stack, segments)
         file.write(b"%d\n" % length)
         file.writelines(b"%b %d %d\n" % line for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, merged.path)
-    sync_directory(folder)
     for one in segments:
         one.path.unlink()
     return merged

@@ -14,7 +14,6 @@ subtasks the mean is taken (released) or the maximum.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from megatron.checkpoint.files import replace_file
+from megatron.checkpoint.files import replace_file, replacing
 from megatron.errors import ConfigError
 from megatron.selection import libraries
 from megatron.selection.base import Corpus, Cost, Document, FloatArray, Say, Target
@@ -93,9 +92,8 @@ class Embed:
         if not (folder / _COST).exists():
             self.encoder.open(folder)
             vectors, cost = self._embedded(targets)
-            content = io.BytesIO()
-            np.save(content, vectors)
-            replace_file(folder / _TARGETS, content.getvalue())
+            with replacing(folder / _TARGETS) as out:
+                np.save(out, vectors)
             replace_file(folder / _COST, json.dumps(asdict(cost)).encode())
         return Cost(**json.loads((folder / _COST).read_bytes()))
 

@@ -11,7 +11,6 @@ is the highest over the subtasks.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from megatron.checkpoint.files import replacing
 from megatron.errors import ConfigError, DataError
 from megatron.selection.base import Corpus, Cost, Document, FloatArray, Say, Target
 from megatron.selection.flags import positive
@@ -184,7 +184,8 @@ class Less:
             state = state or read_state(folder, epoch)
             # Targets are compared by their plain gradients (section 3.2 of the paper).
             mean = target_mean(tools.features(examples, state, "sgd"))
-            _save(path, mean)
+            with replacing(path) as out:
+                np.save(out, mean)
             say(f"targets: {target.name} at checkpoint {epoch + 1} of {self.settings.epochs}")
 
 
@@ -210,15 +211,6 @@ def _learned(target: Target, maker: ExampleMaker) -> list[Example]:
 
 def _means(folder: Path, epoch: int, subtask: int) -> Path:
     return folder / f"targets-{epoch + 1}-{subtask + 1:04d}.npy"
-
-
-def _save(path: Path, values: FloatArray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as out:
-        np.save(out, values)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.checkpoint.files import replacing
 from megatron.data.ingest.chat import ChatSettings, build_chat
 from megatron.data.samples import UNTRAINED
 from megatron.selection.base import Document
@@ -106,16 +106,12 @@ class ExampleMaker:
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """Write examples into one file, atomically; one of them is in memory at a time."""
-    temporary = path.with_name(path.name + ".tmp")
     sizes = []
-    with open(temporary, "wb") as out:
+    with replacing(path) as out:
         for example in examples:
             out.write(np.stack([example.tokens, example.labels]).astype("<i4").tobytes())
             sizes.append(len(example.tokens))
         out.write(np.array([*sizes, len(sizes)], dtype="<i8").tobytes())
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
 
 
 class ExampleFile:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.files import sync_file
 from megatron.data.permutation import hash_key, permute_one
 from megatron.errors import DataError
 from megatron.selection.base import Corpus, Say
@@ -219,8 +220,7 @@ def write_state(folder: Path, epoch: int, state: LoraState) -> None:
     head = json.dumps({"step": state.step, "rate": state.rate})
     tensors = {"values": state.values, "first": state.first, "second": state.second}
     save_file(tensors, str(temporary), metadata={_HEAD: head})
-    with open(temporary, "rb+") as written:
-        os.fsync(written.fileno())
+    sync_file(temporary)
     os.replace(temporary, path)
 
 

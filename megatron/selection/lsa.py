@@ -7,7 +7,6 @@ projected on the leading directions of a sample of the corpus by a truncated SVD
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from megatron.checkpoint.files import replace_file
+from megatron.checkpoint.files import replacing
 from megatron.errors import ConfigError, DataError
 from megatron.selection import libraries
 from megatron.selection.base import Corpus, Cost, FloatArray, Say
@@ -79,9 +78,8 @@ class LsaEncoder:
         # A sample without any variance has no explained share of it, which nobody asks for.
         with np.errstate(invalid="ignore", divide="ignore"):
             svd.fit(tfidf.transform(counts)[:, used])
-        content = io.BytesIO()
-        np.savez(content, idf=tfidf.idf_, used=used, directions=svd.components_.T)
-        replace_file(folder / _FILE, content.getvalue())
+        with replacing(folder / _FILE) as out:
+            np.savez(out, idf=tfidf.idf_, used=used, directions=svd.components_.T)
 
     def open(self, folder: Path) -> None:
         """Read what was fitted."""

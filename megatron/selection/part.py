@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.checkpoint.files import replacing
 from megatron.selection.base import Document
 
 _VERSION = 1
@@ -151,9 +151,5 @@ def write_index(path: Path, index: PartIndex) -> None:
         "documents": index.documents,
     }
     packed = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as out:
+    with replacing(path) as out:
         np.savez(out, head=packed, firsts=index.firsts, positions=index.positions, ids=index.ids)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)

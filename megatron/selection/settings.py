@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from megatron.data.shards import Shard
 from megatron.selection.base import Cost, Selector, Target
 from megatron.selection.corpus import DocumentCorpus
 from megatron.selection.inputs import Inputs
-from megatron.selection.shards import Shard
 from megatron.selection.table import TableFacts
 from megatron.selection.targets import TargetSet
 from megatron.selection.token_counts import Encoder

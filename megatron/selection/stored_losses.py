@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.checkpoint.files import replace_file
 from megatron.data.loss_header import (
     LOSS_TYPE,
     DomainScores,
@@ -111,12 +112,8 @@ def prepare_stored(store: Path, corpus: Corpus, folder: Path, say: Say) -> None:
         _check_complete(store, header, places[part.name].domain)
         say(_described(part, places[part.name]))
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (_PLACES_NAME + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as out:
-        json.dump({name: asdict(place) for name, place in places.items()}, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, folder / _PLACES_NAME)
+    noted = {name: asdict(place) for name, place in places.items()}
+    replace_file(folder / _PLACES_NAME, json.dumps(noted, indent=1).encode())
 
 
 def _described(part: TokenPart, place: _Place) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from megatron.checkpoint.files import replace_file
 from megatron.errors import DataError, RunError
 from megatron.selection.base import Say
 
@@ -134,14 +135,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     try:
-        with temporary.open("w", encoding="utf-8") as out:
-            json.dump(content, out, indent=1, ensure_ascii=False)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
+        replace_file(path, text.encode())
     except OSError as error:
         raise _unwritable(path, error) from None
 

@@ -13,6 +13,7 @@ from typing import IO, Any, Final
 
 import numpy as np
 
+from megatron.checkpoint.files import replacing
 from megatron.errors import RunError
 from megatron.selection.base import FloatArray
 from megatron.selection.choose import Places
@@ -109,15 +110,11 @@ def _stretches(places: Places) -> list[tuple[int, int]]:
 
 
 def _in_order(spool: IO[bytes], offsets: Places, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     spool.flush()
     descriptor = spool.fileno()
-    with temporary.open("wb") as out:
+    with replacing(path) as out:
         for position, length in offsets.tolist():
             out.write(os.pread(descriptor, length, position))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
 
 
 def with_score(record: Mapping[str, Any], name: str, score: float) -> dict[str, Any]:

@@ -9,14 +9,14 @@ pattern, the commonest, is split and looked up in NumPy, a batch of texts at a t
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron.tokenizer.bytelevel import AddedToken, ByteLevelBPE, ByteWriting
+from megatron.tokenizer.bytelevel import AddedToken, ByteLevelBPE
 from megatron.tokenizer.pattern import GPT2_PATTERN, NotUnderstoodError, PatternSplitter
+from megatron.tokenizer.pieces import PieceCache, all_at_once, one_by_one, piece_encoder, stored
 from megatron.tokenizer.unicode_classes import ASCII_END, TIERS, tier_of
 from megatron.tokenizer.vectorised import BATCH_CHARACTERS, BatchEncoder
 from megatron.tokenizer.verify import EncodeRaw, first_difference, probe_texts
@@ -26,31 +26,10 @@ if TYPE_CHECKING:
 
 # About 80 MB a process when full; emptied then, and refilled by the frequent pieces at once.
 _CACHE_PIECES = 1 << 19
-_LONGEST_CACHED = 64
 # Bytes a character above which a text has too little ASCII for batches to gain anything.
 _MOSTLY_FOREIGN = 1.3
 # A place where GPT-2's pattern always starts a piece, whatever stands around it.
 _WORD_END = re.compile(r"(?<=[A-Za-z0-9])(?= [A-Za-z])")
-
-PieceEncoder = Callable[[str], list[int]]
-
-
-class _PieceCache(dict[str, bytes]):
-    """Ids of a piece as stored bytes; computes what it does not hold."""
-
-    def __init__(self, encode: PieceEncoder, dtype: np.dtype[Any], limit: int) -> None:
-        super().__init__()
-        self._encode = encode
-        self._dtype = dtype
-        self._limit = limit
-
-    def __missing__(self, piece: str) -> bytes:
-        stored = _stored(self._encode(piece), self._dtype)
-        if len(piece) <= _LONGEST_CACHED:
-            if len(self) >= self._limit:
-                self.clear()
-            self[piece] = stored
-        return stored
 
 
 class FastEncoder:
@@ -80,8 +59,8 @@ class FastEncoder:
         self._parts = parts
         self._normalize = tokenizer.normalizer.normalize_str if parts.normalizes else None
         self._splitters = [PatternSplitter(pattern) for pattern in parts.patterns]
-        self._piece, self.backend = _piece_encoder(parts, tokenizer)
-        self._caches: dict[str, _PieceCache] = {}
+        self._piece, self.backend, self._ranks = piece_encoder(parts, tokenizer)
+        self._caches: dict[str, PieceCache] = {}
         self._batches: dict[str, BatchEncoder] = {}
         self._in_batches = parts.patterns == (GPT2_PATTERN,) and not (
             parts.add_prefix_space or parts.prefix or parts.suffix
@@ -111,9 +90,11 @@ class FastEncoder:
             UnicodeEncodeError: a text holds a lone surrogate.
         """
         if dtype.str not in self._caches:
-            cache = _PieceCache(self._piece, dtype, self._cache_pieces)
+            cache = PieceCache(self._piece, dtype, self._cache_pieces)
             self._caches[dtype.str] = cache
-            self._batches[dtype.str] = BatchEncoder(cache.__getitem__, self._stretch(cache), dtype)
+            ranks = self._ranks
+            pieces = all_at_once(ranks, dtype) if ranks else one_by_one(cache, dtype)
+            self._batches[dtype.str] = BatchEncoder(pieces, self._stretch(cache), dtype)
         out: list[bytes] = []
         batch: list[tuple[int, str]] = []
         size = 0
@@ -160,7 +141,7 @@ class FastEncoder:
         for (number, _), raw in zip(batch, found, strict=True):
             out[number] = out[number] + raw if out[number] else raw
 
-    def _stretch(self, cache: _PieceCache) -> Callable[[str], bytes]:
+    def _stretch(self, cache: PieceCache) -> Callable[[str], bytes]:
         splitter = self._splitters[0]
         get = cache.__getitem__
 
@@ -190,16 +171,16 @@ class FastEncoder:
             if different is not None:
                 raise NotUnderstoodError(f"the fast encoder differs on {different!r}")
 
-    def _encode_text(self, text: str, cache: _PieceCache, dtype: np.dtype[Any]) -> bytes:
+    def _encode_text(self, text: str, cache: PieceCache, dtype: np.dtype[Any]) -> bytes:
         # Splitting by name first and normalizing what is left is the order of `tokenizers`.
         parts = self._parts
-        out = [_stored(parts.prefix, dtype)]
+        out = [stored(parts.prefix, dtype)]
         for segment, token in self._segments(text):
             if token is None:
                 out.extend(map(cache.__getitem__, self._pieces(segment)))
             else:
-                out.append(_stored((token,), dtype))
-        out.append(_stored(parts.suffix, dtype))
+                out.append(stored((token,), dtype))
+        out.append(stored(parts.suffix, dtype))
         return b"".join(out)
 
     def _segments(self, text: str) -> Iterator[tuple[str, int | None]]:
@@ -262,71 +243,3 @@ def _substrings(names: Sequence[str]) -> tuple[str, ...]:
     """Return a few strings of which every name holds at least one."""
     starts = {name[:2] for name in names}
     return tuple(sorted(starts)) if len(starts) <= 4 else ("",)
-
-
-def _stored(ids: Sequence[int], dtype: np.dtype[Any]) -> bytes:
-    if dtype.str == "<u2" and _NATIVE_LITTLE:
-        return array("H", ids).tobytes()
-    return np.asarray(ids, dtype=dtype).tobytes()
-
-
-_NATIVE_LITTLE = np.dtype("<u2") == np.dtype("=u2")
-
-
-def _piece_encoder(
-    parts: ByteLevelBPE, tokenizer: tokenizers.Tokenizer
-) -> tuple[PieceEncoder, str]:
-    """Return the function that merges one piece, and the library's name."""
-    try:
-        import tiktoken
-    except ImportError:
-        return _tokenizers_piece_encoder(tokenizer), "tokenizers"
-    ranks = {bytes((byte,)): byte for byte in range(256)}
-    ids = list(parts.byte_ids)
-    for left, right, token in parts.merges:
-        if left + right not in ranks:
-            ranks[left + right] = len(ids)
-            ids.append(token)
-    merger = tiktoken.Encoding(
-        "byte-level", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={}
-    )
-    whole_words = parts.whole_words
-
-    def encode(piece: str) -> list[int]:
-        if whole_words and (word := whole_words.get(piece.encode())) is not None:
-            return [word]
-        return [ids[rank] for rank in merger.encode_ordinary(piece)]
-
-    _check_reachable(parts, tokenizer)
-    return encode, "tiktoken"
-
-
-def _tokenizers_piece_encoder(tokenizer: tokenizers.Tokenizer) -> PieceEncoder:
-    model = tokenizer.model
-    write = ByteWriting().write
-
-    def encode(piece: str) -> list[int]:
-        return [token.id for token in model.tokenize(write(piece.encode()))]
-
-    return encode
-
-
-def _check_reachable(parts: ByteLevelBPE, tokenizer: tokenizers.Tokenizer) -> None:
-    """Check that the text of every token encodes to that token (see ``_parse_merges``).
-
-    True in any vocabulary that was trained, not in one that was edited.
-    """
-    from tokenizers.models import BPE
-
-    write = ByteWriting().write
-    vocabulary = {write(bytes((byte,))): id_ for byte, id_ in enumerate(parts.byte_ids)}
-    vocabulary.update({write(left + right): id_ for left, right, id_ in parts.merges})
-    # A model that takes whole words unmerged, or has the dropped merges, would prove nothing.
-    model: Any = tokenizer.model
-    if parts.whole_words or parts.dropped_merges:
-        pairs = [(write(left), write(right)) for left, right, _ in parts.merges]
-        model = BPE(vocab=vocabulary, merges=pairs)
-    for word, token in vocabulary.items():
-        found = model.tokenize(word)
-        if len(found) != 1 or found[0].id != token:
-            raise NotUnderstoodError(f"merging does not reach the token {word!r}")

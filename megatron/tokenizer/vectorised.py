@@ -20,6 +20,7 @@ from megatron.tokenizer.unicode_classes import ASCII_END, class_ranges
 
 Words = NDArray[np.uint64]
 Places = NDArray[np.int64]
+PiecesEncoder = Callable[[Sequence[bytes]], tuple[NDArray[Any], Places]]
 
 BATCH_CHARACTERS = 1 << 18
 _TABLE_BITS = 20  # 32 MiB
@@ -44,18 +45,18 @@ class BatchEncoder:
 
     def __init__(
         self,
-        encode_piece: Callable[[str], bytes],
+        encode_pieces: PiecesEncoder,
         encode_stretch: Callable[[str], bytes],
         dtype: np.dtype[Any],
     ) -> None:
         """Make an empty table.
 
         Args:
-            encode_piece: gives the ids of one ASCII piece as bytes of ``dtype``.
-            encode_stretch: gives those of several pieces, with any characters.
+            encode_pieces: gives the ids of ASCII pieces end to end, and how many each has.
+            encode_stretch: gives those of several pieces, with any characters, as bytes.
             dtype: little-endian token type of two or four bytes.
         """
-        self._encode_piece = encode_piece
+        self._encode_pieces = encode_pieces
         self._encode_stretch = encode_stretch
         self._dtype = dtype
         self._base = _KEY_BYTES // dtype.itemsize
@@ -84,10 +85,17 @@ class BatchEncoder:
         is_foreign[np.searchsorted(starts, foreign)] = True
         keyed[is_foreign] = _TOO_LONG
         rows, known, place = self._look_up(raw, starts, keyed)
-        missing = np.flatnonzero(~known)
-        found = self._encode_missing(text, starts, lengths, missing, is_foreign)
-        enters = (keyed[missing] < _TOO_LONG) & (place[missing] != 0)
-        long_pieces = self._fill_missing(found, rows, missing, place, enters)
+        long_pieces = self._fill_stretches(text, starts, lengths, rows, is_foreign)
+        missing = np.flatnonzero(~(known | is_foreign))
+        if missing.size:
+            begins = starts[missing]
+            ends = begins + lengths[missing]
+            pieces = [text[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+            ids, sizes = self._encode_pieces(pieces)
+            long_pieces += self._fill(ids, sizes, rows, missing)
+            kept = missing[(sizes <= self._most_ids) & (keyed[missing] < _TOO_LONG)]
+            kept = kept[place[kept] != 0]
+            self._table[place[kept]] = rows[kept]
         tokens = rows.view(self._dtype)
         counts = tokens[:, -1].astype(np.int64)
         for piece, ids in long_pieces:
@@ -96,23 +104,26 @@ class BatchEncoder:
         out = self._emit(tokens, counts, ends - counts, long_pieces)
         return _cut(out, ends[data[starts] == 0].tolist())
 
-    def _encode_missing(
+    def _fill_stretches(
         self,
         text: bytes,
         starts: Places,
         lengths: Places,
-        missing: Places,
+        rows: Words,
         is_foreign: NDArray[np.bool_],
-    ) -> list[bytes]:
-        begins = starts[missing]
-        ends = begins + lengths[missing]
-        piece, stretch = self._encode_piece, self._encode_stretch
-        return [
-            stretch(text[start:stop].decode()) if foreign else piece(text[start:stop].decode())
-            for start, stop, foreign in zip(
-                begins.tolist(), ends.tolist(), is_foreign[missing].tolist(), strict=True
-            )
+    ) -> list[tuple[int, NDArray[Any]]]:
+        """Put the ids of what is not split here into their rows; return what fits no row."""
+        pieces = np.flatnonzero(is_foreign)
+        if not pieces.size:
+            return []
+        begins = starts[pieces]
+        ends = begins + lengths[pieces]
+        found = [
+            self._encode_stretch(text[start:stop].decode())
+            for start, stop in zip(begins.tolist(), ends.tolist(), strict=True)
         ]
+        sizes = np.fromiter(map(len, found), np.int64, len(found)) // self._dtype.itemsize
+        return self._fill(np.frombuffer(b"".join(found), self._dtype), sizes, rows, pieces)
 
     def _look_up(
         self, raw: bytes, starts: Places, lengths: Places
@@ -135,19 +146,10 @@ class BatchEncoder:
         rows[unknown, 0], rows[unknown, 1] = first[unknown], second[unknown]
         return rows, known, place
 
-    def _fill_missing(
-        self,
-        found: list[bytes],
-        rows: Words,
-        pieces: Places,
-        place: Places,
-        enters: NDArray[np.bool_],
+    def _fill(
+        self, ids: NDArray[Any], sizes: Places, rows: Words, pieces: Places
     ) -> list[tuple[int, NDArray[Any]]]:
-        """Put ids into the rows that the table lacks, and enter them; return what fits no row."""
-        if not found:
-            return []
-        sizes = np.fromiter(map(len, found), np.int64, len(found)) // self._dtype.itemsize
-        ids = np.frombuffer(b"".join(found), dtype=self._dtype)
+        """Put ids into the rows of pieces; return what fits no row."""
         offsets = np.cumsum(sizes) - sizes
         tokens = rows.view(self._dtype)
         fits = sizes <= self._most_ids
@@ -155,8 +157,6 @@ class BatchEncoder:
             chosen = np.flatnonzero(fits & (sizes > index))
             tokens[pieces[chosen], self._base + index] = ids[offsets[chosen] + index]
         tokens[pieces, -1] = np.where(fits, sizes, 0)
-        kept = pieces[fits & enters]
-        self._table[place[kept]] = rows[kept]
         return [
             (int(pieces[i]), ids[offsets[i] : offsets[i] + sizes[i]])
             for i in np.flatnonzero(~fits).tolist()

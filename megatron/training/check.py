@@ -32,6 +32,7 @@ from megatron.training.compatible import (
     model_facts,
     taken_alone,
 )
+from megatron.training.compiler import check_compiler
 from megatron.training.counting import counter
 from megatron.training.domains import OpenDomains, open_run_domains, start_weights
 from megatron.training.edits import find_edits
@@ -81,6 +82,8 @@ def preflight(config: Config, *, world_size: int, gpus: int) -> Checked:
     data_size = run_layout(config, world_size).data_size
     micro, accumulation, total = resolve_batch(config.batch, data_size)
     check_device(config, on_cpu=gpus == 0)
+    if config.training.torch_compile:
+        check_compiler(on_cpu=gpus == 0)
     check_tasks(config)
     deepspeed_config(config, micro=micro, accumulation=accumulation, data_size=data_size)
     domains = open_run_domains(config)
@@ -238,6 +241,8 @@ def _check_disk(config: Config, say: Callable[[str], None]) -> None:
         f"disk: {saves} checkpoints of about {one / 2**20:,.0f} MiB, {kept or 'all'} kept: about "
         f"{needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free in {folder}"
     )
+    if config.checkpoint.async_save:
+        say(f"async_save: a copy of that size in host memory, {one / 2**20:,.0f} MiB for all ranks")
     if needed > free:
         raise RunError(
             f"the checkpoints need about {needed:,} bytes and {folder} has {free:,} free; free "

@@ -13,10 +13,12 @@ from megatron.config import Config, deepspeed_config
 from megatron.engine.engine import TrainEngine
 from megatron.engine.optimizer import build_optimizer
 from megatron.engine.sequential import SequentialEngine
+from megatron.model.compiled import compile_blocks
 from megatron.model.domain_loss import DomainLoss
 from megatron.model.gpt import GPT, freeze_base, layers, param_groups
 from megatron.model.layer_run import recomputed_blocks
 from megatron.model.mup import width_multiplier
+from megatron.model.soft_prompt import prompt_length
 from megatron.parallel.rng import DropoutRng
 from megatron.parallel.topology import Topology
 from megatron.signals.validation import LossObserver
@@ -65,6 +67,7 @@ def build_engine(
         model = GPT(
             config.model, topology, seed=config.training.seed, loss_fn=loss_fn, dropout=dropout
         )
+        _compile(config, model, topology, batch)
         sequential = SequentialEngine(
             model=model,
             topology=topology,
@@ -87,6 +90,7 @@ def build_engine(
         recomputed=recomputed_blocks(config.model),
     )
     freeze_base(stage, config.model)
+    _compile(config, stage, topology, batch)
     pipeline = PipelineEngine(
         stage=stage,
         optimizer=_optimizer(config, stage),
@@ -113,6 +117,20 @@ def training_loss(config: Config, topology: Topology, observer: LossObserver) ->
         observe=observer,
         half=config.training.fp16_lm_cross_entropy,
         z_loss=config.training.z_loss,
+    )
+
+
+def _compile(config: Config, model: nn.Module, topology: Topology, batch: Batch) -> None:
+    """Let the blocks of this rank run compiled, where the configuration asks for it."""
+    if not config.training.torch_compile:
+        return
+    length = config.model.context_length + prompt_length(config.model)
+    shared = topology.tensor_size if topology.splits_sequence else 1
+    compile_blocks(
+        model,
+        rows=batch.micro,
+        length=length // shared,
+        deterministic=config.training.deterministic,
     )
 
 

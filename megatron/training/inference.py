@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config import Config, resolve_batch
-from megatron.engine.frozen import FrozenModel
+from megatron.engine.frozen import FrozenModel, lay_out_for_few_rows
 from megatron.engine.runtime import Runtime
 from megatron.inference.crew import Crew
 from megatron.inference.model import InferenceModel, Runnable
@@ -109,6 +109,7 @@ class OpenModel:
                 found, files, self.config, self.runtime, self.topology, micro=self.rows,
                 accumulation=1,
             )  # fmt: skip
+            lay_out_for_few_rows(self._model.module)
         else:
             reload_frozen(self._model, files, self.topology)
         self.say(f"model: {found.path}")

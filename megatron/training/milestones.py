@@ -94,6 +94,8 @@ class Milestones:
         A validation that falls on the step at which a run was asked to stop is made before
         the save, so that the records of the whole run do not depend on interruptions.
         """
+        if ending is Ending.STOPPED:
+            self._wait(step)  # what stopped the run may be a save that has failed
         self.agreement.after_step(step)
         over = ending in (Ending.COMPLETE, Ending.EXHAUSTED)
         validate = over or step % self.eval_interval == 0
@@ -109,7 +111,9 @@ class Milestones:
         if evaluate:
             self._evaluate(step)
         if save:
-            self._save(step)
+            self._save(step, last=ending is not None)
+        if ending is not None:
+            self._wait(step)
         self.throughput.resume()
 
     def _validate(self, step: int) -> None:
@@ -155,10 +159,15 @@ class Milestones:
             self.say(text)
         return text
 
-    def _save(self, step: int) -> None:
+    def _wait(self, step: int) -> None:
+        """Wait for a save that goes on behind the steps; collective as to its failure."""
+        self.heartbeat.at(SAVING, step)
+        self.saver.wait()
+
+    def _save(self, step: int, *, last: bool = False) -> None:
         if self._saved != step:
             self.heartbeat.at(SAVING, step)
             self.agreement.compare(step)
-            self.saver.save(step)
+            self.saver.save(step, last=last)
             self.write_product(step)
             self._saved = step

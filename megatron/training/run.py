@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config
 from megatron.engine.frozen import PRECISIONS
+from megatron.engine.host_copy import HostCopies
 from megatron.engine.runtime import Runtime, open_board
 from megatron.engine.universal import universal_info
 from megatron.launch.stop import StopFlag
@@ -35,7 +36,7 @@ from megatron.training.compatible import (
 from megatron.training.forward_check import keep_forward_loss
 from megatron.training.live_tasks import live_tasks
 from megatron.training.loop import Ending, Loop
-from megatron.training.milestones import Milestones, TaskNumbers
+from megatron.training.milestones import Milestones
 from megatron.training.plan import checkpoint_bytes
 from megatron.training.product import NAME as MIXTURE
 from megatron.training.product import write_mixture
@@ -47,14 +48,14 @@ from megatron.training.restore import (
     known_fingerprints,
     restore,
 )
-from megatron.training.saving import Saver
+from megatron.training.saving import Behind, Saver
 from megatron.training.schedule import (
     FACT,
     schedule_facts,
     schedule_note,
     with_checkpoint_schedule,
 )
-from megatron.training.stall import ENDING, RESTORING, Heartbeat, Watchdog
+from megatron.training.stall import ENDING, RESTORING, SAVING, Heartbeat, Watchdog
 from megatron.training.summary import startup_report
 from megatron.training.take_back import take_back
 
@@ -110,17 +111,30 @@ def _run(config: Config, runtime: Runtime, stop: StopFlag, heartbeat: Heartbeat)
     startup_report(config, domains, checked.weights, layout, say, on_cpu=gpus == 0)
     say(f"attention: {_kernels(config, runtime)}")
     start = restore(checked, runtime, parts, source, say) if source is not None else 0
-    parts.guard.go_back = partial(
-        take_back, config=config, runtime=runtime, store=store, parts=parts, say=say
-    )
-    tasks = live_tasks(config, runtime, parts)
-    milestones = _milestones(config, runtime, checked, store, parts, heartbeat, source, tasks)
+    saver = _saver(config, runtime, checked, store, parts, source)
+
+    def go_back(step: int, count: Callable[[str], None]) -> str:
+        heartbeat.at(SAVING, step)
+        saver.wait()  # the newest checkpoint may be the one that is being written
+        heartbeat.at(RESTORING, step)
+        return take_back(
+            step, count, config=config, runtime=runtime, store=store, parts=parts, say=say
+        )
+
+    parts.guard.go_back = go_back
+    milestones = _milestones(config, runtime, checked, saver, parts, heartbeat)
     if runtime.rank == 0:
         _write_config(config)
     parts.sinks.start(start or None, _description(config, checked, parts))
     try:
         step, ending = _train(config, runtime, parts, milestones, stop, start=start)
         write_communication(config, runtime)
+    except BaseException:
+        # All that went before is good: what is being written of it may become complete.
+        heartbeat.at(SAVING)
+        with contextlib.suppress(Exception):
+            saver.wait(config.checkpoint.save_timeout)
+        raise
     finally:
         heartbeat.at(ENDING)
         parts.sinks.close()
@@ -153,7 +167,8 @@ def _train(
         guard=parts.guard,
         recorder=parts.recorder,
         learning_rate=parts.learning_rate,
-        stop_requested=lambda: stop.requested,
+        # A save that fails behind the steps ends the run on all ranks after the same step.
+        stop_requested=lambda: stop.requested or milestones.saver.failed,
         exits_at=lambda step: interval is not None and step % interval == 0,
         after_step=milestones.after_step,
         device=runtime.device,
@@ -165,19 +180,22 @@ def _train(
     return loop.run(start=start, last=config.training.train_iters)
 
 
-def _milestones(
+def _saver(
     config: Config,
     runtime: Runtime,
     checked: Checked,
     store: CheckpointStore,
     parts: Parts,
-    heartbeat: Heartbeat,
     source: Source | None,
-    tasks: Callable[[], TaskNumbers | None] | None,
-) -> Milestones:
+) -> Saver:
     weights = checked.weights / checked.weights.sum()
-    last = config.training.train_iters
-    saver = Saver(
+    if config.checkpoint.no_save_optim:
+        parts.engine.leave_optimizer_out()
+    behind = None
+    if config.checkpoint.async_save:
+        copies = HostCopies(pinned=runtime.device.type == "cuda")
+        behind = Behind(runtime=runtime.beside(), copies=copies)
+    return Saver(
         runtime=runtime,
         store=store,
         engine=parts.engine,
@@ -197,9 +215,20 @@ def _milestones(
         universal_info=_universal_info(config),
         measured=keep_forward_loss(config, runtime, parts.topology, parts.engine),
         bytes_needed=checkpoint_bytes(config),
+        behind=behind,
     )
-    if config.checkpoint.no_save_optim:
-        parts.engine.leave_optimizer_out()
+
+
+def _milestones(
+    config: Config,
+    runtime: Runtime,
+    checked: Checked,
+    saver: Saver,
+    parts: Parts,
+    heartbeat: Heartbeat,
+) -> Milestones:
+    weights = checked.weights / checked.weights.sum()
+    last = config.training.train_iters
 
     def write_product(step: int) -> None:
         if runtime.rank == 0:
@@ -229,7 +258,7 @@ def _milestones(
         eval_interval=config.training.eval_interval,
         saves_at=lambda step: config.checkpoint.saves_at(step, last),
         weights=weights,
-        tasks=tasks,
+        tasks=live_tasks(config, runtime, parts),
         tasks_interval=config.evaluation.eval_tasks_interval or config.training.eval_interval,
         heartbeat=heartbeat,
     )

@@ -16,6 +16,7 @@ from megatron.parallel.rng import DropoutRng
 from megatron.parallel.sequence import enter_shared
 from tests.support.gloo import run_ranks
 from tests.support.model_spec import TestSpec
+from tests.support.whole_gpt import train_whole
 
 EOD = 82
 SPEC = TestSpec(
@@ -75,19 +76,7 @@ def whole_run(spec: TestSpec) -> dict[str, Any]:
     """Train three steps in one process."""
     model = GPT(spec, seed=3, loss_fn=DomainLoss(vocab_size=83, chunk_tokens=9))
     first = logits(model(batch()[0]), Topology.single()).detach()
-    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2, eps=1e-3)
-    losses = []
-    for step in range(3):
-        optimizer.zero_grad()
-        loss = sum(model(*batch(10 * step + micro)) for micro in range(2)) / 2
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return {
-        "logits": first,
-        "losses": losses,
-        "weights": {name: value.detach() for name, value in model.named_parameters()},
-    }
+    return {"logits": first, "weights": train_whole(model, batch)[1]}
 
 
 def tensor_ranks(rank: int, world_size: int, specs: list[TestSpec]) -> list[list[dict[str, Any]]]:

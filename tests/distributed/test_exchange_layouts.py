@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support import runs
+from support.bundles import write_bundle
 from support.gloo import run_ranks
 from support.training import Harness
 
-from megatron.checkpoint.bundle import write_bundle
 from megatron.checkpoint.store import CheckpointStore
 from megatron.engine.universal import universal_info
 from megatron.exchange.export import ExportOptions, export

@@ -13,6 +13,7 @@ from megatron.parallel import Layout, Topology
 from megatron.parallel.partition import Partition
 from tests.support.gloo import run_ranks
 from tests.support.model_spec import TestSpec
+from tests.support.whole_gpt import train_whole
 
 # Padded to 88 rows on one rank, to 96 on two and on four; Llama's to 128 on four, where the last
 # rank holds nothing but padding.
@@ -200,15 +201,7 @@ def _pipeline(rank: int, spec: TestSpec) -> tuple[list[float], dict[str, Any]]:
 
 def _whole(spec: TestSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = GPT(spec, seed=3, loss_fn=DomainLoss(vocab_size=spec.vocab_size, chunk_tokens=9))
-    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2, eps=1e-3)
-    losses = []
-    for step in range(3):
-        optimizer.zero_grad()
-        loss = sum(model(*_batch(10 * step + micro)) for micro in range(2)) / 2
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, {name: value.detach() for name, value in model.named_parameters()}
+    return train_whole(model, _batch)
 
 
 def test_two_stages_are_one_model() -> None:

@@ -48,6 +48,17 @@ def test_calls_share_processes_and_a_failure_starts_new_ones() -> None:
         pools.close()
 
 
+def test_ranks_with_too_many_threads_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("support.pool._MOST_THREADS", 0)
+    pools = RankPools()
+    try:
+        first, second = pools.call(_who, 2, 2.0), pools.call(_who, 2, 3.0)
+        assert not {pid for pid, _ in first} & {pid for pid, _ in second}
+        assert [value for _, value in second] == [3.0, 3.0]
+    finally:
+        pools.close()
+
+
 def test_a_death_is_told() -> None:
     pool = RankPool(2)
     with pytest.raises(RankFailedError, match=r"exit codes \[7, "):
@@ -62,7 +73,7 @@ def _engine(rank: int, world_size: int, file: Path) -> tuple[int, int]:
     return len(dist.distributed_c10d._world.pg_map), threading.active_count()
 
 
-def test_engines_leave_nothing_behind(pools: RankPools, tmp_path: Path) -> None:
+def test_engines_leave_nothing_behind(tmp_path: Path) -> None:
     runs.make_data(tmp_path / "data", documents=40)
     files = [
         runs.write_config(
@@ -71,6 +82,11 @@ def test_engines_leave_nothing_behind(pools: RankPools, tmp_path: Path) -> None:
         )
         for shape in (Shape(pipe=2), Shape(tensor=2), Shape(data=2))
     ]
-    # The first engines also make what a process keeps: a clone of the group of all ranks.
-    counts = [[pools.call(_engine, 2, file) for file in files] for _ in range(3)]
+    # The same ranks throughout: RankPools would start others where threads were left.
+    pool = RankPool(2)
+    try:
+        # The first engines also make what a process keeps: a clone of the group of all ranks.
+        counts = [[pool.call(_engine, file) for file in files] for _ in range(3)]
+    finally:
+        pool.close()
     assert counts[1] == counts[2]

@@ -83,4 +83,5 @@ def test_memory_is_what_was_planned(tmp_path: Path, ranks: int, changes: dict[st
         if name == "activations" and "moe_expert_parallel_size" in changes:
             tolerance = 0.03  # no two experts are asked for as much
         assert predicted == pytest.approx(measured, rel=tolerance), (stage, name)
-        assert measured > 0 or name == "bucket", (stage, name)
+        # In float32 on one data rank the weights are the optimizer's own.
+        assert measured > 0 or name in ("bucket", "master"), (stage, name)

@@ -123,6 +123,7 @@ def test_a_run_goes_on_wherever_its_experts_are(
         file = write(folder, data, **changes)
         stopped(whole, folder / "run")
         train(pools, world, file)
+        assert (folder / "run" / "checkpoints" / f"global_step{STEPS}").is_dir()
         if changes == layout:
             assert losses(folder / "run") == losses(whole)
             assert all(torch.equal(last[k], v) for k, v in weights(folder / "run", STEPS).items())

@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 
 
-def write(folder: Path, data: Path, layout: str) -> Path:
+def write(folder: Path, data: Path, layout: str, *, behind: bool = False) -> Path:
     content = runs.config(
         data,
         folder / "run",
@@ -32,6 +32,7 @@ def write(folder: Path, data: Path, layout: str) -> Path:
         save_interval=SAVED,
         eval_interval=1000,
         keep_last_n_checkpoints=1,
+        async_save=behind,
         **LAYOUTS[layout],
     )
     return runs.write_config(folder / "config.yml", content)
@@ -58,11 +59,13 @@ def dies(file: Path, ranks: int, victim: int, point: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("layout", "victim", "only"),
+    ("layout", "victim", "only", "behind"),
     [
-        ("tensor", 1, "1"),
+        ("tensor", 1, "1", False),
+        ("tensor", 0, "commit", True),
         *(
-            pytest.param(layout, victim, None, marks=pytest.mark.slow)
+            pytest.param(layout, victim, None, behind, marks=pytest.mark.slow)
+            for behind in (False, True)
             for layout, settings in LAYOUTS.items()
             for victim in range(settings["num_gpus"])  # type: ignore[arg-type]
         ),
@@ -74,6 +77,7 @@ def test_one_rank_dies_inside_a_save(
     layout: str,
     victim: int,
     only: str | None,
+    behind: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
     ranks: Any = LAYOUTS[layout]["num_gpus"]
@@ -83,7 +87,7 @@ def test_one_rank_dies_inside_a_save(
         folder.mkdir()
     undisturbed = write(whole, data, layout)
     assert pools.call(relayout.train, ranks, undisturbed) == [0] * ranks
-    file = write(broken, data, layout)
+    file = write(broken, data, layout, behind=behind)
     store = CheckpointStore(broken / "run" / "checkpoints")
     expected = None
     died = 0

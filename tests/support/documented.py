@@ -50,6 +50,11 @@ WAYS = (
         quick="config",
         why="reads questions of one's own; tests/e2e/test_selection_training.py makes some",
     ),
+    Way(
+        pattern=rf"{DEEPY} evaluate\.py .*--eval_tasks lambada_openai .*",
+        quick="config",
+        why="its questions come from a network; tests/e2e/test_evaluation.py has tasks of its own",
+    ),
     Way(pattern=rf"{DEEPY} (generate|evaluate)\.py .*", quick="config", slow=True),
     Way(
         pattern=r"python tools/mix\.py compare (bench|configs/mixbench/\w+)\.yml.*",
@@ -116,10 +121,21 @@ WAYS = (
         quick="parse",
         why="minutes to hours; tests/campaign runs the rows, and the command with one of them",
     ),
+    Way(
+        pattern=r"python tools/merge_datasets\.py --shards .*",
+        quick="parse",
+        why="joins what sixteen commands wrote; tests/unit/ingest/test_ingest_shards.py runs both",
+    ),
     Way(pattern=r"python ((tools|examples)/)?\w+\.py .*", quick="parse", slow=True),
     Way(pattern=r"torchrun .* train\.py -d configs local/.*", quick="none", slow=True),
     Way(pattern=r"tail .* runs/quickstart/.*", quick="none", slow=True),
     Way(pattern=r"sbatch .*", quick="none", why="a cluster"),
+    Way(pattern=r"git clone .*", quick="none", why="fetches from a network"),
+    Way(
+        pattern=r"DS_ACCELERATOR=cuda python benchmarks/\w+\.py.*|python -m pytest .*-m gpu .*",
+        quick="none",
+        why="wants a GPU",
+    ),
     Way(pattern=r"docker .*", quick="none", why="a container engine, and its images"),
     Way(
         pattern=r"source \.venv/bin/activate", quick="none", why="changes the shell it is typed in"

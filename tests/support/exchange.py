@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import yaml
+from support.bundles import write_bundle
 
 import megatron.mixing  # noqa: F401
-from megatron.checkpoint.bundle import write_bundle
 from megatron.checkpoint.store import CheckpointStore
 from megatron.config import Config, ModelConfig, load_config
 from megatron.exchange.weights import parameters, partition_of, true_shape

@@ -24,6 +24,10 @@ from typing import Any
 
 from support.gloo import PRELOADED, RankFailedError, reports, run_rank
 
+_MOST_THREADS = 48
+"""Of one rank: what keeps groups alive (ZeRO-3's hooks in autograd) adds up, and each group has a
+thread that wakes a hundred times a second.  Ranks with more are started anew."""
+
 
 class RankPool:
     """The ranks of one world size, waiting for bodies to run."""
@@ -36,6 +40,7 @@ class RankPool:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._connections: list[Connection] = []
         self._ranks = []
+        self._crowded = False
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             folder, path = self._folder.name, list(sys.path)
@@ -70,17 +75,21 @@ class RankPool:
 
     @property
     def usable(self) -> bool:
-        """Whether all ranks are there."""
-        return bool(self._ranks) and all(rank.is_alive() for rank in self._ranks)
+        """Whether all ranks are there, and none has too many threads."""
+        return self._alive and not self._crowded
 
     def close(self) -> None:
         """Let the ranks end."""
-        if self.usable:
+        if self._alive:
             for connection in self._connections:
                 connection.send(None)
             for rank in self._ranks:
                 rank.join(timeout=60)
         self._kill()
+
+    @property
+    def _alive(self) -> bool:
+        return bool(self._ranks) and all(rank.is_alive() for rank in self._ranks)
 
     def _collect(self, deadline: float) -> list[Any]:
         waiting: dict[Any, int] = {end: rank for rank, end in enumerate(self._connections)}
@@ -92,7 +101,8 @@ class RankPool:
                 raise RankFailedError(f"ranks {stuck} did not answer in time")
             for end in ready:
                 rank = waiting.pop(end)
-                error, result = end.recv()  # type: ignore[union-attr]
+                error, result, threads = end.recv()  # type: ignore[union-attr]
+                self._crowded = self._crowded or threads > _MOST_THREADS
                 if error is not None:
                     # Its peers may hang in a collective now: they are not waited for.
                     raise RankFailedError(f"rank {rank} failed\n{error}")
@@ -125,7 +135,10 @@ class RankPools:
     ) -> list[Any]:
         """Call ``body(rank, world_size, *arguments)``; see :meth:`RankPool.call`."""
         pool = self._pools.get(world_size)
-        if pool is None or not pool.usable:
+        if pool is not None and not pool.usable:
+            pool.close()
+            pool = None
+        if pool is None:
             pool = self._pools[world_size] = RankPool(world_size)
         return pool.call(body, *arguments, timeout=timeout)
 
@@ -145,9 +158,9 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
             result = body(rank, world_size, *arguments)
             _tidy(before)
         except BaseException:
-            connection.send((traceback.format_exc(), None))
+            connection.send((traceback.format_exc(), None, 0))
             raise
-        connection.send((None, result))
+        connection.send((None, result, len(list(Path("/proc/self/task").iterdir()))))
 
 
 def _groups() -> set[Any]:
@@ -160,6 +173,7 @@ def _tidy(before: set[Any]) -> None:
     """Destroy the process groups that a body made (each has threads), and free its memory."""
     import torch.distributed as dist
 
+    _let_go_of_engines()
     gc.collect()
     kept = set(before)
     if (groups := sys.modules.get("deepspeed.utils.groups")) is not None:
@@ -169,3 +183,17 @@ def _tidy(before: set[Any]) -> None:
     # In the order of their making, which is the same on every rank.
     for group in sorted(_groups() - kept, key=lambda group: group.group_name):
         dist.destroy_process_group(group)
+
+
+def _let_go_of_engines() -> None:
+    """Take DeepSpeed's hooks off the parameters: through them an engine keeps itself alive.
+
+    And with it its process groups, whose threads wake a hundred times a second.  (What ZeRO-3
+    hangs into autograd stays.)
+    """
+    if (engine := sys.modules.get("deepspeed.runtime.engine")) is None:
+        return
+    # By type: some of all the objects there are look up what isinstance asks them for.
+    kinds = {engine.DeepSpeedEngine, *engine.DeepSpeedEngine.__subclasses__()}
+    for left in [thing for thing in gc.get_objects() if type(thing) in kinds]:
+        left.destroy()

@@ -10,7 +10,7 @@ from typing import Any
 from support import relayout
 
 from megatron.checkpoint.store import CheckpointStore
-from megatron.engine import engine
+from megatron.checkpoint.writing import FileWriter
 
 
 def train_and_die(rank: int, world: int, file: Path, victim: int, tag: str, point: str) -> None:
@@ -39,15 +39,14 @@ def _arm(folder: str, point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if point == "seal":
-        seal = CheckpointStore.seal_files
+        finish = FileWriter.finish
 
-        def before_seal(self: CheckpointStore, paths: Any) -> Any:
-            paths = list(paths)
-            if any(Path(path).parent.name == folder for path in paths):
+        def before_finish(self: FileWriter) -> Any:
+            if any(path.parent.name == folder for path, *_ in self._written):
                 die()
-            return seal(self, paths)
+            return finish(self)
 
-        CheckpointStore.seal_files = before_seal  # type: ignore[method-assign]
+        FileWriter.finish = before_finish  # type: ignore[method-assign]
     elif point == "commit":
         commit = CheckpointStore.commit
 
@@ -58,16 +57,15 @@ def _arm(folder: str, point: str) -> None:
 
         CheckpointStore.commit = before_commit  # type: ignore[method-assign]
     else:
-        save = engine._RecordingWriter.save
+        write = FileWriter.write_state
 
-        def halfway(self: Any, state_dict: Any, path: str) -> Any:
+        def halfway(self: FileWriter, state: Any, path: Path) -> None:
             nonlocal written
-            result = save(self, state_dict, path)
-            if Path(path).parent.name == folder:
+            write(self, state, path)
+            if path.parent.name == folder:
                 if written == int(point):
-                    os.truncate(path, Path(path).stat().st_size // 2)
+                    os.truncate(path, path.stat().st_size // 2)
                     die()
                 written += 1
-            return result
 
-        engine._RecordingWriter.save = halfway  # type: ignore[method-assign]
+        FileWriter.write_state = halfway  # type: ignore[method-assign]

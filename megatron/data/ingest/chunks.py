@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from megatron.data.ingest.records import Chunk
 from megatron.data.ingest.sources import Source
@@ -16,37 +16,53 @@ LARGEST_TEXT = 1 << 30
 _FEWEST_ROWS, _MOST_ROWS = 1, 1 << 16
 
 
-def read_chunks(source: Source, index: int, start: int, keys: Sequence[str]) -> Iterator[Chunk]:
+def read_chunks(
+    source: Source,
+    index: int,
+    start: int,
+    keys: Sequence[str],
+    stretch: range | None = None,
+) -> Iterator[Chunk]:
     """Yield the chunks of one input from position ``start`` on.
 
-    The cut depends on the input alone, never on ``start`` or the number of workers.
+    The cut depends on the input and the stretch alone, never on ``start`` or the number of workers.
+    Stretches that lie end to end give every record once, in order.
 
     Args:
         source: the input.
         index: its place in the list of inputs.
         start: 0, or the ``stop`` of a chunk yielded before.
         keys: columns to read, for tables.
+        stretch: bytes of the input on disk; what begins in them is read.  Of tables it is as
+            large a share of the rows; of compressed files what is unpacked from them (all before
+            is unpacked too, and thrown away).  None = all.
 
     Raises:
         DataError: the input is damaged, lacks a column, or a text file is too large.
     """
+    stretch = range(source.size) if stretch is None else stretch
+    if source.size and not stretch:
+        return
     if source.kind in ("parquet", "dataset"):
-        yield from _table_chunks(source, index, start, keys)
+        yield from _table_chunks(source, index, start, keys, stretch)
     elif source.kind == "text":
-        yield from _whole_text(source, index, start)
+        if stretch.start == 0:
+            yield from _whole_text(source, index, start)
     elif source.compression:
-        yield from _compressed_lines(source, index, start)
+        yield from _compressed_lines(source, index, start, stretch)
     else:
-        yield from _plain_lines(source, index, start)
+        yield from _plain_lines(source, index, start, stretch)
 
 
-def _plain_lines(source: Source, index: int, start: int) -> Iterator[Chunk]:
+def _plain_lines(source: Source, index: int, start: int, stretch: range) -> Iterator[Chunk]:
     """Cut at newlines; workers read their stretch of the file themselves."""
     with open(source.path, "rb") as file:
-        while start < source.size:
-            file.seek(min(start + CHUNK_BYTES, source.size))
+        first, end = (_line_start(file, at, source.size) for at in (stretch.start, stretch.stop))
+        start = max(start, first)
+        while start < end:
+            file.seek(min(start + CHUNK_BYTES, end))
             file.readline()
-            stop = min(file.tell(), source.size)
+            stop = min(file.tell(), end)
             yield Chunk(
                 source=index,
                 path=source.path,
@@ -58,14 +74,23 @@ def _plain_lines(source: Source, index: int, start: int) -> Iterator[Chunk]:
             start = stop
 
 
-def _compressed_lines(source: Source, index: int, start: int) -> Iterator[Chunk]:
+def _line_start(file: IO[bytes], at: int, size: int) -> int:
+    """Return where the first line begins at ``at`` or after it."""
+    if not 0 < at < size:
+        return at
+    file.seek(at - 1)
+    file.readline()
+    return min(file.tell(), size)
+
+
+def _compressed_lines(source: Source, index: int, start: int, stretch: range) -> Iterator[Chunk]:
     position, line = 0, 1
     pending: list[bytes] = []
     pending_bytes = 0
 
     def cut(content: bytes, consumed: int) -> Iterator[Chunk]:
         skip = max(0, min(start - position, len(content)))
-        if content[skip:]:
+        if content[skip:] and stretch.start < consumed <= stretch.stop:
             yield Chunk(
                 source=index,
                 path=source.path,
@@ -86,6 +111,8 @@ def _compressed_lines(source: Source, index: int, start: int) -> Iterator[Chunk]
         end = content.rfind(b"\n") + 1
         content, rest = content[:end], content[end:]
         yield from cut(content, consumed)
+        if consumed > stretch.stop:
+            return
         position += len(content)
         line += content.count(b"\n")
         pending, pending_bytes = [rest], len(rest)
@@ -126,23 +153,27 @@ def _check_text_size(path: str, size: int) -> None:
         )
 
 
-def _table_chunks(source: Source, index: int, start: int, keys: Sequence[str]) -> Iterator[Chunk]:
+def _table_chunks(
+    source: Source, index: int, start: int, keys: Sequence[str], stretch: range
+) -> Iterator[Chunk]:
     """Send rows as Arrow streams, so that any Arrow-backed format looks the same to a worker."""
     import_arrow(source.path)
     import pyarrow as pa
 
     batches = _parquet_batches if source.kind == "parquet" else _dataset_batches
     position = 0
-    for table, rows_total in batches(source, start, keys):
+    for table, rows_total in batches(source, start, keys, stretch):
         if isinstance(table, int):  # rows skipped without being read
             position += table
             continue
-        stop = position + table.num_rows
-        skip = max(0, min(start - position, table.num_rows))
-        if skip < table.num_rows:
+        own = _rows(source, rows_total, stretch)
+        whole = position + table.num_rows
+        stop = min(whole, own.stop)
+        skip = max(0, min(max(start, own.start) - position, table.num_rows))
+        if position + skip < stop:
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write(table.slice(skip))
+                writer.write(table.slice(skip, stop - position - skip))
             yield Chunk(
                 source=index,
                 path=source.path,
@@ -153,10 +184,17 @@ def _table_chunks(source: Source, index: int, start: int, keys: Sequence[str]) -
                 payload=sink.getvalue().to_pybytes(),
                 first_line=position + skip + 1,
             )
-        position = stop
+        position = whole
 
 
-def _parquet_batches(source: Source, start: int, keys: Sequence[str]) -> Iterator[tuple[Any, int]]:
+def _rows(source: Source, rows: int, stretch: range) -> range:
+    """Return which of an input's rows belong to a stretch of its bytes."""
+    return range(*(rows * at // max(source.size, 1) for at in (stretch.start, stretch.stop)))
+
+
+def _parquet_batches(
+    source: Source, start: int, keys: Sequence[str], stretch: range
+) -> Iterator[tuple[Any, int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -164,10 +202,11 @@ def _parquet_batches(source: Source, start: int, keys: Sequence[str]) -> Iterato
         with pq.ParquetFile(source.path) as file:
             _check_columns(source.path, keys, file.schema_arrow.names)
             total = file.metadata.num_rows
+            own = _rows(source, total, stretch)
             first = 0
             for group in range(file.num_row_groups):
                 meta = file.metadata.row_group(group)
-                if first + meta.num_rows <= start:
+                if first + meta.num_rows <= max(start, own.start) or first >= own.stop:
                     yield meta.num_rows, total
                 else:
                     rows = _rows_per_chunk(meta.total_byte_size, meta.num_rows)
@@ -180,7 +219,9 @@ def _parquet_batches(source: Source, start: int, keys: Sequence[str]) -> Iterato
         raise DataError(f"{source.path}: not a readable Parquet file: {error}") from None
 
 
-def _dataset_batches(source: Source, start: int, keys: Sequence[str]) -> Iterator[tuple[Any, int]]:
+def _dataset_batches(
+    source: Source, start: int, keys: Sequence[str], stretch: range
+) -> Iterator[tuple[Any, int]]:
     try:
         import datasets
     except ImportError:
@@ -193,9 +234,10 @@ def _dataset_batches(source: Source, start: int, keys: Sequence[str]) -> Iterato
     arrow = opened.select_columns(list(keys)).with_format("arrow")
     total = len(arrow)
     rows = _rows_per_chunk(arrow[: min(total, 100)].nbytes, min(total, 100)) if total else 1
-    skipped = start // rows * rows
+    own = _rows(source, total, stretch)
+    skipped = max(start, own.start) // rows * rows
     yield skipped, total
-    for first in range(skipped, total, rows):
+    for first in range(skipped, own.stop, rows):
         yield arrow[first : min(first + rows, total)].combine_chunks(), total
 
 
@@ -236,8 +278,3 @@ def line_of(chunk: Chunk, number: int) -> int:
             lines += block.count(b"\n")
             left -= len(block)
     return lines + number + 1
-
-
-def input_bytes(sources: Sequence[Source]) -> int:
-    """Return the bytes of all inputs on disk."""
-    return sum(source.size for source in sources)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.index_format import token_dtype
-from megatron.data.ingest.chunks import input_bytes, read_chunks
+from megatron.data.ingest.chunks import read_chunks
 from megatron.data.ingest.journal import (
     Journal,
     KeyProgress,
@@ -26,11 +26,12 @@ from megatron.data.ingest.journal import (
 )
 from megatron.data.ingest.progress import Progress
 from megatron.data.ingest.records import Chunk
-from megatron.data.ingest.settings import Outcome, PreprocessSettings
+from megatron.data.ingest.settings import Outcome, PreprocessSettings, dataset_prefix
 from megatron.data.ingest.sources import Source, find_sources
 from megatron.data.ingest.stamps import stamp
 from megatron.data.ingest.worker import ChunkEncoder, Encoded, EncodeSettings, encode_in_order
 from megatron.data.reader import TokenReader
+from megatron.data.shards import stretches
 from megatron.data.sidecar import Sidecar, sidecar_path, write_sidecar
 from megatron.data.writer import TokenWriter
 from megatron.errors import DataError
@@ -59,13 +60,8 @@ def preprocess(
     tokenizer = build_tokenizer(
         settings.tokenizer_type, settings.vocab_file, settings.merge_file, fast=settings.fast
     )
-    with output_lock(settings.output_prefix):
+    with output_lock(settings.own_prefix):
         return _Run(settings, sources, tokenizer, say).run()
-
-
-def dataset_prefix(output_prefix: str, key: str) -> str:
-    """Return GPT-NeoX's name for the dataset of a key."""
-    return f"{output_prefix}_{key}_document"
 
 
 @dataclass(kw_only=True)
@@ -94,9 +90,10 @@ class _Run:
         self._say = say
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eod = tokenizer.eod if settings.append_eod else None
-        self._prefixes = {key: dataset_prefix(settings.output_prefix, key) for key in settings.keys}
+        self._prefixes = {key: dataset_prefix(settings.own_prefix, key) for key in settings.keys}
         self._wanted = self._identity()
         self._first_bad: str | None = None
+        self._stretches = stretches(settings.shard, [source.size for source in sources])
 
     def run(self) -> Outcome:
         journal = self._take_up()
@@ -145,6 +142,7 @@ class _Run:
             "tokenizer_sha256": self._tokenizer.sha256,
             "append_eod": settings.append_eod,
             "ftfy": settings.ftfy,
+            "shard": None if settings.shard.count == 1 else str(settings.shard),
         }
 
     def _take_up(self) -> Journal | None:
@@ -156,7 +154,7 @@ class _Run:
         if self._settings.overwrite:
             self._forget()
             return None
-        output = self._settings.output_prefix
+        output = self._settings.own_prefix
         journal = read_journal(output)
         existing = [p for p in self._prefixes.values() if os.path.exists(p + ".idx")]
         if journal is None:
@@ -192,7 +190,7 @@ class _Run:
         for prefix in self._prefixes.values():
             for suffix in (".bin.tmp", ".idx.tmp"):
                 Path(prefix + suffix).unlink(missing_ok=True)
-        journal_path(self._settings.output_prefix).unlink(missing_ok=True)
+        journal_path(self._settings.own_prefix).unlink(missing_ok=True)
 
     def _resume_line(self, journal: Journal) -> str:
         path = self._sources[min(journal.source, len(self._sources) - 1)].path
@@ -241,18 +239,21 @@ class _Run:
     def _chunks(self, source: int, position: int) -> Iterator[Chunk]:
         for index in range(source, len(self._sources)):
             start = position if index == source else 0
-            yield from read_chunks(self._sources[index], index, start, self._settings.keys)
+            yield from read_chunks(
+                self._sources[index], index, start, self._settings.keys, self._stretches[index]
+            )
 
     def _encode_all(
         self, journal: Journal, encode: EncodeSettings, meter: _Meter, *, resumed: bool
     ) -> None:
         before = list(itertools.accumulate((s.size for s in self._sources), initial=0))
+        own = self._settings.shard.range(before[-1])
         encode = replace(encode, fast=journal.fast)
         progress = Progress(
-            total_bytes=input_bytes(self._sources),
+            total_bytes=len(own),
             total_documents=self._settings.num_documents,
             log_interval=self._settings.log_interval,
-            done_bytes=before[journal.source],
+            done_bytes=max(0, before[journal.source] - own.start),
         )
         with ExitStack() as stack:
             writers = {
@@ -263,7 +264,11 @@ class _Run:
             chunks = self._chunks(journal.source, journal.position)
             encoder = ChunkEncoder(encode, self._tokenizer)
             try:
-                results = encode_in_order(chunks, encode, self._settings.workers, encoder)
+                # Libraries that read tables have threads, of which a copied process has none.
+                forks = not any(source.kind in ("parquet", "dataset") for source in self._sources)
+                results = encode_in_order(
+                    chunks, encode, self._settings.workers, encoder, forks=forks
+                )
                 for done in stack.enter_context(closing(results)):
                     if done.error:
                         raise DataError(self._stop_message(done.error))
@@ -271,7 +276,7 @@ class _Run:
                     progress.update(
                         documents=meter.documents,
                         text_bytes=meter.text_bytes,
-                        input_bytes=before[done.chunk.source] + done.chunk.consumed,
+                        input_bytes=before[done.chunk.source] + done.chunk.consumed - own.start,
                     )
                     if time.monotonic() - meter.saved_at >= self._settings.save_seconds:
                         self._save(writers, journal, meter)
@@ -317,7 +322,7 @@ class _Run:
         """Make everything so far durable: first the data, then the journal that tells of it."""
         for writer in writers.values():
             writer.flush()
-        write_journal(self._settings.output_prefix, journal)
+        write_journal(self._settings.own_prefix, journal)
         now = time.monotonic()
         journal.seconds += now - meter.saved_at
         meter.saved_at = now
@@ -333,6 +338,8 @@ class _Run:
         return f"{error} (--bad-records skip leaves such records out and counts them)"
 
     def _check_not_empty(self, journal: Journal) -> None:
+        if self._settings.shard.count > 1:
+            return  # there may be more shards than documents; their merging looks at all of them
         for key, progress in journal.keys.items():
             if progress.documents:
                 continue
@@ -362,7 +369,7 @@ class _Run:
             if not sidecar_path(prefix).exists():
                 write_sidecar(prefix, self._sidecar(prefix, progress))
         journal.state = "done"
-        write_journal(self._settings.output_prefix, journal)
+        write_journal(self._settings.own_prefix, journal)
 
     def _sidecar(self, prefix: str, progress: KeyProgress) -> Sidecar:
         return Sidecar(

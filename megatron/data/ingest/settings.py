@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from megatron.data.ingest.journal import Journal
+from megatron.data.shards import Shard
+
+_ALONE: Final = Shard()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class PreprocessSettings:
         save_seconds: time between two durable points.
         num_documents: documents in the input if known, for the progress.
         log_interval: documents between two progress reports.
+        shard: which part of the inputs; of several, each writes datasets of its own, see
+            :func:`shard_prefix`.
     """
 
     inputs: tuple[str, ...]
@@ -44,6 +50,24 @@ class PreprocessSettings:
     save_seconds: float = 10.0
     num_documents: int | None = None
     log_interval: int = 100
+    shard: Shard = _ALONE
+
+    @property
+    def own_prefix(self) -> str:
+        """``output_prefix``, or what takes its place for a shard."""
+        return shard_prefix(self.output_prefix, self.shard)
+
+
+def shard_prefix(output_prefix: str, shard: Shard) -> str:
+    """Return what a shard writes instead of ``output_prefix``: ``…-00003-of-00016``."""
+    if shard.count == 1:
+        return output_prefix
+    return f"{output_prefix}-{shard.index:05d}-of-{shard.count:05d}"
+
+
+def dataset_prefix(output_prefix: str, key: str) -> str:
+    """Return GPT-NeoX's name for the dataset of a key."""
+    return f"{output_prefix}_{key}_document"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # Chunks handed out beyond the one being written; with chunks of about 1 MiB this bounds memory.
 _AHEAD_PER_WORKER = 3
+# Chunks that lie in a worker's pipe, so that it need not wait for the next.  One that brings its
+# content with it would fill the pipe, and this process wait for a worker that waits for it.
+_SMALL_WAITING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +148,18 @@ def encode_in_order(
     settings: EncodeSettings,
     workers: int,
     encoder: ChunkEncoder,
+    *,
+    forks: bool = False,
 ) -> Generator[Encoded, None, None]:
     """Encode chunks by ``workers`` processes (1: this one) and yield in the chunks' order.
+
+    Args:
+        chunks: what is encoded.
+        settings: of the encoder.
+        workers: how many.
+        encoder: that of this process.
+        forks: whether workers may be copies of this process, which has no threads then: they
+            begin at once and share its vocabulary.  Otherwise each builds an encoder of its own.
 
     Raises:
         RunError: a worker died.
@@ -153,7 +167,8 @@ def encode_in_order(
     if workers <= 1:
         yield from map(encoder, chunks)
         return
-    pool = _Pool(settings, workers)
+    forks = forks and "fork" in multiprocessing.get_all_start_methods()
+    pool = _Pool(encoder if forks else settings, workers)
     try:
         yield from pool.run(chunks)
     finally:
@@ -166,18 +181,18 @@ class _Pool:
     A worker ends when its pipe does, so none outlives this process, however that ends.
     """
 
-    def __init__(self, settings: EncodeSettings, workers: int) -> None:
-        import multiprocessing
-
-        context = multiprocessing.get_context("spawn")
-        self._idle: list[Connection] = []
+    def __init__(self, work: ChunkEncoder | EncodeSettings, workers: int) -> None:
+        context: Any = multiprocessing.get_context(
+            "fork" if isinstance(work, ChunkEncoder) else "spawn"
+        )
         self._processes: dict[Connection, BaseProcess] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
+            # A copy of this process has its ends of the pipes too: open there, none would end.
+            ends = [*self._processes, ours] if isinstance(work, ChunkEncoder) else []
+            process = context.Process(target=_serve, args=(theirs, work, ends), daemon=True)
             process.start()
             theirs.close()
-            self._idle.append(ours)
             self._processes[ours] = process
 
     def run(self, chunks: Iterator[Chunk]) -> Iterator[Encoded]:
@@ -185,34 +200,29 @@ class _Pool:
 
         order: deque[int] = deque()
         done: dict[int, Encoded] = {}
-        busy: dict[Connection, int] = {}
+        busy: dict[Connection, deque[int]] = {one: deque() for one in self._processes}
         limit = len(self._processes) * _AHEAD_PER_WORKER
         number = 0
-        exhausted = False
-        while True:
-            while self._idle and not exhausted and len(order) < limit:
-                chunk = next(chunks, None)
-                if chunk is None:
-                    exhausted = True
+        chunk = next(chunks, None)
+        while chunk is not None or order:
+            while chunk is not None and len(order) < limit:
+                connection = min(busy, key=lambda one: len(busy[one]))
+                if len(busy[connection]) >= (_SMALL_WAITING if chunk.payload is None else 1):
                     break
-                connection = self._idle.pop()
                 self._guard(connection, partial(connection.send, chunk))
-                busy[connection] = number
+                busy[connection].append(number)
                 order.append(number)
                 number += 1
+                chunk = next(chunks, None)
             while order and order[0] in done:
                 yield done.pop(order.popleft())
-            if not order:
-                if exhausted:
-                    return
-                continue
-            for ready in wait(list(busy)):
+            working = [connection for connection, numbers in busy.items() if numbers]
+            for ready in wait(working) if working else ():
                 connection = ready  # type: ignore[assignment]
                 answer = self._guard(connection, connection.recv)
                 if isinstance(answer, NeomixError):
                     raise answer
-                done[busy.pop(connection)] = answer
-                self._idle.append(connection)
+                done[busy[connection].popleft()] = answer
 
     def close(self) -> None:
         """End the workers."""
@@ -236,11 +246,18 @@ class _Pool:
             ) from None
 
 
-def _serve(connection: Connection, settings: EncodeSettings) -> None:
+def _serve(
+    connection: Connection, work: ChunkEncoder | EncodeSettings, ends: Sequence[Connection]
+) -> None:
     """Serve chunks until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for end in ends:
+        end.close()
     try:
-        encoder: ChunkEncoder | NeomixError = ChunkEncoder(settings)
+        encoder: ChunkEncoder | NeomixError = (
+            work if isinstance(work, ChunkEncoder) else ChunkEncoder(work)
+        )
     except NeomixError as error:
         encoder = DataError(str(error))  # not every error survives a pipe
     try:

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron.checkpoint.files import write_text
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, did_you_mean
 from megatron.experiments.budget_configs import (
+    SCORED_BY_MODELS,
     Choosing,
     Proposal,
     proposals_text,
@@ -232,7 +233,13 @@ def asked_mixing(
         raise ConfigError("--methods and --league-task are of a comparison; give it by --league")
     if options.law is not None:
         found.append(
-            law_option(options.law, domains=tuple(weights), base=weights, replicates=count)
+            law_option(
+                options.law,
+                domains=tuple(weights),
+                base=weights,
+                replicates=count,
+                seed=options.seed,
+            )
         )
     return found, left_out
 
@@ -249,6 +256,12 @@ def write_runs(
         name, is_pair, model = text.partition("=")
         if not is_pair:
             raise ConfigError(f"--scorer {text}: write METHOD=MODEL, such as ppl=runs/small")
+        if name not in SCORED_BY_MODELS:
+            raise ConfigError(
+                f"--scorer {text}: '{name}' scores by no model"
+                f"{did_you_mean(name, SCORED_BY_MODELS)} "
+                f"(these do: {', '.join(SCORED_BY_MODELS)})"
+            )
         scorers[name] = model
     choosing = Choosing(
         targets=tuple(options.target), scorers=scorers, checkpoints=options.less_checkpoints

@@ -31,6 +31,7 @@ from megatron.selection.commands.planning import (
     asked_prices,
     command_words,
     found_break_even,
+    refuse_idle_prices,
 )
 from megatron.selection.commands.shared import parser_of
 from megatron.selection.cost_model import sized_model
@@ -38,6 +39,7 @@ from megatron.selection.figures import Picture
 from megatron.selection.figures_fit import fixed_budget_figure, performance_figure
 from megatron.selection.figures_plan import break_even_figure, simulation_figure
 from megatron.selection.finished_runs import is_loss, read_finished
+from megatron.selection.flags import refuse_idle
 from megatron.selection.gain_fit import BETTER, INTERVALS, LEAST_REPLICATES, FitOptions
 from megatron.selection.gains import COMPUTE, Gains, sizes_of, write_gains
 from megatron.selection.prices import Prices
@@ -186,6 +188,12 @@ def _check(options: argparse.Namespace) -> None:
             f"--replicates is {options.replicates}; draws that give intervals are "
             f"{LEAST_REPLICATES} or more"
         )
+    flags = make_parser("fit", [])
+    if not options.runs:
+        refuse_idle(options, flags, ["measure", "task"], "--runs")
+    if not options.scores:
+        refuse_idle(options, flags, ["similarity-share"], "--scores")
+    refuse_idle_prices(options)
 
 
 def fill(options: argparse.Namespace) -> None:
@@ -197,6 +205,10 @@ def fill(options: argparse.Namespace) -> None:
             "whether a higher or a lower performance is better"
         )
     options.better = options.better or ("lower" if losses else "higher")
+    if options.better == "lower" and options.best is not None:
+        raise ConfigError(
+            f"--best {options.best:g}: it bounds scores, and losses are bounded by 0; leave it out"
+        )
     options.unit = options.unit or ("nats per token" if losses else "performance")
 
 

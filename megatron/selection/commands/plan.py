@@ -27,6 +27,7 @@ from megatron.selection.commands.planning import (
     asked_prices,
     command_words,
     found_break_even,
+    refuse_idle_prices,
     write_json,
 )
 from megatron.selection.commands.shared import parser_of
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Plan, print and write; return the exit code."""
+    refuse_idle_prices(options)
     gains = read_gains(options.gains)
     prices = asked_prices(options)
     budgets = [read_number(text, "--budget") for text in options.budget]

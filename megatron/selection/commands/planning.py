@@ -15,10 +15,12 @@ from megatron.selection.break_even import SHARES, BreakEven, break_even_sizes, r
 from megatron.selection.cost_model import (
     Model,
     Reading,
+    base_method,
     known_model,
     read_number,
     sized_model,
 )
+from megatron.selection.flags import refuse_idle
 from megatron.selection.gains import Gains
 from megatron.selection.prices import Prices
 from megatron.training.summary import tokenizer_vocabulary
@@ -85,6 +87,22 @@ def add_break_even_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="what has to be beaten (default: the best of the selectors that cost nothing)",
     )
+
+
+def refuse_idle_prices(options: argparse.Namespace) -> None:
+    """Refuse flags of prices that no model of --selector depends on.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    flags = argparse.ArgumentParser()
+    add_price_arguments(flags)
+    priced = {base_method(text.partition("=")[0]) for text in options.selector}
+    if "less" not in priced:
+        refuse_idle(options, flags, ["less-checkpoints", "warm-up-tokens"], "--selector less=SIZE")
+    if not priced & {"embed", "less"}:
+        where = "--selector embed=SIZE or less=SIZE"
+        refuse_idle(options, flags, ["target-tokens"], where)
 
 
 def asked_prices(options: argparse.Namespace) -> Prices:

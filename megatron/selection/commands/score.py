@@ -53,9 +53,9 @@ def make_parser(prog: str, words: list[str]) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Score, and say what was done."""
+    from megatron.data.shards import parse_shard
     from megatron.selection.driver import score
     from megatron.selection.settings import ScoreRequest
-    from megatron.selection.shards import parse_shard
     from megatron.selection.targets import open_targets
 
     out = Path(options.out)

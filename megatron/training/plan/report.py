@@ -82,7 +82,8 @@ def _memory(plan: Plan, assumptions: Assumptions) -> Iterator[str]:
     )
     if worst.states.host:
         yield f"host memory: {size(worst.states.host)} for each rank"
-    yield f"checkpoint: about {size(plan.checkpoint_bytes)}, all ranks together"
+    copied = ", and as much host memory for async_save" if plan.config.checkpoint.async_save else ""
+    yield f"checkpoint: about {size(plan.checkpoint_bytes)}{copied}, all ranks together"
 
 
 def _alike(plan: Plan) -> list[list[StagePlan]]:

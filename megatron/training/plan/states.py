@@ -20,7 +20,7 @@ class States:
     Attributes:
         weights: as the model computes with them (stage 3: this rank's part).
         gradients: as they are added up over micro-batches.
-        master: float32 weights that the optimizer updates.
+        master: float32 weights that the optimizer updates, apart from those above.
         moments: the optimizer's state beside them (of Adam two float32 numbers for each).
         bucket: buffers of gradients on their way to other ranks.
         gathered: parameters that stage 3 has gathered from other ranks, at most.
@@ -105,7 +105,9 @@ def _flat_division(
     owned = own * added if compact else _most_touched(groups, part, ranks) * width
     host = 0
     gradients = {0: total * added, 1: total * added, 2: owned}[zero.stage]
-    master = own * _MASTER if zero.stage or width < _MASTER else 0
+    # On one data rank the model computes with the optimizer's weights (megatron.engine.lone_rank).
+    shared = width == _MASTER and max(ranks) == 1
+    master = 0 if shared else own * _MASTER
     moments = own * state_bytes
     updating = owned + (0 if compact else largest * added) + (largest * 4 if added < 4 else 0)
     if zero.stage == 0:

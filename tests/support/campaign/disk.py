@@ -53,7 +53,10 @@ def grow(folder: Path, size: int) -> None:
 
 
 def full(bench: Bench, trials: int) -> Iterator[Trial]:
-    """R11: runs on disks that are too small by a random amount."""
+    """R11: runs on disks that are too small by a random amount.
+
+    Every second one writes its checkpoints behind the steps.
+    """
     data = bench.folder / "data"
     runs.make_data(data)
     whole = bench.fresh("whole")
@@ -71,11 +74,12 @@ def _full_once(bench: Bench, data: Path, whole: Path, number: int, space: int) -
     disk = folder / "disk"
     disk.mkdir()
     run = disk / "run"
-    file = runs.write_config(folder / "config.yml", runs.config(data, run, **SETTINGS))
+    behind = {"async_save": number % 2 == 1}
+    file = runs.write_config(folder / "config.yml", runs.config(data, run, **SETTINGS, **behind))
     size = int(space * chance.uniform(0.02, 0.9)) // PAGE * PAGE + PAGE
     with small_disk(disk, size):
-        # Every tenth as a user starts it, the others in a forked rank.
-        said = _by_launcher(file) if number % 10 == 0 else _by_rank(file)
+        # Two in ten as a user starts them, the others in a forked rank.
+        said = _by_launcher(file) if number % 10 < 2 else _by_rank(file)
         must(str(disk) in said, f"{size} of {space} bytes: no path in\n{said}")
         about = re.search(r"No space left|not enough disk space|disk is full", said)
         must(about, f"{size} of {space} bytes: not about the disk\n{said}")

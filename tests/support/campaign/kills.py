@@ -19,6 +19,8 @@ from megatron.checkpoint.store import CheckpointStore
 
 INTERVAL = 3
 STEPS = 150
+A_CHAIN = 10
+"""Kills of one run at most: few enough that a short column has runs of both kinds."""
 KINDS = ("group", "rank", "launcher")
 
 
@@ -33,6 +35,8 @@ class Chain:
             folder / "config.yml", runs.config(data, self.run_dir, **settings)
         )
         self.store = CheckpointStore(self.run_dir / "checkpoints")
+        # A save behind the steps may be under way, but no more than one.
+        self.unfinished = INTERVAL if settings.get("async_save") else 0
 
     def newest(self) -> int:
         """Return the step of the newest checkpoint that is whole; 0 if there is none."""
@@ -93,7 +97,7 @@ def _kill_once(chain: Chain, chance: Any, kind: str, *, launched: bool) -> bool:
     finally:
         live.end()
     after = chain.newest()
-    expected = max(before, (told - 1) // INTERVAL * INTERVAL)
+    expected = max(before, (told - 1) // INTERVAL * INTERVAL - chain.unfinished)
     must(after >= expected, f"step {told} was reached; the newest checkpoint is of {after}")
     return True
 
@@ -103,6 +107,7 @@ def killed(bench: Bench, trials: int) -> Iterator[Trial]:
 
     Every tenth trial is of the whole tree of processes under ``deepy.py``; in the others the two
     ranks are forked from a server that has the libraries imported, which spares their start.
+    Every second run writes its checkpoints behind the steps.
     """
     data = bench.folder / "data"
     runs.make_data(data)
@@ -117,9 +122,10 @@ def killed(bench: Bench, trials: int) -> Iterator[Trial]:
     runs.train(whole.file)
     done = number = 0
     while done < trials:
-        chain = Chain(bench.folder / f"chain{number}", data, **settings)
-        running = True
-        while running and done < trials:
+        behind = {"async_save": number % 2 == 1}
+        chain = Chain(bench.folder / f"chain{number}", data, **settings, **behind)
+        running, enough = True, min(trials, done + A_CHAIN)
+        while running and done < enough:
             chance = bench.chance(number, done)
             outcome: list[bool] = []
             kind, launched = KINDS[done % len(KINDS)], done % 10 == 0
@@ -173,7 +179,10 @@ def _stop_once(chain: Chain, chance: Any, phase: str, first_step_after: float) -
 
 
 def stopped(bench: Bench, trials: int) -> Iterator[Trial]:
-    """R15: SIGTERM in warm-up, steps, validation and saving; the same command goes on."""
+    """R15: SIGTERM in warm-up, steps, validation and saving; the same command goes on.
+
+    Every second run, and the first in every second phase, writes its checkpoints behind the steps.
+    """
     data = bench.folder / "data"
     runs.make_data(data)
     for place, (phase, own) in enumerate(PHASES.items()):
@@ -187,7 +196,8 @@ def stopped(bench: Bench, trials: int) -> Iterator[Trial]:
         must(live.process.wait(timeout=1200) == 0, live.text())
         done = number = 0
         while done < wanted:
-            chain = Chain(bench.folder / phase / f"chain{number}", data, **settings)
+            behind = {"async_save": (place + number) % 2 == 1}
+            chain = Chain(bench.folder / phase / f"chain{number}", data, **settings, **behind)
             running = True
             while running and done < wanted:
                 chance, outcome = bench.chance(phase, number, done), []

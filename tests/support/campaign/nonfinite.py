@@ -103,7 +103,7 @@ def poisoned(bench: Bench, trials: int) -> Iterator[Trial]:
 
 def _poison_once(bench: Bench, data: Path, chance: random.Random, number: int) -> None:
     kind, policy = KINDS[number % len(KINDS)], chance.choice(POLICIES)
-    stage = chance.choice([1, 2, 3]) if kind != "gradient" else chance.choice([1, 2])
+    stage = chance.choice([1, 2, 3])
     bad = {
         "rank": chance.randrange(2),
         "steps": (chance.randint(2, STEPS - 2),),

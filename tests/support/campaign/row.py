@@ -92,8 +92,8 @@ class Row:
     fault: str
     criterion: str
     run: Trials
-    ci: int
-    release: int
+    ci: int = 0
+    release: int = 0
     allowed: float = 0.0
     quick: int = 0
 

@@ -13,8 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from megatron.checkpoint import CheckpointStore
+from megatron.checkpoint.background import Background
+from megatron.checkpoint.writing import FileWriter
 from megatron.errors import RunError
 
 
@@ -60,6 +63,25 @@ def save(store: CheckpointStore, step: int, version: str = "", kind: str = "") -
     store.commit(step, entries, layout={"data": 2}, kind=kind)
 
 
+def save_behind(store: CheckpointStore, step: int) -> None:
+    """Save as a run does that goes on meanwhile: a thread writes, hashes, syncs and commits."""
+    temporary = store.begin(step)
+    os.mkdir(temporary / "zero")
+    state = {"weights": torch.zeros(10), "step": step}
+
+    def work() -> None:
+        with FileWriter() as writer:
+            writer.write_state(state, temporary / "layer.pt")
+            for name, content in contents(step).items():
+                writer.write_bytes(content, temporary / name)
+            sealed = writer.finish()
+        store.commit(step, store.entries(sealed), layout={"data": 2})
+
+    beside = Background("checkpoint")
+    beside.start(work)
+    beside.wait()
+
+
 def holds(path: Path, step: int, version: str = "") -> bool:
     return all((path / name).read_bytes() == data for name, data in contents(step, version).items())
 
@@ -83,6 +105,7 @@ CASES: dict[str, Case] = {
     "with pruning": ([10, 20], lambda store: save(store, 30), (20, ""), (30, "")),
     "same step again": ([10, 20], lambda store: save(store, 20, "again"), (20, ""), (20, "again")),
     "over a leftover": ([10, -20], lambda store: save(store, 20), (10, ""), (20, "")),
+    "written behind": ([10, 20], lambda store: save_behind(store, 30), (20, ""), (30, "")),
     "companion": ([10], lambda store: save(store, 10, kind="universal"), (10, ""), (10, "")),
 }
 
@@ -110,8 +133,19 @@ def operations_of(folder: Path, action: Callable[[CheckpointStore], None]) -> li
     return os.read(reading, 10000).decode().split()
 
 
-@pytest.mark.parametrize("mode", ["before", "half", "power"])
-@pytest.mark.parametrize("name", CASES)
+# What is written behind the steps has more operations; loss of power is the hardest of the modes.
+MODES = [
+    pytest.param(
+        name,
+        mode,
+        marks=[pytest.mark.slow] if name == "written behind" and mode != "power" else [],
+    )
+    for name in CASES
+    for mode in ("before", "half", "power")
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES)
 def test_a_crash_at_every_operation_of_a_save(
     tmp_path: Path, name: str, mode: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -238,12 +272,21 @@ def test_one_of_two_ranks_dies_inside_a_save(
     raise AssertionError("the save never finished")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_refusal_of_the_disk_at_every_operation(tmp_path: Path, code: int) -> None:
+@pytest.mark.parametrize(
+    ("code", "save_it"),
+    [
+        (errno.ENOSPC, save),
+        (errno.EROFS, save),
+        pytest.param(errno.ENOSPC, save_behind, marks=pytest.mark.slow),
+    ],
+)
+def test_a_refusal_of_the_disk_at_every_operation(
+    tmp_path: Path, code: int, save_it: Callable[[CheckpointStore, int], None]
+) -> None:
     """The save ends with one error that names the path, and nothing else is harmed."""
     prepare(tmp_path / "count", [10, 20])
     shutil.copytree(tmp_path / "count", tmp_path / "template")
-    operations = operations_of(tmp_path / "count", lambda store: save(store, 30))
+    operations = operations_of(tmp_path / "count", lambda store: save_it(store, 30))
     heard = 0
     for at in range(1, len(operations) + 1):
         folder = tmp_path / f"run{at}"
@@ -256,7 +299,7 @@ def test_a_refusal_of_the_disk_at_every_operation(tmp_path: Path, code: int) -> 
 
             try:
                 with disk_errors(store.temporary_path(30)):
-                    save(store, 30)
+                    save_it(store, 30)
             except RunError as error:
                 os.write(writing, str(error).encode())
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support import runs, studies
+from support.bundles import write_bundle
 
-from megatron.checkpoint.bundle import write_bundle
 from megatron.errors import ConfigError, RunError
 from megatron.experiments import acted_on as acting
 from megatron.experiments.acted_on import Point, acted_on, row_weights

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import exchange, local_tasks
 from support.exchange import LLAMA, NEOX
+from support.lone_job import Alone
 
 from megatron.engine.frozen import FrozenSequential
 from megatron.exchange.export import ExportOptions, export
@@ -40,18 +41,6 @@ CASES = {
     ),
     "long": (NEOX, "plain", 300),
 }
-
-
-class Alone:
-    """A job of one rank."""
-
-    rank = 0
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 def tokenizer_keys(kind: str, folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import local_tasks
 from support.hugging import gpt_neox, shaken
+from support.lone_job import Alone
 from support.model_spec import TestSpec
 
 from megatron.config.evaluation import GenerationConfig
@@ -38,18 +39,6 @@ class Both(NamedTuple):
     crew: Crew
     theirs: Any
     folder: Path
-
-
-class Alone:
-    """A job of one rank."""
-
-    rank = 0
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 def crew_of(model: Any, tokenizer: Any, rows: int) -> Crew:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import itertools
-import json
-import lzma
 
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ingest_files import sha, write_jsonl
+from ingest_files import FORMATS, sha, write_jsonl, written
 
 from megatron.data.ingest import chunks
 from megatron.data.ingest.chunks import read_chunks
@@ -59,33 +55,6 @@ def test_a_large_vocabulary_takes_int32(preprocess, corpus, tmp_path, docs):
     with TokenReader(tmp_path / "a_text_document") as reader:
         assert reader.dtype == np.dtype("<i4")
         assert reader.num_documents == len(docs)
-
-
-FORMATS = ["jsonl", "json", "jsonl.gz", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "parquet", "dataset"]
-
-
-def written(folder, name, docs):
-    """Write documents in a format; return the path."""
-    records = "".join(json.dumps({"id": i, "text": d}) + "\n" for i, d in enumerate(docs)).encode()
-    path = folder / f"c.{name}"
-    pack = {
-        "gz": lambda b: gzip.compress(b[:900]) + gzip.compress(b[900:]),
-        "zst": lambda b: zstandard.compress(b[:900]) + zstandard.compress(b[900:]),
-        "xz": lzma.compress,
-        "bz2": bz2.compress,
-    }.get(name.rpartition(".")[2], bytes)
-    if name == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({"id": range(len(docs)), "text": docs}), path, row_group_size=7)
-    elif name == "dataset":
-        import datasets
-
-        datasets.Dataset.from_dict({"id": range(len(docs)), "text": docs}).save_to_disk(path)
-    else:
-        path.write_bytes(pack(records))
-    return path
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import runs
 
 import deepy
 
@@ -173,8 +174,9 @@ def test_a_whole_run_under_deepy(tmp_path: Path) -> None:
         f"sys.argv[1:] = ['wait', {str(tmp_path)!r}]\n"
         f"exec(open({str(PROGRAMS / 'rank_program.py')!r}).read())\n"
     )
-    settings = ["--set", f"run_dir={tmp_path}/run", "num_gpus=2"]
-    arguments = [str(program), *CONFIG, *settings]
+    runs.make_data(tmp_path / "data")
+    content = runs.config(tmp_path / "data", tmp_path / "run", num_gpus=2)
+    arguments = [str(program), str(runs.write_config(tmp_path / "train.yml", content))]
     environment = {**os.environ, "PATH": "/nonexistent"}
     job = subprocess.Popen(
         [sys.executable, str(ROOT / "deepy.py"), *arguments],

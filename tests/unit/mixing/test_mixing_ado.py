@@ -10,7 +10,7 @@ import pytest
 
 from data_sampling_utils import Observation, RunContext, build_mixer
 from megatron.errors import CheckpointError, ConfigError
-from megatron.mixing.power_law import fit_power_law
+from megatron.mixing.power_law import fit_power_law, fit_power_laws
 from megatron.mixing.simulate import simulate
 from megatron.mixing.smoothing import SmoothedHistory
 from megatron.mixing.worlds import PowerWorld
@@ -93,6 +93,51 @@ def test_outliers_count_little_and_no_grid_point_is_better():
         for b in np.linspace(0, 6.5, 40)
     )
     assert reached <= best
+
+
+PLAIN = {
+    40: [
+        (0.0, 11.990880680441382, 0.2999194949388685),
+        (1.597172883800023, 8.952682613146205, 0.14462054637432137),
+        (0.3891666436137936, 286.70485807193165, 0.6924985688001204),
+        (3.100173393969765, 4.248313144084892, 0.1275131117912323),
+    ],
+    700: [
+        (5.883900769384101e-05, 12.003285061661533, 0.3000386822520256),
+        (1.688162936846329, 8.974264337033745, 0.14910295255341743),
+        (0.4007099300950669, 309.182540395635, 0.7034345919049036),
+        (3.5889022017234966, 2.8655233683151557, 0.13671983658975623),
+    ],
+}
+"""What the plain algorithm finds (every start, every step, nothing kept): epsilon, beta, alpha."""
+
+
+@pytest.mark.parametrize("points", PLAIN)
+def test_laws_are_those_of_the_plain_algorithm(points):
+    rng = np.random.default_rng(points)
+    n = 480.0 * np.arange(1, points + 1)
+    losses = [
+        (epsilon + beta * n**-alpha) * np.exp(noise * rng.normal(size=points))
+        for (epsilon, beta, alpha), noise in zip(LAWS, (3e-4, 1e-3, 0.01, 0.03), strict=True)
+    ]
+    for loss, plain in zip(losses, PLAIN[points], strict=True):
+        law = fit_power_law(n, loss)
+        assert (law.epsilon, law.beta, law.alpha) == pytest.approx(plain, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("points", [5, 40, 300])
+def test_many_laws_at_once_are_each_by_itself(points):
+    rng = np.random.default_rng(1)
+    n = np.cumsum(rng.uniform(100, 500, (points, 23)), axis=0)
+    loss = (rng.uniform(0, 2, 23) + 9 * n**-0.2) * np.exp(rng.normal(0, 0.01, n.shape))
+    loss[rng.random(n.shape) < 0.02] = np.nan  # so that not all have equally many
+    loss[:, 3], loss[3:, 5] = np.nan, -1.0
+    together = fit_power_laws(n, loss, least_epsilon=0.1)
+    alone = [fit_power_law(n[:, k], loss[:, k], least_epsilon=0.1) for k in range(23)]
+    assert repr(together) == repr(alone)  # NaN where there is none
+    assert not together[3].finite
+    assert not together[5].finite
+    assert sum(law.finite for law in together) >= 20
 
 
 def test_the_bounds_hold():

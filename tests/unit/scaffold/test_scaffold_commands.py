@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import pytest
 from support.doc_commands import DOCUMENTS, Command, block_commands, commands, stray_commands
 from support.documented import LEFT_BEHIND, WAYS, output_flags, outputs, way_of
+from support.own_names import own_names_only  # noqa: F401 (for every test here)
 from support.source import ROOT
 from support.tiny_project import environment, make_project
 

@@ -27,7 +27,7 @@ def test_another_result_changes_the_documents(tmp_path):
         shutil.copy(path, tmp_path)
     content = json.loads((tmp_path / "train.json").read_text())
     row = content["results"][0]["contestants"]["transformers, compiled"]
-    row["time_over_ours"]["processor"] |= {"median": 7.77, "low": 7.7, "high": 7.8}
+    row["time_over_ours_compiled"]["processor"] |= {"median": 7.77, "low": 7.7, "high": 7.8}
     (tmp_path / "train.json").write_text(json.dumps(content))
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support.network_watch import watched
 from support.source import ROOT, python_files
-
-# Where a library would like to look something up: hubs, tokenizers, launchers, evaluation.
-SAMPLE = (
-    "tests/unit/launch",
-    "tests/unit/exchange",
-    "tests/unit/corpora",
-    "tests/unit/inference",
-    "tests/unit/tokenizer",
-    "tests/unit/checkpoint",
-    "tests/unit/monitor",
-    "tests/distributed/test_training_nonfinite.py",
-)
 
 
 def test_importing_everything_opens_no_connection(tmp_path: Path) -> None:
@@ -49,11 +41,28 @@ subprocess.run([sys.executable, "-c", "import socket; socket.getaddrinfo('exampl
     ], done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_the_tests_open_no_connection(tmp_path: Path) -> None:
-    there = [name for name in SAMPLE if (ROOT / name).exists()]
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *there)
-    done, found = watched(tmp_path, *words)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert found == []
+SESSION = """
+import subprocess, sys
+
+def test_that_asks_for_a_host():
+    code = "import socket; socket.getaddrinfo('example.invalid', 80)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_a_session_of_tests_that_connects_fails(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    """All tests run in such a session: nothing of them connects elsewhere where they pass."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_one.py").write_text(SESSION)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 passed" in done.stdout
+    assert "socket.getaddrinfo example.invalid" in done.stdout
+    assert done.returncode == 1

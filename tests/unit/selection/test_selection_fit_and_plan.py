@@ -175,6 +175,11 @@ def test_every_flag_of_plan_does_something(fitted, tmp_path, words, check):
         (["--budget", "1e19", "--size", "none.yml"], "neither a size"),
         (["--budget", "1e19", "--selector", "ppl=7B"], "give --corpus-tokens"),
         (["--budget", "1e19", "--shares", "2"], "in .0, 1."),
+        (["--budget", "1e19", "--target-tokens", "1e6"], "belongs to --selector embed=SIZE"),
+        (
+            ["--budget", "1e19", *PRICED[:-1], "--less-checkpoints", "4"],
+            "belongs to --selector less=SIZE",
+        ),
         (
             ["--budget", "1e19", "--size", str(ROOT / "configs/models/160m.yml")],
             "give --vocab-size",
@@ -236,6 +241,10 @@ def test_wrong_words_of_fit_are_refused(tmp_path):
         ([table, "--scores", "a.parquet"], "two or more"),
         (["--runs", tmp_path], "holds no run"),
         ([table, "--runs", tmp_path], "--better"),
+        ([table, "--measure", "loss/a"], "belongs to --runs"),
+        ([table, "--similarity-share", "0.1"], "belongs to --scores"),
+        ([table, "--better", "lower", "--best", "1"], "--best 1"),
+        ([table, "--warm-up-tokens", "1e6"], "belongs to --selector less=SIZE"),
     ):
         with pytest.raises(NeomixError, match=match):
             command(fit, *words, "--out", tmp_path / "law")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.selection import Lengths, chat, run_tool, texts, write_lines
 
+from megatron.data.shards import Shard, parse_shard
 from megatron.errors import ConfigError, DataError, NeomixError, RunError
 from megatron.selection import chunk_scoring, merging
 from megatron.selection.base import Cost
@@ -22,7 +23,6 @@ from megatron.selection.inputs import Inputs
 from megatron.selection.merging import merge
 from megatron.selection.random_order import Random
 from megatron.selection.settings import ScoreRequest
-from megatron.selection.shards import Shard, parse_shard
 from megatron.selection.table import METADATA_KEY, ScoreTable, aggregate
 from megatron.selection.targets import open_targets
 from megatron.selection.token_counts import PlainEncoder

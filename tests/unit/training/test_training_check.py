@@ -30,7 +30,7 @@ def write(tmp_path: Path, data: Path, **changes: Any) -> Path:
 
 
 def test_a_sound_run_is_reported_and_nothing_is_started(tmp_path: Path, data: Path) -> None:
-    file = write(tmp_path, data)
+    file = write(tmp_path, data, async_save=True)
     done = runs.run("--check", "train.py", file)
     assert done.returncode == 0, done.stderr
     for word in (
@@ -38,6 +38,7 @@ def test_a_sound_run_is_reported_and_nothing_is_started(tmp_path: Path, data: Pa
         "parameters",
         "memory per rank",
         "disk:",
+        "async_save: a copy of that size in host memory, 1 MiB for all ranks",
         "epochs",
         *runs.DOMAINS,
     ):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.bundles import write_bundle
 
-from megatron.checkpoint.bundle import write_bundle
 from megatron.checkpoint.manifest import Manifest
 from megatron.checkpoint.store import CheckpointStore
 from megatron.errors import CheckpointError, RunError

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support import runs
+from support.lone_job import Alone
 
 import megatron.mixing  # noqa: F401
 from megatron.config import Config, load_config
@@ -88,17 +89,6 @@ def test_one_checkpoint_or_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         def close(self) -> None:
             pass
-
-    class Alone:
-        """A job of one rank."""
-
-        rank = 0
-
-        def broadcast(self, value: Any) -> Any:
-            return value
-
-        def gather(self, value: Any) -> list[Any]:
-            return [value]
 
     monkeypatch.setattr(evaluation, "_Evaluator", Evaluator)
     monkeypatch.setattr(evaluation, "saved_steps", lambda _: [2, 4])

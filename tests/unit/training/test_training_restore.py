@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.bundles import write_bundle
 
-from megatron.checkpoint.bundle import write_bundle
 from megatron.checkpoint.store import CheckpointStore
 from megatron.errors import CheckpointError
 from megatron.training import restore

@@ -43,10 +43,10 @@ def run(stop: StopFlag) -> int:
         fail(7, "error: the fuse of this rank is blown")
     if behaviour == "others-complain":
         if rank == size - 1:
-            note("failed")
             # Its message first, then a slow end, while the peer sees it go and ends at once.
             print("Traceback (most recent call last):\nValueError: blown", file=sys.stderr)
             sys.stderr.flush()
+            note("failed")
             time.sleep(0.7)
             os._exit(7)
         wait_for("failed", range(size - 1, size))

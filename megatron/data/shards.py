@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +32,22 @@ class Shard:
     def __str__(self) -> str:
         """Return it as the user writes it."""
         return f"{self.index}/{self.count}"
+
+
+def stretches(shard: Shard, sizes: Sequence[int]) -> list[range]:
+    """Return which part of each of several things, laid end to end, is a shard's own.
+
+    Args:
+        shard: which part of all.
+        sizes: of each thing.
+    """
+    own = shard.range(sum(sizes))
+    found, before = [], 0
+    for size in sizes:
+        start, stop = (min(max(at - before, 0), size) for at in (own.start, own.stop))
+        found.append(range(start, stop))
+        before += size
+    return found
 
 
 def parse_shard(text: str | None, environment: Mapping[str, str] | None = None) -> Shard:
