@@ -33,6 +33,8 @@ class CometSink(ChartSink):
         super().__init__(log_interval=log_interval)
         # We send our own records; without this Comet patches torch and warns about import order.
         os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
+        # Every second start it would report its own errors to its maker's server, off line too.
+        os.environ.setdefault("COMET_ERROR_TRACKING_ENABLE", "false")
         try:
             import comet_ml
         except ImportError as error:

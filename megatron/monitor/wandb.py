@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ class WandbSink(ChartSink):
     ) -> None:
         """Record the run of ``run_dir`` under ``entity/project``."""
         super().__init__(log_interval=log_interval)
+        # It would report its own errors to its maker's server.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
         except ImportError as error:

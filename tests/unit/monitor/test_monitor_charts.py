@@ -248,12 +248,16 @@ if not resume:
 group.flush()
 assert len(group) == 3, "the service was switched off"
 group.close()
+import comet_ml, wandb.env
+assert not comet_ml.error_tracking.enabled_in_config()
+assert not wandb.env.error_reporting_enabled()
 """
 
 
 def use_services(folder: Path, resume: int) -> None:
     environment = {**os.environ, "WANDB_MODE": "offline", "COMET_MODE": "offline"}
-    for name in ("COMET_API_KEY", "WANDB_API_KEY"):
+    login = ("COMET_API_KEY", "WANDB_API_KEY")
+    for name in (*login, "COMET_ERROR_TRACKING_ENABLE", "WANDB_ERROR_REPORTING"):
         environment.pop(name, None)
     command = [sys.executable, "-c", SERVICE, str(ROOT), str(Path(__file__).parent)]
     command += [str(folder), str(resume)]
