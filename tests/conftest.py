@@ -39,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            whole = nodeid.startswith("tests/campaign/")
-            return nodeid if whole else super()._split_scope(nodeid)
+            alone = nodeid.startswith("tests/campaign/")
+            return nodeid if alone else super()._split_scope(nodeid)
 
     return Scheduling(config, log)

@@ -135,10 +135,9 @@ class RankPools:
     ) -> list[Any]:
         """Call ``body(rank, world_size, *arguments)``; see :meth:`RankPool.call`."""
         pool = self._pools.get(world_size)
-        if pool is not None and not pool.usable:
-            pool.close()
-            pool = None
-        if pool is None:
+        if pool is None or not pool.usable:
+            if pool is not None:
+                pool.close()
             pool = self._pools[world_size] = RankPool(world_size)
         return pool.call(body, *arguments, timeout=timeout)
 
@@ -160,7 +159,13 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
         except BaseException:
             connection.send((traceback.format_exc(), None, 0))
             raise
-        connection.send((None, result, len(list(Path("/proc/self/task").iterdir()))))
+        connection.send((None, result, _threads()))
+
+
+def _threads() -> int:
+    """Return how many threads this process has; 0 where the system does not tell."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 
 def _groups() -> set[Any]:
