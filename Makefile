@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # layout, into a run folder of its own; RANKS is the number of processes.
 LAYOUT ?=
 RANKS ?= 2
-# A quarter of a step's time less where the processor multiplies bf16 itself, more where it does not.
+# A fifth of a step's time less where the processor multiplies bf16 itself, much more where it does not.
 PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo fp32)
 empty :=
 RUN_DIR := runs/quickstart$(subst $(empty) $(empty),,$(addprefix -,$(strip $(LAYOUT))))

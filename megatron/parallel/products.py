@@ -1,8 +1,9 @@
 """Matrix products with the weights of linear layers, by the library that is fastest at them.
 
 torch multiplies float32 by MKL, whose kernels for AMD's processors are those of AVX2.  oneDNN,
-which torch carries for half precision and convolutions, takes AVX-512 there, and on a core of
-Zen 4 needs up to a quarter less time (``benchmarks/products.py``).  Elsewhere they are torch's.
+which torch carries for half precision and convolutions, takes AVX-512 there: up to a quarter less
+time on a core of Zen 4, half the time on one of Zen 5, whose units are as wide as the registers
+(``benchmarks/products.py``).  Elsewhere they are torch's.
 """
 
 from __future__ import annotations
@@ -96,10 +97,10 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         x: its input, ``[rows, inputs]``.
     """
     outputs, inputs = gradient.shape[1], x.shape[1]
-    # The left operand is copied, transposed: worth it where it is the smaller one.
-    if outputs == inputs or not _suits(gradient.t(), x.t()):
+    if not _suits(gradient.t(), x.t()):
         return gradient.t() @ x
-    if outputs < inputs:
+    # oneDNN copies the left operand, transposed: the smaller one of the two.
+    if outputs <= inputs:
         return _by_onednn(gradient.t(), x.t(), None)
     return _by_onednn(x.t(), gradient.t(), None).t().contiguous()
 
