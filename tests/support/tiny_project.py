@@ -55,6 +55,7 @@ def make_project(root: Path) -> Path:
     _data(root)
     _python(root)
     (root / "hosts").write_text("worker-0 slots=8\nworker-1 slots=8\n", encoding="utf-8")
+    (root / "prompts.txt").write_text("def return\nthe a of\n", encoding="utf-8")
     return root
 
 
