@@ -86,6 +86,8 @@ class OpenModel:
     def load(self, step: int | None) -> tuple[FrozenModel, int]:
         """Return the model with the weights of a checkpoint, and its step; collective.
 
+        Every rank has read its weights then, so that the cache may go.
+
         Args:
             step: of the checkpoint; None takes the newest.
 
@@ -112,6 +114,7 @@ class OpenModel:
             lay_out_for_few_rows(self._model.module)
         else:
             reload_frozen(self._model, files, self.topology)
+        self.runtime.barrier()
         self.say(f"model: {found.path}")
         return self._model, found_step
 
