@@ -24,7 +24,7 @@ from typing import Any
 
 from support.gloo import PRELOADED, RankFailedError, reports, run_rank
 
-_MOST_THREADS = 48
+_MOST_THREADS = 24
 """Of one rank: what keeps groups alive (ZeRO-3's hooks in autograd) adds up, and each group has a
 thread that wakes a hundred times a second.  Ranks with more are started anew."""
 
@@ -184,6 +184,8 @@ def _tidy(before: set[Any]) -> None:
     if (groups := sys.modules.get("deepspeed.utils.groups")) is not None:
         groups.mpu = None
         kept.add(groups._WORLD_GROUP)  # a clone of the world, made once in a process
+    if (pipes := sys.modules.get("deepspeed.runtime.pipe.p2p")) is not None:
+        pipes._grid = None  # it holds the groups of the last pipeline
     dist.barrier()
     # In the order of their making, which is the same on every rank.
     for group in sorted(_groups() - kept, key=lambda group: group.group_name):
