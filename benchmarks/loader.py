@@ -170,7 +170,7 @@ def _megatron_core(
             random_seed=1,
             sequence_length=options.sequence,
             blend=([str(prefix) for prefix in prefixes], [1.0] * len(prefixes)),
-            split="98,1,1",
+            split="1,0,0",  # it counts epochs of a part without documents for ever
             path_to_cache=str(folder / "cache"),
             tokenizer=Tokenizer(),
             reset_position_ids=False,
@@ -180,7 +180,7 @@ def _megatron_core(
         )
         wanted = options.batches * options.rows * (options.turns + 2)
         train, *_ = BlendedMegatronDatasetBuilder(
-            GPTDataset, [wanted, 1, 1], lambda: True, config
+            GPTDataset, [wanted, 0, 0], lambda: True, config
         ).build()
         loader = torch.utils.data.DataLoader(train, batch_size=options.rows)
 
