@@ -24,7 +24,7 @@ from typing import Any
 
 from support.gloo import PRELOADED, RankFailedError, reports, run_rank
 
-_MOST_THREADS = 24
+_MOST_THREADS = 48
 """Of one rank: what keeps groups alive (ZeRO-3's hooks in autograd) adds up, and each group has a
 thread that wakes a hundred times a second.  Ranks with more are started anew."""
 
